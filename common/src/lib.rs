@@ -1,0 +1,16 @@
+//! Words, wire formats and transport that both sides of Holdfast share.
+
+pub mod block;
+pub mod clock;
+pub mod cluster;
+pub mod disk;
+pub mod limits;
+pub mod net;
+pub mod placement;
+pub mod refusal;
+pub mod types;
+pub mod wire;
+
+pub use block::{Block, BlockHash, HashMismatch};
+pub use refusal::Refusal;
+pub use types::*;

@@ -1,0 +1,143 @@
+//! The nouns of the filesystem, as both sides say them. Pure.
+
+use serde::{Deserialize, Serialize};
+
+use crate::block::BlockHash;
+
+macro_rules! number {
+    ($(#[$doc:meta])* $name:ident($inner:ty)) => {
+        $(#[$doc])*
+        #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
+        pub struct $name(pub $inner);
+        impl std::fmt::Display for $name {
+            fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+                self.0.fmt(f)
+            }
+        }
+    };
+}
+
+number!(
+    /// An inode's number. Never reused.
+    Ino(u64)
+);
+number!(
+    /// Which mebibyte of a file.
+    ChunkIndex(u32)
+);
+number!(
+    /// A storage server, as its certificate names it. Counted from 1.
+    ServerId(u32)
+);
+number!(
+    /// One life of a mount, from `OpenSession` to its end or expiry. Never reused.
+    SessionId(u64)
+);
+number!(
+    /// The place of a mutation among those of its session. Counted from 1.
+    Sequence(u64)
+);
+number!(
+    /// The place of an entry in the metadata log. Counted from 1.
+    Position(u64)
+);
+number!(
+    /// One life of a storage server's unsynced data: changes whenever a block that was
+    /// acknowledged as visible, but not as durable, may have been lost.
+    BootId(u64)
+);
+number!(
+    /// Garbage epoch, see DESIGN 7.
+    Epoch(u64)
+);
+
+impl Ino {
+    pub const ROOT: Self = Self(1);
+}
+
+/// Sixteen random bytes, made once by `holdfast init`.
+#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
+pub struct ClusterId(pub [u8; 16]);
+
+impl std::fmt::Display for ClusterId {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        self.0.iter().try_for_each(|byte| write!(f, "{byte:02x}"))
+    }
+}
+
+impl std::fmt::Debug for ClusterId {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "ClusterId({self})")
+    }
+}
+
+/// A point in time: seconds and nanoseconds (0..1e9) since 1970-01-01T00:00:00Z, also before it.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
+pub struct Time {
+    pub secs: i64,
+    pub nanos: u32,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
+pub enum Kind {
+    File,
+    Directory,
+    Symlink,
+    Fifo,
+    Socket,
+    CharDevice,
+    BlockDevice,
+}
+
+/// What `stat` tells.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Attr {
+    pub ino: Ino,
+    pub kind: Kind,
+    /// Permission bits with setuid, setgid and sticky: 0..=0o7777.
+    pub mode: u32,
+    pub uid: u32,
+    pub gid: u32,
+    pub nlink: u32,
+    /// Bytes. For a symlink the length of its target.
+    pub size: u64,
+    /// Bytes that pieces cover: holes do not count.
+    pub stored: u64,
+    pub rdev: u32,
+    pub atime: Time,
+    pub mtime: Time,
+    pub ctime: Time,
+    pub btime: Time,
+    /// Grows with every change of the file's bytes or size: equal numbers mean equal data.
+    pub data_version: u64,
+}
+
+/// A run of a chunk's bytes that one block holds: bytes `block_offset..block_offset+length` of `block`
+/// are bytes `offset..offset+length` of the chunk. `1 <= length`, `offset + length <= CHUNK_SIZE`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
+pub struct Piece {
+    pub offset: u32,
+    pub length: u32,
+    pub block: BlockHash,
+    pub block_offset: u32,
+}
+
+impl Piece {
+    /// First offset in the chunk past this piece.
+    pub fn end(&self) -> u32 {
+        self.offset + self.length
+    }
+}
+
+/// One entry of a directory.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct DirEntry {
+    /// Where to go on after this entry. Stays valid while the directory changes, never 0.
+    pub cookie: u64,
+    /// 1..=255 bytes, no `/`, no NUL; not `.` or `..`.
+    pub name: Vec<u8>,
+    pub ino: Ino,
+    pub kind: Kind,
+    /// Present in `ReadDir { plus: true, .. }`.
+    pub attr: Option<Attr>,
+}

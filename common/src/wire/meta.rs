@@ -1,0 +1,441 @@
+//! Requests to the metadata server.
+
+use serde::{Deserialize, Serialize};
+
+use crate::{
+    block::BlockHash,
+    cluster::{ClusterMap, ServerState},
+    net::identity::Role,
+    refusal::Refusal,
+    types::{
+        Attr, BootId, ChunkIndex, ClusterId, DirEntry, Ino, Kind, Piece, Position, Sequence, ServerId, SessionId, Time,
+    },
+};
+
+/// Header of a request. No payload follows.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub enum MetaRequest {
+    Session(SessionRequest),
+    Query(Query),
+    /// Exactly once (I5): a sequence that has been answered gets the same answer again.
+    Mutate {
+        session: SessionId,
+        sequence: Sequence,
+        /// Every sequence below this has been answered to the client: those replies may be dropped.
+        answered_below: Sequence,
+        /// The reply waits until the mutation is durable: its blocks on their servers and its entry in the log.
+        durable: bool,
+        op: Op,
+    },
+    /// Everything this session had applied before is durable when the reply comes.
+    Barrier {
+        session: SessionId,
+    },
+    Storage(StorageNotice),
+    Admin(AdminRequest),
+}
+
+/// Role: client (and admin).
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub enum SessionRequest {
+    /// A new session. `instance` is random, chosen by the mount once: asked again (lost reply) it gets the same session.
+    Open { instance: [u8; 16], host: String, mountpoint: String },
+    /// Renews the session; tells how much is dirty (for `status`). Every few seconds.
+    /// After the metadata server restarted (another `server_instance`), the client sends `Reopen`.
+    Renew { session: SessionId, dirty_bytes: u64, repairs: u64 },
+    /// After a restart of the server: which inodes this session holds open, so that unlinked ones stay (I9).
+    Reopen { session: SessionId, opens: Vec<Ino> },
+    /// Ends the session: its opens are released.
+    Close { session: SessionId },
+    /// Adds `opened` to, and removes `released` from, the inodes that this session holds open. Idempotent sets, not counts.
+    Opens { session: SessionId, opened: Vec<Ino>, released: Vec<Ino> },
+}
+
+/// Reads. Role: client, admin. Linearizable: sees every mutation that was answered before it was sent.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub enum Query {
+    Lookup {
+        parent: Ino,
+        name: Vec<u8>,
+    },
+    GetAttr {
+        ino: Ino,
+    },
+    /// Attributes now, and the map of chunks `0..chunks`; registers the open (as `SessionRequest::Opens` does).
+    /// Refused `NotFound` if the inode has no link left and this session does not hold it open.
+    Open {
+        session: SessionId,
+        ino: Ino,
+        chunks: u32,
+    },
+    ReadLink {
+        ino: Ino,
+    },
+    /// Entries after `cookie` (0: from the start), without `.` and `..`: at most `entries_max` (≤ READDIR_PAGE_MAX).
+    ReadDir {
+        ino: Ino,
+        cookie: u64,
+        entries_max: u32,
+        plus: bool,
+    },
+    GetXattr {
+        ino: Ino,
+        name: Vec<u8>,
+    },
+    ListXattr {
+        ino: Ino,
+    },
+    /// Pieces of chunks `first..first+count`, `count` ≤ 1024, with the holders of their blocks. Chunks that are all hole are left out.
+    Pieces {
+        ino: Ino,
+        first: ChunkIndex,
+        count: u32,
+    },
+    /// Next data or hole at or after `offset` (lseek SEEK_DATA / SEEK_HOLE); `NotFound` stands for ENXIO.
+    Seek {
+        ino: Ino,
+        offset: u64,
+        hole: bool,
+    },
+    StatFs,
+    /// Answered at once if the map is newer than `have`.
+    ClusterMap {
+        have: u64,
+    },
+    /// The parent of a directory, and the name it has there (NotFound for the root).
+    Parent {
+        ino: Ino,
+    },
+}
+
+/// What changes the tree. `time` comes from the server, uid and gid of new inodes from the caller.
+/// Permissions are checked by the kernel (`default_permissions`), except for stickiness and the rest of
+/// what only the server can know atomically.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub enum Op {
+    /// create, mkdir, mknod, symlink. Inherits the group (and, for directories, setgid) of a setgid parent.
+    Make {
+        parent: Ino,
+        name: Vec<u8>,
+        new: NewInode,
+        exclusive: bool,
+        open: bool,
+    },
+    Link {
+        ino: Ino,
+        parent: Ino,
+        name: Vec<u8>,
+    },
+    /// Not for directories.
+    Unlink {
+        parent: Ino,
+        name: Vec<u8>,
+    },
+    Rmdir {
+        parent: Ino,
+        name: Vec<u8>,
+    },
+    Rename {
+        from: Ino,
+        from_name: Vec<u8>,
+        to: Ino,
+        to_name: Vec<u8>,
+        mode: RenameMode,
+    },
+    SetAttr {
+        ino: Ino,
+        set: SetAttr,
+    },
+    SetXattr {
+        ino: Ino,
+        name: Vec<u8>,
+        value: Vec<u8>,
+        mode: XattrMode,
+    },
+    RemoveXattr {
+        ino: Ino,
+        name: Vec<u8>,
+    },
+    /// New data of many files. Each file stands alone: one that is refused (Stale) does not stop the others.
+    Commit {
+        files: Vec<FileCommit>,
+        blocks: Vec<NewBlock>,
+    },
+    /// Shares pieces: bytes `from_offset..+length` of `from` become those of `to` at `to_offset` (copy_file_range).
+    CopyRange {
+        from: Ino,
+        from_offset: u64,
+        to: Ino,
+        to_offset: u64,
+        length: u64,
+    },
+    /// `offset..offset+length` becomes a hole (or, past the end and with `grow`, the size grows).
+    Punch {
+        ino: Ino,
+        offset: u64,
+        length: u64,
+        grow: bool,
+    },
+}
+
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct NewInode {
+    pub kind: Kind,
+    /// After the caller's umask. 0..=0o7777.
+    pub mode: u32,
+    pub uid: u32,
+    pub gid: u32,
+    pub rdev: u32,
+    /// Symlinks only, else empty.
+    pub target: Vec<u8>,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub enum RenameMode {
+    Replace,
+    NoReplace,
+    Exchange,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub enum XattrMode {
+    Set,
+    Create,
+    Replace,
+}
+
+/// What stays `None` stays as it is. ctime becomes the server's time.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct SetAttr {
+    pub mode: Option<u32>,
+    pub uid: Option<u32>,
+    pub gid: Option<u32>,
+    /// Truncates or extends; mtime becomes the server's time unless given.
+    pub size: Option<u64>,
+    pub atime: Option<SetTime>,
+    pub mtime: Option<SetTime>,
+    /// The caller is not privileged: setuid and setgid bits go as the kernel's rules say.
+    pub clear_suid: bool,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub enum SetTime {
+    Now,
+    At(Time),
+}
+
+/// New bytes of one file.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct FileCommit {
+    pub ino: Ino,
+    /// Laid over what is there, in order. Every block is in `blocks` of the same commit or known to the server.
+    pub pieces: Vec<(ChunkIndex, Piece)>,
+    /// The size becomes the larger of this and what it is.
+    pub size_at_least: u64,
+    /// When the last of these bytes was written, by the client's clock.
+    pub mtime: Time,
+    /// A write by someone unprivileged: setuid and setgid go.
+    pub clear_suid: bool,
+}
+
+/// A block that this commit names, with who acknowledged it.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct NewBlock {
+    pub hash: BlockHash,
+    pub length: u32,
+    /// At least `REPLICAS_MIN`. Fewer than `REPLICAS`: the rest is owed.
+    pub holders: Vec<Holder>,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Holder {
+    pub server: ServerId,
+    /// Under which the block was acknowledged.
+    pub boot: BootId,
+    /// Known to be on stable storage there.
+    pub durable: bool,
+}
+
+/// Role: storage, and only about itself.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub enum StorageNotice {
+    /// At start and then every second.
+    Heartbeat { address: std::net::SocketAddr, zone: String, boot: BootId, load: StorageLoad },
+    /// Role client: the copy on `server` was bad in this way. `repaired`: it answered that it replaced it.
+    BadCopy { block: BlockHash, server: ServerId, fault: CopyFault, repaired: bool },
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub enum CopyFault {
+    Missing,
+    Damaged,
+}
+
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct StorageLoad {
+    pub capacity_bytes: u64,
+    pub free_bytes: u64,
+    pub stored_bytes: u64,
+    pub blocks: u64,
+    /// Records found damaged since the data directory was made.
+    pub corrupt_found: u64,
+    /// Records replaced by a good copy, likewise.
+    pub repaired: u64,
+    pub quarantined: u64,
+    /// One-minute load average × 100.
+    pub load_percent: u32,
+    pub memory_bytes: u64,
+    pub queue_depth: u32,
+}
+
+/// Role: admin (`Status` also client).
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub enum AdminRequest {
+    Status,
+    /// A one-time token for `role`, good for `valid_secs`.
+    IssueToken {
+        role: Role,
+        valid_secs: u64,
+    },
+    /// Every invariant of the metadata, checked; at most 1000 sentences.
+    Check,
+}
+
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct MetaReply {
+    /// Changes with every start of the metadata server: a client that sees a new one sends `Reopen`.
+    pub server_instance: u64,
+    /// The newest cluster map's version: a client with an older one asks for it.
+    pub map_version: u64,
+    /// Everything up to here survives a power cut.
+    pub durable_through: Position,
+    pub result: Result<MetaAnswer, Refusal>,
+}
+
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub enum MetaAnswer {
+    Session {
+        session: SessionId,
+        renew_every_ms: u64,
+    },
+    /// Renew, Reopen, Close, Opens, Barrier, Heartbeat, BadCopy.
+    Done,
+    Attr(Attr),
+    Opened {
+        attr: Attr,
+        map: FileMap,
+    },
+    Link(Vec<u8>),
+    Directory {
+        entries: Vec<DirEntry>,
+        end: bool,
+    },
+    Bytes(Vec<u8>),
+    Names(Vec<Vec<u8>>),
+    Map(FileMap),
+    Offset(u64),
+    StatFs(StatFs),
+    ClusterMap(ClusterMap),
+    Parent {
+        parent: Ino,
+        name: Vec<u8>,
+    },
+    /// What a mutation did.
+    Mutated {
+        position: Position,
+        outcome: Mutated,
+    },
+    Status(Box<ClusterStatus>),
+    Token {
+        secret: [u8; 32],
+        ca_fingerprint: [u8; 32],
+    },
+    Violations(Vec<String>),
+}
+
+/// The part of an answer to a mutation that is kept for I5.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub enum Mutated {
+    /// Make, Link, SetAttr, CopyRange, Punch: the inode after it.
+    /// Make with `exclusive: false` on a name that is taken: what is there, `created: false`.
+    Inode { attr: Attr, created: bool },
+    /// Unlink, Rmdir: what lost its name, after it (nlink 0: gone when nobody has it open).
+    Removed { attr: Attr },
+    /// Rename: what moved, and what was replaced by it (after losing that name).
+    Renamed { moved: Attr, replaced: Option<Attr> },
+    /// SetXattr, RemoveXattr.
+    Xattr,
+    /// One for each file of the commit, in order.
+    Committed(Vec<Result<Attr, Refusal>>),
+}
+
+/// Pieces of some chunks, and where their blocks are.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct FileMap {
+    pub data_version: u64,
+    /// In order; chunks without a piece are left out.
+    pub chunks: Vec<(ChunkIndex, Vec<Piece>)>,
+    /// Every block that `chunks` names, once, sorted by hash.
+    pub blocks: Vec<BlockPlace>,
+}
+
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct BlockPlace {
+    pub hash: BlockHash,
+    pub length: u32,
+    pub holders: Vec<ServerId>,
+}
+
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct StatFs {
+    /// Bytes that could be stored, counted once however many copies there are.
+    pub capacity_bytes: u64,
+    pub free_bytes: u64,
+    pub inodes: u64,
+}
+
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ClusterStatus {
+    pub cluster: ClusterId,
+    pub map_version: u64,
+    pub servers: Vec<ServerStatus>,
+    pub mounts: Vec<MountStatus>,
+    pub inodes: u64,
+    pub blocks: u64,
+    /// Blocks by number of copies: `[0]` none, ... `[3]` three or more.
+    pub blocks_by_copies: [u64; 4],
+    /// Blocks that are owed a copy.
+    pub owed: u64,
+    /// Copies made by the system since the cluster was made: owed ones paid, bad ones replaced.
+    pub copies_made: u64,
+    pub corrupt_copies_met: u64,
+    pub missing_copies_met: u64,
+    pub copies_repaired: u64,
+    pub log_position: Position,
+    pub durable_through: Position,
+}
+
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ServerStatus {
+    pub id: ServerId,
+    pub address: std::net::SocketAddr,
+    pub zone: String,
+    pub state: ServerState,
+    pub weight: u32,
+    /// Milliseconds since its last heartbeat.
+    pub silent_ms: u64,
+    pub boot: BootId,
+    pub load: StorageLoad,
+}
+
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct MountStatus {
+    pub session: SessionId,
+    pub host: String,
+    pub mountpoint: String,
+    pub silent_ms: u64,
+    pub open_files: u64,
+    pub dirty_bytes: u64,
+    /// Bad copies that this mount had replaced.
+    pub repairs: u64,
+}

@@ -1,0 +1,96 @@
+//! Requests to a storage server.
+
+use serde::{Deserialize, Serialize};
+
+use crate::{
+    block::BlockHash,
+    refusal::Refusal,
+    types::{BootId, Epoch, ServerId},
+};
+
+/// Header of a request. Who may send what: `Put`, `Get`, `Repair` clients and storage servers;
+/// `Sync`, `Has`, `Obtain`, `Delete`, `List` the metadata server (and `Has`, `Get` storage servers).
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub enum StorageRequest {
+    /// Payload: the bytes of all `blocks`, one after the other. At most `PUT_BATCH_MAX` blocks and
+    /// `PAYLOAD_SIZE_MAX` bytes. Each block is checked against its hash, and appended if it is not there
+    /// already (then its epoch is raised). All or nothing.
+    Put { blocks: Vec<PutBlock>, durable: bool },
+    /// A block, or the part of it that `range` needs.
+    Get { block: BlockHash, range: Option<ByteRange> },
+    /// Makes everything that is visible durable: one fdatasync for all who wait.
+    Sync,
+    /// Which of `blocks` (at most `HASH_LIST_MAX`) are here, indexed and of plausible length; does not read their bytes.
+    Has { blocks: Vec<BlockHash> },
+    /// "Your copy is bad": the server re-reads its copy; unless that is good, it quarantines it, fetches one from `sources`,
+    /// verifies it and stores it durably before it answers.
+    Repair { block: BlockHash, sources: Vec<Source> },
+    /// Fetch a block that is not here from `sources`, verify it, store it durably. Nothing to do if it is here.
+    Obtain { block: BlockHash, sources: Vec<Source> },
+    /// Deletes the blocks whose stored epoch is below `epoch`.
+    Delete { blocks: Vec<BlockHash>, epoch: Epoch },
+    /// Hashes that are here, in order, after `after`; at most `HASH_LIST_MAX`.
+    List { after: Option<BlockHash> },
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct PutBlock {
+    pub hash: BlockHash,
+    /// 1..=BLOCK_SIZE_MAX.
+    pub length: u32,
+    /// The stored stamp becomes the larger of this and what is there. Zero unless a commit was refused for garbage.
+    pub epoch: Epoch,
+}
+
+/// Bytes `offset..offset+length` of a block. `length` ≥ 1.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ByteRange {
+    pub offset: u32,
+    pub length: u32,
+}
+
+/// A server that should have a good copy.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Source {
+    pub server: ServerId,
+    pub address: std::net::SocketAddr,
+}
+
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct StorageReply(pub Result<StorageAnswer, Refusal>);
+
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub enum StorageAnswer {
+    /// Visible under `boot`; durable as well if that was asked for.
+    Put {
+        boot: BootId,
+        durable: bool,
+    },
+    /// Payload: with no range the block; with a range the BLAKE3 tree slice that proves it: bao encoding
+    /// with groups of `HASH_GROUP_SIZE` (bao-tree, no length prefix), from the group-aligned range.
+    Get {
+        block_length: u32,
+    },
+    Sync {
+        boot: BootId,
+    },
+    /// One for each that was asked for, in order.
+    Has {
+        boot: BootId,
+        present: Vec<bool>,
+    },
+    /// `false`: the copy was good after all (or had been repaired already).
+    Repaired {
+        replaced: bool,
+    },
+    Obtained {
+        boot: BootId,
+    },
+    Deleted {
+        count: u32,
+    },
+    List {
+        blocks: Vec<BlockHash>,
+        end: bool,
+    },
+}
