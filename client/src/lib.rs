@@ -1,1 +1,3 @@
-//! placeholder
+//! The mounted filesystem and the command line of Holdfast.
+
+pub mod fs;
