@@ -1,3 +1,6 @@
 //! The mounted filesystem and the command line of Holdfast.
 
+pub mod cache;
 pub mod fs;
+pub mod read;
+pub mod remote;

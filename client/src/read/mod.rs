@@ -1,0 +1,3 @@
+//! From a byte range of a file to verified bytes.
+
+pub mod proof;
