@@ -4,3 +4,4 @@ pub mod cache;
 pub mod fs;
 pub mod read;
 pub mod remote;
+pub mod write;
