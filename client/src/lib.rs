@@ -1,5 +1,10 @@
 //! The mounted filesystem and the command line of Holdfast.
 
+pub mod cache;
 pub mod fs;
 pub mod fuse;
+pub mod mount;
+pub mod read;
+pub mod remote;
 pub mod sys;
+pub mod write;

@@ -6,6 +6,7 @@ pub mod cluster;
 pub mod disk;
 pub mod limits;
 pub mod net;
+pub mod pieces;
 pub mod placement;
 pub mod refusal;
 pub mod types;

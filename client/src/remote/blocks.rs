@@ -1,0 +1,455 @@
+//! The storage servers as the client sees them: puts to three at once, reads verified, hedged and repaired.
+
+use std::{
+    collections::BTreeMap,
+    ops::Range,
+    sync::{
+        Arc,
+        atomic::{AtomicU64, Ordering},
+    },
+    time::Duration,
+};
+
+use bytes::Bytes;
+use futures_util::{StreamExt, stream::FuturesUnordered};
+use holdfast_common::{
+    Block, BlockHash, Epoch, Refusal, ServerId,
+    limits::{BLOCK_SIZE_MAX, PUT_BATCH_MAX, REPLICAS, REPLICAS_MIN},
+    net::{
+        CallError, Endpoint, Frame, Peers,
+        identity::{NodeName, Role},
+    },
+    placement,
+    wire::{
+        codec,
+        meta::{BlockPlace, CopyFault, Holder, StorageNotice},
+        storage::{ByteRange, PutBlock, Source, StorageAnswer, StorageReply, StorageRequest},
+    },
+};
+use tracing::{error, info, warn};
+
+use super::{health::Health, meta::MetaClient, retry::Retry};
+use crate::{
+    fs::{Errno, FsResult},
+    read::proof,
+};
+
+/// An unanswered request is followed by a question that needs no disk: a server that does not answer that one either
+/// is dead, stopped or cut off, while one that does is only slow. Together below the 3 s that a reader or writer may stall.
+const PROBE_AFTER: Duration = Duration::from_millis(700);
+const PROBE_DEADLINE: Duration = Duration::from_millis(1000);
+
+pub struct BlockClient {
+    peers: Arc<dyn Peers>,
+    meta: Arc<MetaClient>,
+    health: Health,
+    io_timeout: Duration,
+    repairs: AtomicU64,
+}
+
+impl std::fmt::Debug for BlockClient {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("BlockClient").field("health", &self.health).finish_non_exhaustive()
+    }
+}
+
+/// Why one copy could not be had.
+#[derive(Debug)]
+enum CopyTrouble {
+    /// The server answered, and its copy is no good.
+    Bad(CopyFault),
+    /// The server did not answer, or could not say.
+    Silent,
+}
+
+/// A part of a block, or (with `range` none) all of it.
+#[derive(Clone, Debug)]
+struct Wanted {
+    hash: BlockHash,
+    length: u32,
+    /// Group-aligned.
+    range: Option<Range<u32>>,
+}
+
+impl BlockClient {
+    pub fn new(peers: Arc<dyn Peers>, meta: Arc<MetaClient>, io_timeout: Duration) -> Arc<Self> {
+        Arc::new(Self { peers, meta, health: Health::default(), io_timeout, repairs: AtomicU64::new(0) })
+    }
+
+    /// Bad copies that this client had replaced.
+    pub fn repairs(&self) -> u64 {
+        self.repairs.load(Ordering::Relaxed)
+    }
+
+    fn endpoint(&self, server: ServerId) -> Option<Endpoint> {
+        let map = self.meta.map();
+        let info = map.server(server)?;
+        Some(Endpoint { address: info.address, name: NodeName { role: Role::Storage, id: server.0 } })
+    }
+
+    // ---- writing ----
+
+    /// Puts each block on three servers, or on two when no third can take it (the commit will owe one).
+    /// With fewer it retries until the mount's patience ends: then `EIO`, or `ENOSPC` if servers were full.
+    pub async fn put(&self, blocks: &[Block], durable: bool) -> FsResult<Vec<Vec<Holder>>> {
+        let mut puts: Vec<PutState> = blocks.iter().map(PutState::new).collect();
+        let mut retry = Retry::within(self.io_timeout);
+        loop {
+            self.put_rounds(&mut puts, durable).await;
+            if puts.iter().all(|put| put.holders.len() >= REPLICAS_MIN) {
+                return Ok(puts.into_iter().map(|put| put.holders).collect());
+            }
+            if puts.iter().any(|put| put.holders.len() < REPLICAS_MIN && put.refused_full >= REPLICAS_MIN) {
+                error!("the storage servers are full");
+                return Err(Errno(libc::ENOSPC));
+            }
+            if retry.pause().await.is_err() {
+                error!(within = ?self.io_timeout, "fewer than {REPLICAS_MIN} storage servers took the data");
+                return Err(Errno(libc::EIO));
+            }
+            puts.iter_mut().for_each(PutState::forget_failures);
+        }
+    }
+
+    /// Rounds of parallel puts until every block has its copies or has run out of candidates.
+    async fn put_rounds(&self, puts: &mut [PutState<'_>], durable: bool) {
+        loop {
+            let round = self.assign(puts);
+            if round.is_empty() {
+                return;
+            }
+            let mut calls: FuturesUnordered<_> = round
+                .into_iter()
+                .flat_map(|(server, members)| batches(members, puts).into_iter().map(move |batch| (server, batch)))
+                .map(|(server, batch)| {
+                    let request = put_request(puts, &batch, durable);
+                    async move { (server, batch, self.put_batch(server, request).await) }
+                })
+                .collect();
+            while let Some((server, batch, result)) = calls.next().await {
+                for member in batch {
+                    puts[member].learn(server, result);
+                }
+            }
+        }
+    }
+
+    /// Who should be asked next for what: server -> indexes into `puts`.
+    fn assign(&self, puts: &[PutState<'_>]) -> BTreeMap<ServerId, Vec<usize>> {
+        let map = self.meta.map();
+        let mut round: BTreeMap<ServerId, Vec<usize>> = BTreeMap::new();
+        for (member, put) in puts.iter().enumerate() {
+            let mut candidates = placement::candidates(&map, put.block.hash());
+            candidates.retain(|server| !put.tried.contains(server));
+            let missing = REPLICAS.saturating_sub(put.holders.len());
+            let (well, avoided): (Vec<_>, Vec<_>) = candidates.into_iter().partition(|s| !self.health.avoided(*s));
+            // A server that has just failed is asked only when the block would not be safe without it.
+            let needed = REPLICAS_MIN.saturating_sub(put.holders.len() + well.len().min(missing));
+            for server in well.into_iter().take(missing).chain(avoided.into_iter().take(needed)) {
+                round.entry(server).or_default().push(member);
+            }
+        }
+        round
+    }
+
+    async fn put_batch(&self, server: ServerId, request: Frame) -> Result<Holder, PutTrouble> {
+        let reply = self.call_watched(server, request, self.io_timeout).await.map_err(|error| {
+            warn!(%server, %error, "a put failed");
+            PutTrouble::Failed
+        })?;
+        match reply.0 {
+            Ok(StorageAnswer::Put { boot, durable }) => Ok(Holder { server, boot, durable }),
+            Err(Refusal::ServerFull | Refusal::NoSpace) => Err(PutTrouble::Full),
+            other => {
+                warn!(%server, ?other, "a put was refused");
+                Err(PutTrouble::Failed)
+            }
+        }
+    }
+
+    // ---- reading ----
+
+    /// All of a block, from the best copy that proves itself. `EIO` when none does.
+    pub async fn get(self: &Arc<Self>, place: &BlockPlace) -> FsResult<Block> {
+        match self.fetch(place, None).await? {
+            Verified::Whole(block) => Ok(block),
+            Verified::Part(_) => Err(Errno(libc::EIO)),
+        }
+    }
+
+    /// The group-aligned part of a block that holds `range`, and where in the block it starts.
+    pub async fn get_range(self: &Arc<Self>, place: &BlockPlace, range: Range<u32>) -> FsResult<(u32, Bytes)> {
+        let aligned = proof::aligned(&range, place.length);
+        let start = aligned.start;
+        match self.fetch(place, Some(aligned)).await? {
+            Verified::Part(bytes) => Ok((start, bytes)),
+            Verified::Whole(block) => Ok((0, block.bytes().clone())),
+        }
+    }
+
+    async fn fetch(self: &Arc<Self>, place: &BlockPlace, range: Option<Range<u32>>) -> FsResult<Verified> {
+        let wanted = Wanted { hash: place.hash, length: place.length, range };
+        let mut retry = Retry::within(self.io_timeout);
+        loop {
+            let round = self.ask_holders(&wanted, &place.holders).await;
+            self.mend(place, &round.bad);
+            match round.found {
+                Some(found) => return Ok(found),
+                None if round.silent == 0 => {
+                    error!(block = %place.hash, holders = ?place.holders, "every copy of the block is missing or damaged");
+                    return Err(Errno(libc::EIO));
+                }
+                None => {}
+            }
+            if retry.pause().await.is_err() {
+                error!(block = %place.hash, holders = ?place.holders, "no server that holds the block answered");
+                return Err(Errno(libc::EIO));
+            }
+        }
+    }
+
+    /// Asks the holders in order of expected latency: the next one when a copy is bad, a server silent, or an answer late.
+    async fn ask_holders(&self, wanted: &Wanted, holders: &[ServerId]) -> Round {
+        let mut order = holders.to_vec();
+        self.health.rank(&mut order);
+        let mut waiting = order.into_iter();
+        let mut asked = FuturesUnordered::new();
+        let mut round = Round::default();
+        let mut latest = None;
+        loop {
+            if asked.is_empty() {
+                let Some(server) = waiting.next() else { return round };
+                latest = Some(server);
+                asked.push(self.ask_one(server, wanted));
+            }
+            let hedge = latest.map_or(PROBE_AFTER, |server| self.health.hedge_after(server));
+            tokio::select! {
+                Some((server, answer)) = asked.next() => match answer {
+                    Ok(found) => { round.found = Some(found); return round }
+                    Err(CopyTrouble::Bad(fault)) => round.bad.push((server, fault)),
+                    Err(CopyTrouble::Silent) => round.silent += 1,
+                },
+                () = tokio::time::sleep(hedge), if waiting.len() > 0 => {
+                    if let Some(late) = latest {
+                        self.health.slow(late, hedge);
+                    }
+                    if let Some(server) = waiting.next() {
+                        latest = Some(server);
+                        asked.push(self.ask_one(server, wanted));
+                    }
+                }
+            }
+        }
+    }
+
+    async fn ask_one(&self, server: ServerId, wanted: &Wanted) -> (ServerId, Result<Verified, CopyTrouble>) {
+        (server, self.copy_from(server, wanted).await)
+    }
+
+    async fn copy_from(&self, server: ServerId, wanted: &Wanted) -> Result<Verified, CopyTrouble> {
+        let range =
+            wanted.range.as_ref().map(|range| ByteRange { offset: range.start, length: range.end - range.start });
+        let request = frame(&StorageRequest::Get { block: wanted.hash, range }).ok_or(CopyTrouble::Silent)?;
+        let answer = self.call_watched_with_payload(server, request, self.io_timeout).await.map_err(|error| {
+            warn!(%server, %error, block = %wanted.hash, "a read from one server failed");
+            CopyTrouble::Silent
+        })?;
+        match answer {
+            (StorageReply(Ok(StorageAnswer::Get { .. })), payload) => wanted.verify(payload).map_err(|why| {
+                warn!(%server, block = %wanted.hash, why, "a server sent bytes that are not the block");
+                CopyTrouble::Bad(CopyFault::Damaged)
+            }),
+            (StorageReply(Err(Refusal::BlockMissing)), _) => Err(CopyTrouble::Bad(CopyFault::Missing)),
+            (StorageReply(Err(Refusal::BlockDamaged)), _) => Err(CopyTrouble::Bad(CopyFault::Damaged)),
+            (other, _) => {
+                warn!(%server, ?other, "a read was refused");
+                Err(CopyTrouble::Silent)
+            }
+        }
+    }
+
+    /// Has bad copies replaced from the others, while the reader goes on with a good one.
+    fn mend(self: &Arc<Self>, place: &BlockPlace, bad: &[(ServerId, CopyFault)]) {
+        for &(server, fault) in bad {
+            let (client, place) = (Arc::clone(self), place.clone());
+            let others: Vec<ServerId> =
+                place.holders.iter().copied().filter(|holder| bad.iter().all(|(bad, _)| bad != holder)).collect();
+            tokio::spawn(async move { client.mend_one(place.hash, server, fault, others).await });
+        }
+    }
+
+    async fn mend_one(self: Arc<Self>, block: BlockHash, server: ServerId, fault: CopyFault, others: Vec<ServerId>) {
+        let repaired = !others.is_empty() && self.order_repair(block, server, &others).await;
+        if repaired {
+            self.repairs.fetch_add(1, Ordering::Relaxed);
+            info!(%block, %server, ?fault, "a bad copy was replaced by a good one");
+        } else {
+            error!(%block, %server, ?fault, "a bad copy could not be replaced yet");
+        }
+        if let Err(error) = self.meta.report(StorageNotice::BadCopy { block, server, fault, repaired }).await {
+            error!(%block, %server, ?error, "a bad copy could not be reported to the metadata server");
+        }
+    }
+
+    async fn order_repair(&self, block: BlockHash, server: ServerId, others: &[ServerId]) -> bool {
+        let source = |server: &ServerId| Some(Source { server: *server, address: self.endpoint(*server)?.address });
+        let sources = others.iter().filter_map(source).collect();
+        let Some(request) = frame(&StorageRequest::Repair { block, sources }) else { return false };
+        match self.call_watched(server, request, self.io_timeout).await {
+            Ok(StorageReply(Ok(StorageAnswer::Repaired { .. }))) => true,
+            other => {
+                warn!(%block, %server, ?other, "a repair order failed");
+                false
+            }
+        }
+    }
+
+    // ---- calling ----
+
+    async fn call_watched(&self, server: ServerId, request: Frame, limit: Duration) -> Result<StorageReply, CallError> {
+        self.call_watched_with_payload(server, request, limit).await.map(|(reply, _)| reply)
+    }
+
+    /// A call that is given up when the server turns out to be dead rather than slow.
+    async fn call_watched_with_payload(
+        &self,
+        server: ServerId,
+        request: Frame,
+        limit: Duration,
+    ) -> Result<(StorageReply, Bytes), CallError> {
+        let Some(endpoint) = self.endpoint(server) else {
+            return Err(CallError::Connect(
+                ([0, 0, 0, 0], 0).into(),
+                format!("storage server {server} is not in the map"),
+            ));
+        };
+        let in_flight = self.health.start(server);
+        let result = tokio::select! {
+            result = self.peers.call(endpoint, request, limit) => result,
+            error = self.dead(endpoint) => Err(error),
+        };
+        match result.and_then(|frame| decoded(endpoint, frame)) {
+            Ok(reply) => {
+                in_flight.answered();
+                Ok(reply)
+            }
+            Err(error) => {
+                self.health.failed(server);
+                Err(error)
+            }
+        }
+    }
+
+    /// Ends when the server no longer answers even what needs no disk.
+    async fn dead(&self, endpoint: Endpoint) -> CallError {
+        loop {
+            tokio::time::sleep(PROBE_AFTER).await;
+            let Some(probe) = frame(&StorageRequest::Has { blocks: Vec::new() }) else { continue };
+            if let Err(error) = self.peers.call(endpoint, probe, PROBE_DEADLINE).await {
+                return error;
+            }
+        }
+    }
+}
+
+/// Bytes that were proved against the hash that was asked for.
+#[derive(Debug)]
+enum Verified {
+    Whole(Block),
+    Part(Bytes),
+}
+
+impl Wanted {
+    fn verify(&self, payload: Bytes) -> Result<Verified, String> {
+        match &self.range {
+            None => Block::verify(self.hash, payload).map(Verified::Whole).map_err(|e| e.to_string()),
+            Some(range) => proof::open(self.hash, self.length, range.clone(), &payload)
+                .map(Verified::Part)
+                .map_err(|e| e.to_string()),
+        }
+    }
+}
+
+/// What asking every holder once has brought.
+#[derive(Debug, Default)]
+struct Round {
+    found: Option<Verified>,
+    bad: Vec<(ServerId, CopyFault)>,
+    silent: usize,
+}
+
+/// One block on its way to its servers.
+struct PutState<'a> {
+    block: &'a Block,
+    holders: Vec<Holder>,
+    tried: Vec<ServerId>,
+    refused_full: usize,
+}
+
+#[derive(Clone, Copy, Debug)]
+enum PutTrouble {
+    Full,
+    Failed,
+}
+
+impl<'a> PutState<'a> {
+    fn new(block: &'a Block) -> Self {
+        Self { block, holders: Vec::with_capacity(REPLICAS), tried: Vec::with_capacity(REPLICAS), refused_full: 0 }
+    }
+
+    fn learn(&mut self, server: ServerId, result: Result<Holder, PutTrouble>) {
+        self.tried.push(server);
+        match result {
+            Ok(holder) => self.holders.push(holder),
+            Err(PutTrouble::Full) => self.refused_full += 1,
+            Err(PutTrouble::Failed) => {}
+        }
+    }
+
+    /// Before another try: only those that have the block stay ruled out.
+    fn forget_failures(&mut self) {
+        self.tried = self.holders.iter().map(|holder| holder.server).collect();
+        self.refused_full = 0;
+    }
+}
+
+/// Cuts what one server gets into messages that keep to the limits.
+fn batches(members: Vec<usize>, puts: &[PutState<'_>]) -> Vec<Vec<usize>> {
+    let mut batches: Vec<Vec<usize>> = Vec::new();
+    let mut bytes = 0;
+    for member in members {
+        let length = puts[member].block.length();
+        match batches.last_mut() {
+            Some(batch) if batch.len() < PUT_BATCH_MAX && bytes + length <= BLOCK_SIZE_MAX => batch.push(member),
+            _ => {
+                bytes = 0;
+                batches.push(vec![member]);
+            }
+        }
+        bytes += length;
+    }
+    batches
+}
+
+fn put_request(puts: &[PutState<'_>], batch: &[usize], durable: bool) -> Frame {
+    let blocks = batch.iter().map(|&member| puts[member].block);
+    let heads = blocks.clone().map(|block| PutBlock { hash: block.hash(), length: block.length(), epoch: Epoch(0) });
+    let request = StorageRequest::Put { blocks: heads.collect(), durable };
+    Frame { header: frame(&request).unwrap_or_default().header, payload: blocks.map(|b| b.bytes().clone()).collect() }
+}
+
+/// `None` only for a request longer than any that this client makes.
+fn frame(request: &StorageRequest) -> Option<Frame> {
+    match codec::encode(request) {
+        Ok(header) => Some(Frame { header, payload: Vec::new() }),
+        Err(error) => {
+            error!(%error, "a request does not fit into a message");
+            None
+        }
+    }
+}
+
+fn decoded(from: Endpoint, frame: Frame) -> Result<(StorageReply, Bytes), CallError> {
+    let reply = codec::decode(&frame.header).map_err(|e| CallError::Malformed(from.address, e.to_string()))?;
+    Ok((reply, frame.payload.into_iter().next().unwrap_or_default()))
+}

@@ -1,0 +1,172 @@
+//! What this client has seen of each storage server: how fast it answers, and whether to leave it alone for now.
+
+use std::{collections::HashMap, time::Duration};
+
+use holdfast_common::ServerId;
+use parking_lot::Mutex;
+use tokio::time::Instant;
+
+/// A server that failed is left alone for this long, doubling up to `AVOID_MAX` while it keeps failing.
+const AVOID_MIN: Duration = Duration::from_millis(500);
+const AVOID_MAX: Duration = Duration::from_secs(4);
+/// A slow answer is forgotten by half in this time, so that a server that has recovered is tried again.
+const FORGET_HALF: Duration = Duration::from_secs(3);
+const HEDGE_MIN: Duration = Duration::from_millis(100);
+const HEDGE_MAX: Duration = Duration::from_secs(1);
+
+#[derive(Clone, Copy, Debug)]
+struct Seen {
+    /// Exponentially weighted, seconds.
+    latency: f64,
+    updated: Instant,
+    in_flight: u32,
+    failures: u32,
+    avoid_until: Option<Instant>,
+}
+
+impl Seen {
+    fn new(now: Instant) -> Self {
+        Self { latency: 0.001, updated: now, in_flight: 0, failures: 0, avoid_until: None }
+    }
+
+    /// Expected wait of the next request, in seconds: latency times the queue that it would join.
+    fn cost(&self, now: Instant) -> f64 {
+        let age = now.saturating_duration_since(self.updated).as_secs_f64();
+        let faded = self.latency * 0.5f64.powf(age / FORGET_HALF.as_secs_f64());
+        faded.max(0.000_05) * f64::from(self.in_flight + 1)
+    }
+
+    fn learn(&mut self, latency: Duration, now: Instant) {
+        self.latency += (latency.as_secs_f64() - self.latency) * 0.2;
+        self.updated = now;
+    }
+}
+
+#[derive(Debug, Default)]
+pub struct Health {
+    servers: Mutex<HashMap<ServerId, Seen>>,
+}
+
+impl Health {
+    fn with<R>(&self, server: ServerId, act: impl FnOnce(&mut Seen, Instant) -> R) -> R {
+        let now = Instant::now();
+        act(self.servers.lock().entry(server).or_insert_with(|| Seen::new(now)), now)
+    }
+
+    pub fn avoided(&self, server: ServerId) -> bool {
+        self.with(server, |seen, now| seen.avoid_until.is_some_and(|until| now < until))
+    }
+
+    /// Orders by expected latency, those to be avoided last.
+    pub fn rank(&self, servers: &mut [ServerId]) {
+        let now = Instant::now();
+        let known = self.servers.lock();
+        let key = |server: &ServerId| match known.get(server) {
+            Some(seen) => (seen.avoid_until.is_some_and(|until| now < until), seen.cost(now)),
+            None => (false, 0.0),
+        };
+        servers.sort_by(|a, b| {
+            let (a, b) = (key(a), key(b));
+            a.0.cmp(&b.0).then(a.1.total_cmp(&b.1))
+        });
+    }
+
+    /// When a second server should be asked as well.
+    pub fn hedge_after(&self, server: ServerId) -> Duration {
+        let expected = self.with(server, |seen, now| seen.cost(now));
+        Duration::from_secs_f64(expected * 4.0).clamp(HEDGE_MIN, HEDGE_MAX)
+    }
+
+    /// Counts a request as in flight until the guard is dropped.
+    pub fn start(&self, server: ServerId) -> InFlight<'_> {
+        self.with(server, |seen, _| seen.in_flight += 1);
+        InFlight { health: self, server, started: Instant::now() }
+    }
+
+    /// It did not answer, or lost its connection.
+    pub fn failed(&self, server: ServerId) {
+        self.with(server, |seen, now| {
+            let pause = (AVOID_MIN * 2u32.saturating_pow(seen.failures.min(8))).min(AVOID_MAX);
+            seen.failures = seen.failures.saturating_add(1);
+            seen.avoid_until = Some(now + pause);
+        });
+    }
+
+    /// It is taking so long that another was asked.
+    pub fn slow(&self, server: ServerId, waited: Duration) {
+        self.with(server, |seen, now| seen.learn(waited * 8, now));
+    }
+}
+
+/// A request that has been sent and not yet answered.
+#[derive(Debug)]
+pub struct InFlight<'a> {
+    health: &'a Health,
+    server: ServerId,
+    started: Instant,
+}
+
+impl InFlight<'_> {
+    pub fn waited(&self) -> Duration {
+        self.started.elapsed()
+    }
+
+    pub fn answered(&self) {
+        let latency = self.waited();
+        self.health.with(self.server, |seen, now| {
+            seen.learn(latency, now);
+            seen.failures = 0;
+            seen.avoid_until = None;
+        });
+    }
+}
+
+impl Drop for InFlight<'_> {
+    fn drop(&mut self) {
+        self.health.with(self.server, |seen, _| seen.in_flight -= 1);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const A: ServerId = ServerId(1);
+    const B: ServerId = ServerId(2);
+
+    fn first(health: &Health) -> ServerId {
+        let mut servers = [A, B];
+        health.rank(&mut servers);
+        servers[0]
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_failed_server_is_avoided_and_later_tried_again() {
+        let health = Health::default();
+        health.start(B).answered();
+        health.failed(A);
+        assert_eq!((health.avoided(A), first(&health)), (true, B));
+        tokio::time::advance(AVOID_MIN).await;
+        assert!(!health.avoided(A));
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn the_server_with_the_shorter_queue_comes_first() {
+        let health = Health::default();
+        health.start(A).answered();
+        health.start(B).answered();
+        let _busy = [health.start(A), health.start(A)];
+        assert_eq!(first(&health), B);
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_slow_answer_is_forgotten_in_time() {
+        let health = Health::default();
+        health.start(A).answered();
+        health.slow(B, Duration::from_millis(200));
+        assert_eq!(first(&health), A);
+        tokio::time::advance(FORGET_HALF * 20).await;
+        let _busy = [health.start(A)];
+        assert_eq!(first(&health), B);
+    }
+}

@@ -1,0 +1,437 @@
+//! The metadata server as the client sees it: queries, mutations exactly once, one session.
+
+use std::{
+    collections::{BTreeSet, HashSet},
+    sync::{
+        Arc,
+        atomic::{AtomicBool, AtomicU64, Ordering},
+    },
+    time::Duration,
+};
+
+use holdfast_common::{
+    Ino, Position, Refusal, Sequence, SessionId,
+    cluster::ClusterMap,
+    limits::REPLIES_KEPT_PER_SESSION,
+    net::{CallError, Endpoint, Frame, Peers},
+    wire::{
+        codec,
+        meta::{MetaAnswer, MetaReply, MetaRequest, Mutated, Op, Query, SessionRequest, StorageNotice},
+    },
+};
+use parking_lot::{Mutex, RwLock};
+use tokio::sync::Semaphore;
+use tracing::{error, info, warn};
+
+use super::retry::Retry;
+use crate::fs::{Errno, FsResult};
+
+/// One attempt of a request that needs no disk.
+const ATTEMPT: Duration = Duration::from_secs(5);
+/// Mutations in flight, far below the replies that the server keeps for a session.
+const MUTATIONS_IN_FLIGHT_MAX: usize = 1024;
+const _: () = assert!((MUTATIONS_IN_FLIGHT_MAX as u64) * 2 <= REPLIES_KEPT_PER_SESSION);
+
+/// How this mount introduces itself.
+#[derive(Clone, Debug)]
+pub struct MountName {
+    pub host: String,
+    pub mountpoint: String,
+}
+
+pub struct MetaClient {
+    peers: Arc<dyn Peers>,
+    server: Endpoint,
+    name: MountName,
+    io_timeout: Duration,
+    session: Mutex<Session>,
+    map: RwLock<Arc<ClusterMap>>,
+    map_version_seen: AtomicU64,
+    map_being_fetched: AtomicBool,
+    durable_through: AtomicU64,
+    window: Semaphore,
+    /// Inodes that the server should know as open by this session.
+    opens: Mutex<HashSet<Ino>>,
+    entering: tokio::sync::Mutex<()>,
+}
+
+impl std::fmt::Debug for MetaClient {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("MetaClient").field("server", &self.server).finish_non_exhaustive()
+    }
+}
+
+#[derive(Debug, Default)]
+struct Session {
+    id: SessionId,
+    renew_every: Duration,
+    next: u64,
+    in_flight: BTreeSet<u64>,
+    server_instance: u64,
+}
+
+/// A mutation that has been applied.
+#[derive(Clone, Debug)]
+pub struct Applied {
+    pub position: Position,
+    pub outcome: Mutated,
+}
+
+impl MetaClient {
+    /// Opens a session. Fails with one sentence when no server answers within `patience`.
+    pub async fn connect(
+        peers: Arc<dyn Peers>,
+        server: Endpoint,
+        name: MountName,
+        io_timeout: Duration,
+        patience: Duration,
+    ) -> Result<Arc<Self>, String> {
+        let client = Arc::new(Self {
+            peers,
+            server,
+            name,
+            io_timeout,
+            session: Mutex::default(),
+            map: RwLock::default(),
+            map_version_seen: AtomicU64::new(0),
+            map_being_fetched: AtomicBool::new(false),
+            durable_through: AtomicU64::new(0),
+            window: Semaphore::new(MUTATIONS_IN_FLIGHT_MAX),
+            opens: Mutex::default(),
+            entering: tokio::sync::Mutex::default(),
+        });
+        client.first_contact(patience).await?;
+        Ok(client)
+    }
+
+    async fn first_contact(self: &Arc<Self>, patience: Duration) -> Result<(), String> {
+        let mut retry = Retry::within(patience);
+        loop {
+            let trouble = match self.open_session(retry.remaining()).await {
+                Ok(()) => {
+                    return self.fetch_map().await.map_err(|e| format!("the cluster map could not be read: {e:?}"));
+                }
+                Err(Trouble::Refused(Refusal::Unavailable)) => "it is not ready".to_owned(),
+                Err(Trouble::Refused(refusal)) => return Err(refusal.to_string()),
+                Err(Trouble::Call(error @ CallError::Untrusted(..))) => return Err(error.to_string()),
+                Err(Trouble::Call(error)) => error.to_string(),
+            };
+            if retry.pause().await.is_err() {
+                return Err(format!("no metadata server answers: {trouble}"));
+            }
+        }
+    }
+
+    pub fn session(&self) -> SessionId {
+        self.session.lock().id
+    }
+
+    pub fn renew_every(&self) -> Duration {
+        self.session.lock().renew_every
+    }
+
+    pub fn map(&self) -> Arc<ClusterMap> {
+        Arc::clone(&self.map.read())
+    }
+
+    /// Whether everything up to `position` survives a power cut, as far as this client has heard.
+    pub fn is_durable(&self, position: Position) -> bool {
+        position.0 <= self.durable_through.load(Ordering::Acquire)
+    }
+
+    pub async fn query(self: &Arc<Self>, query: Query) -> FsResult<MetaAnswer> {
+        self.ask(ATTEMPT, || MetaRequest::Query(query.clone())).await
+    }
+
+    /// Registers the open with the query, so that it is known again after the server restarted.
+    pub async fn open(self: &Arc<Self>, ino: Ino, chunks: u32) -> FsResult<MetaAnswer> {
+        let added = self.opens.lock().insert(ino);
+        let answer =
+            self.ask(ATTEMPT, || MetaRequest::Query(Query::Open { session: self.session(), ino, chunks })).await;
+        if answer.is_err() && added {
+            self.opens.lock().remove(&ino);
+        }
+        answer
+    }
+
+    /// The server registered this open by itself (a create).
+    pub fn opened(&self, ino: Ino) {
+        self.opens.lock().insert(ino);
+    }
+
+    /// Nobody on this mount has these open any more.
+    pub async fn released(self: &Arc<Self>, inos: Vec<Ino>) -> FsResult<()> {
+        {
+            let mut opens = self.opens.lock();
+            for ino in &inos {
+                opens.remove(ino);
+            }
+        }
+        let opens =
+            |released: Vec<Ino>| SessionRequest::Opens { session: self.session(), opened: Vec::new(), released };
+        self.ask(ATTEMPT, || MetaRequest::Session(opens(inos.clone()))).await.map(drop)
+    }
+
+    pub async fn renew(self: &Arc<Self>, dirty_bytes: u64, repairs: u64) -> FsResult<()> {
+        let request = || SessionRequest::Renew { session: self.session(), dirty_bytes, repairs };
+        self.ask(ATTEMPT, || MetaRequest::Session(request())).await.map(drop)
+    }
+
+    pub async fn close(self: &Arc<Self>) -> FsResult<()> {
+        let request = MetaRequest::Session(SessionRequest::Close { session: self.session() });
+        self.once(&request, Duration::from_secs(2)).await.map(drop).map_err(|_| Errno(libc::EIO))
+    }
+
+    pub async fn report(self: &Arc<Self>, notice: StorageNotice) -> FsResult<()> {
+        self.ask(ATTEMPT, || MetaRequest::Storage(notice.clone())).await.map(drop)
+    }
+
+    /// Everything applied for this session before is durable when this returns.
+    pub async fn barrier(self: &Arc<Self>) -> FsResult<()> {
+        self.ask(self.io_timeout, || MetaRequest::Barrier { session: self.session() }).await.map(drop)
+    }
+
+    /// Applies `op` exactly once, however often the reply is lost (I5).
+    pub async fn mutate(self: &Arc<Self>, op: Op, durable: bool) -> FsResult<Applied> {
+        let _slot = self.window.acquire().await.map_err(|_| Errno(libc::EIO))?;
+        match self.mutate_in_session(&op, durable).await {
+            Err(Failure::Expired { perhaps_applied: false }) => {
+                self.reenter().await;
+                Ok(self.mutate_in_session(&op, durable).await?)
+            }
+            result => Ok(result?),
+        }
+    }
+
+    async fn mutate_in_session(self: &Arc<Self>, op: &Op, durable: bool) -> Result<Applied, Failure> {
+        let mutation = Mutation::begin(self);
+        let attempt = if durable { self.io_timeout } else { ATTEMPT };
+        let request = || MetaRequest::Mutate {
+            session: mutation.session,
+            sequence: mutation.sequence,
+            answered_below: self.answered_below(),
+            durable,
+            op: op.clone(),
+        };
+        match self.ask_or_expire(attempt, request).await? {
+            MetaAnswer::Mutated { position, outcome } => Ok(Applied { position, outcome }),
+            other => Err(Failure::Errno(unexpected(&other))),
+        }
+    }
+
+    fn answered_below(&self) -> Sequence {
+        let session = self.session.lock();
+        Sequence(session.in_flight.first().copied().unwrap_or(session.next))
+    }
+
+    /// Asks until there is an answer or the mount's patience ends. Faults of the path are retried, refusals are answers.
+    async fn ask(self: &Arc<Self>, attempt: Duration, request: impl Fn() -> MetaRequest) -> FsResult<MetaAnswer> {
+        Ok(self.ask_or_expire(attempt, request).await?)
+    }
+
+    async fn ask_or_expire(
+        self: &Arc<Self>,
+        attempt: Duration,
+        request: impl Fn() -> MetaRequest,
+    ) -> Result<MetaAnswer, Failure> {
+        let mut retry = Retry::within(self.io_timeout);
+        let mut perhaps_applied = false;
+        loop {
+            let request = request();
+            match self.once(&request, attempt.min(retry.remaining())).await {
+                Ok(answer) => return Ok(answer),
+                Err(Trouble::Refused(Refusal::Unavailable)) => {}
+                Err(Trouble::Refused(Refusal::SessionExpired)) if is_mutation(&request) => {
+                    return Err(Failure::Expired { perhaps_applied });
+                }
+                Err(Trouble::Refused(Refusal::SessionExpired)) => self.reenter().await,
+                Err(Trouble::Refused(refusal)) => return Err(Failure::Errno(refused(refusal))),
+                Err(Trouble::Call(CallError::Untrusted(address, why))) => {
+                    error!(%address, why, "the metadata server is not trusted, or does not trust this mount");
+                    return Err(Failure::Errno(Errno(libc::EACCES)));
+                }
+                Err(Trouble::Call(_)) => perhaps_applied = true,
+            }
+            if retry.pause().await.is_err() {
+                error!(server = %self.server.address, "the metadata server did not answer within {:?}", self.io_timeout);
+                return Err(Failure::Errno(Errno(libc::EIO)));
+            }
+        }
+    }
+
+    async fn once(self: &Arc<Self>, request: &MetaRequest, deadline: Duration) -> Result<MetaAnswer, Trouble> {
+        let malformed = |e: codec::CodecError| CallError::Malformed(self.server.address, e.to_string());
+        let header = codec::encode(request).map_err(|_| Trouble::Refused(Refusal::BadRequest))?;
+        let frame = Frame { header, payload: Vec::new() };
+        let reply = self.peers.call(self.server, frame, deadline).await.map_err(Trouble::Call)?;
+        let reply: MetaReply = codec::decode(&reply.header).map_err(malformed).map_err(Trouble::Call)?;
+        self.note(&reply);
+        reply.result.map_err(Trouble::Refused)
+    }
+
+    /// Learns from a reply's envelope.
+    fn note(self: &Arc<Self>, reply: &MetaReply) {
+        self.durable_through.fetch_max(reply.durable_through.0, Ordering::AcqRel);
+        self.map_version_seen.fetch_max(reply.map_version, Ordering::AcqRel);
+        if reply.map_version > self.map.read().version && !self.map_being_fetched.swap(true, Ordering::AcqRel) {
+            let client = Arc::clone(self);
+            tokio::spawn(async move {
+                if let Err(error) = client.fetch_map().await {
+                    warn!(?error, "the cluster map could not be read");
+                }
+                client.map_being_fetched.store(false, Ordering::Release);
+            });
+        }
+        if self.is_new_instance(reply.server_instance) {
+            let client = Arc::clone(self);
+            tokio::spawn(async move { client.reopen().await });
+        }
+    }
+
+    /// Notices a restart once.
+    fn is_new_instance(&self, instance: u64) -> bool {
+        let mut session = self.session.lock();
+        let is_new = session.server_instance != 0 && session.server_instance != instance;
+        session.server_instance = instance;
+        is_new
+    }
+
+    async fn reopen(self: &Arc<Self>) {
+        info!("the metadata server has restarted: telling it what is open here");
+        let opens: Vec<Ino> = self.opens.lock().iter().copied().collect();
+        let request = MetaRequest::Session(SessionRequest::Reopen { session: self.session(), opens });
+        let mut retry = Retry::within(self.io_timeout);
+        loop {
+            match self.once(&request, ATTEMPT).await {
+                Ok(_) => return,
+                Err(Trouble::Refused(Refusal::SessionExpired)) => return self.reenter().await,
+                Err(trouble) => {
+                    if retry.pause().await.is_err() {
+                        return error!(?trouble, "the open files could not be registered again");
+                    }
+                }
+            }
+        }
+    }
+
+    /// A new session in place of one that expired, with the same opens.
+    async fn reenter(self: &Arc<Self>) {
+        let expired = self.session();
+        let _one_at_a_time = self.entering.lock().await;
+        if self.session() != expired {
+            return;
+        }
+        warn!(session = %expired, "the session expired: opening another");
+        if let Err(trouble) = self.open_session(ATTEMPT).await {
+            return warn!(?trouble, "no new session yet");
+        }
+        let opened: Vec<Ino> = self.opens.lock().iter().copied().collect();
+        let opens = SessionRequest::Opens { session: self.session(), opened, released: Vec::new() };
+        if let Err(trouble) = self.once(&MetaRequest::Session(opens), ATTEMPT).await {
+            warn!(?trouble, "the open files could not be registered with the new session");
+        }
+    }
+
+    async fn open_session(self: &Arc<Self>, deadline: Duration) -> Result<(), Trouble> {
+        let request = MetaRequest::Session(SessionRequest::Open {
+            instance: rand::random(),
+            host: self.name.host.clone(),
+            mountpoint: self.name.mountpoint.clone(),
+        });
+        match self.once(&request, deadline).await? {
+            MetaAnswer::Session { session, renew_every_ms } => {
+                let mut state = self.session.lock();
+                state.id = session;
+                state.renew_every = Duration::from_millis(renew_every_ms.clamp(100, 60_000));
+                state.next = 1;
+                state.in_flight.clear();
+                Ok(())
+            }
+            other => Err(Trouble::Call(CallError::Malformed(self.server.address, format!("{other:?}")))),
+        }
+    }
+
+    async fn fetch_map(self: &Arc<Self>) -> FsResult<()> {
+        let have = self.map.read().version;
+        match self.query(Query::ClusterMap { have }).await? {
+            MetaAnswer::ClusterMap(map) => {
+                let mut current = self.map.write();
+                if map.version > current.version {
+                    *current = Arc::new(map);
+                }
+                Ok(())
+            }
+            other => Err(unexpected(&other)),
+        }
+    }
+}
+
+#[derive(Debug)]
+enum Trouble {
+    Refused(Refusal),
+    Call(CallError),
+}
+
+/// Why a request ended without an answer that counts.
+enum Failure {
+    Errno(Errno),
+    /// The session is no longer known, so neither is whether an earlier, lost attempt of a mutation was applied.
+    Expired {
+        perhaps_applied: bool,
+    },
+}
+
+impl From<Failure> for Errno {
+    fn from(failure: Failure) -> Self {
+        match failure {
+            Failure::Errno(errno) => errno,
+            Failure::Expired { .. } => {
+                error!("the session expired in the middle of a change: whether it was made is not known");
+                Self(libc::EIO)
+            }
+        }
+    }
+}
+
+fn is_mutation(request: &MetaRequest) -> bool {
+    matches!(request, MetaRequest::Mutate { .. })
+}
+
+fn refused(refusal: Refusal) -> Errno {
+    if refusal.errno() == libc::EIO {
+        error!(%refusal, "the metadata server refused");
+    }
+    Errno(refusal.errno())
+}
+
+/// An answer of the wrong kind is the server's bug: logged here, `EIO` to the program.
+pub fn unexpected(answer: &MetaAnswer) -> Errno {
+    error!(?answer, "the metadata server answered another question");
+    Errno(libc::EIO)
+}
+
+/// A sequence number that is given back when the mutation has been answered, or given up.
+struct Mutation<'a> {
+    client: &'a MetaClient,
+    session: SessionId,
+    sequence: Sequence,
+}
+
+impl<'a> Mutation<'a> {
+    fn begin(client: &'a MetaClient) -> Self {
+        let mut state = client.session.lock();
+        let sequence = Sequence(state.next);
+        state.next += 1;
+        state.in_flight.insert(sequence.0);
+        Self { client, session: state.id, sequence }
+    }
+}
+
+impl Drop for Mutation<'_> {
+    fn drop(&mut self) {
+        let mut state = self.client.session.lock();
+        if state.id == self.session {
+            state.in_flight.remove(&self.sequence.0);
+        }
+    }
+}
