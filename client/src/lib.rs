@@ -1,6 +1,7 @@
 //! The mounted filesystem and the command line of Holdfast.
 
 pub mod cache;
+pub mod cli;
 pub mod fs;
 pub mod fuse;
 pub mod mount;

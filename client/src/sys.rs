@@ -4,7 +4,7 @@
 use std::{
     ffi::{CString, OsStr},
     io,
-    os::{fd::AsRawFd, unix::ffi::OsStrExt},
+    os::unix::ffi::OsStrExt,
     path::Path,
     process::Command,
 };
@@ -111,16 +111,6 @@ fn unmount_by_helper(target: &Path, how: Unmount) -> io::Result<()> {
     let text = String::from_utf8_lossy(&output.stderr).trim().to_owned();
     let kind = if text.contains("busy") { io::ErrorKind::ResourceBusy } else { io::ErrorKind::Other };
     Err(io::Error::new(kind, text))
-}
-
-/// Takes a lock on `file` that ends with this process. `false`: somebody else has it.
-pub fn try_lock(file: &std::fs::File) -> io::Result<bool> {
-    // SAFETY: an open descriptor, borrowed for the call.
-    match check(unsafe { libc::flock(file.as_raw_fd(), libc::LOCK_EX | libc::LOCK_NB) }) {
-        Ok(()) => Ok(true),
-        Err(error) if error.kind() == io::ErrorKind::WouldBlock => Ok(false),
-        Err(error) => Err(error),
-    }
 }
 
 /// Major and minor number of a `st_dev`.

@@ -244,7 +244,7 @@ mod tests {
         // What fuser makes of the kernel's seconds and nanoseconds.
         let as_fuser_says = |secs: u64, nanos| SystemTime::UNIX_EPOCH - Duration::new(secs, nanos);
         assert_eq!(set_time(TimeOrNow::Now), SetTime::Now);
-        for (secs, nanos) in [(2, 800_000_000), (1, 0), (5, 1)] {
+        for (secs, nanos) in [(2_u64, 800_000_000), (1, 0), (5, 1)] {
             let expected = SetTime::At(Time { secs: -secs.cast_signed(), nanos });
             assert_eq!(set_time(TimeOrNow::SpecificTime(as_fuser_says(secs, nanos))), expected);
         }

@@ -7,4 +7,5 @@ mod notify;
 mod session;
 
 pub use notify::KernelNotifier;
+pub(crate) use session::check_device;
 pub use session::{KernelSession, MountError, MountFlags, MountPlan};

@@ -2,6 +2,8 @@
 
 use std::{path::PathBuf, time::Duration};
 
+use holdfast_common::config::ByteSize;
+
 use crate::fuse::MountFlags;
 
 /// What the words of `-o` come to.
@@ -12,6 +14,8 @@ pub struct MountOptions {
     /// First column of `/proc/mounts` instead of what was mounted.
     pub fsname: Option<String>,
     pub io_timeout: Option<Duration>,
+    pub cache_bytes: Option<ByteSize>,
+    pub dirty_bytes: Option<ByteSize>,
     pub log_file: Option<PathBuf>,
     /// Words that mean nothing here, kept when the caller is sloppy (`mount -s`).
     pub ignored: Vec<String>,
@@ -27,6 +31,8 @@ pub enum OptionError {
     Value(String),
     #[error("the mount option io_timeout={0:?} is not a time such as 30, 30s or 5m")]
     Time(String),
+    #[error("the mount option {0} is refused: {1}")]
+    Size(&'static str, String),
     #[error("a mounted cluster cannot be remounted with other options: unmount it first")]
     Remount,
 }
@@ -48,6 +54,8 @@ impl MountOptions {
             allow_other: root,
             fsname: None,
             io_timeout: None,
+            cache_bytes: None,
+            dirty_bytes: None,
             log_file: None,
             ignored: Vec::new(),
         }
@@ -61,15 +69,18 @@ impl MountOptions {
     fn add_word(&mut self, word: &str, sloppy: bool) -> Result<(), OptionError> {
         let (name, value) = word.split_once('=').map_or((word, None), |(name, value)| (name, Some(value)));
         if is_for_others(name) {
-            return self.generic(name);
+            self.imply(name);
+            return Ok(());
+        }
+        if let Some(known) = WITH_VALUE.into_iter().find(|known| *known == name && value.is_none()) {
+            return Err(OptionError::NoValue(known));
         }
         match (name, value) {
             ("fsname", Some(value)) => self.fsname = Some(value.to_owned()),
             ("log_file", Some(value)) => self.log_file = Some(PathBuf::from(value)),
             ("io_timeout", Some(value)) => self.io_timeout = Some(parse_time(value)?),
-            ("fsname", None) => return Err(OptionError::NoValue("fsname")),
-            ("log_file", None) => return Err(OptionError::NoValue("log_file")),
-            ("io_timeout", None) => return Err(OptionError::NoValue("io_timeout")),
+            ("cache_bytes", Some(value)) => self.cache_bytes = Some(parse_size("cache_bytes", value)?),
+            ("dirty_bytes", Some(value)) => self.dirty_bytes = Some(parse_size("dirty_bytes", value)?),
             (_, None) if self.set_flag(name) => {}
             ("remount", None) => return Err(OptionError::Remount),
             (_, Some(_)) if self.clone().set_flag(name) => return Err(OptionError::Value(name.to_owned())),
@@ -110,21 +121,42 @@ impl MountOptions {
         true
     }
 
-    /// Words of fstab that are for mount(8), systemd or the kernel's own bookkeeping. Some imply flags (mount(8), "user").
-    fn generic(&mut self, name: &str) -> Result<(), OptionError> {
+    /// Some words of fstab that are for mount(8) imply flags (mount(8), "user").
+    fn imply(&mut self, name: &str) {
         if matches!(name, "user" | "users" | "owner" | "group") {
             self.flags.suid = false;
             self.flags.dev = false;
             self.flags.exec &= !matches!(name, "user" | "users");
         }
-        Ok(())
     }
 }
 
+/// Options that are nothing without a value.
+const WITH_VALUE: [&str; 5] = ["fsname", "log_file", "io_timeout", "cache_bytes", "dirty_bytes"];
+
+fn parse_size(name: &'static str, text: &str) -> Result<ByteSize, OptionError> {
+    text.parse().map_err(|error: holdfast_common::config::ByteSizeError| OptionError::Size(name, error.to_string()))
+}
+
+/// Words for mount(8), systemd or the kernel's own bookkeeping, which reach the helper all the same.
 fn is_for_others(name: &str) -> bool {
     const WORDS: [&str; 16] = [
-        "_netdev", "nofail", "auto", "noauto", "user", "nouser", "users", "nousers", "owner", "noowner", "group",
-        "nogroup", "relatime", "norelatime", "strictatime", "nodiratime",
+        "_netdev",
+        "nofail",
+        "auto",
+        "noauto",
+        "user",
+        "nouser",
+        "users",
+        "nousers",
+        "owner",
+        "noowner",
+        "group",
+        "nogroup",
+        "relatime",
+        "norelatime",
+        "strictatime",
+        "nodiratime",
     ];
     WORDS.contains(&name) || name.starts_with("x-") || name.starts_with("X-") || name == "comment"
 }
@@ -185,7 +217,8 @@ mod tests {
 
     #[test]
     fn the_words_of_fstab_are_accepted_and_user_implies_safety() {
-        let plain = parsed("defaults,_netdev,nofail,x-systemd.automount,x-systemd.requires=net.target,comment=a,noauto");
+        let plain =
+            parsed("defaults,_netdev,nofail,x-systemd.automount,x-systemd.requires=net.target,comment=a,noauto");
         assert_eq!(plain, Ok(MountOptions::new(true)));
         let user = parsed("user").unwrap();
         assert!(!user.flags.suid && !user.flags.dev && !user.flags.exec);
@@ -195,7 +228,9 @@ mod tests {
 
     #[test]
     fn our_own_words_take_values() {
-        let options = parsed("fsname=data,io_timeout=90s,log_file=/var/log/h.log").unwrap();
+        let options = parsed("fsname=data,io_timeout=90s,log_file=/var/log/h.log,cache_bytes=1GiB").unwrap();
+        assert_eq!(options.cache_bytes, Some(ByteSize(1 << 30)));
+        assert_eq!(options.dirty_bytes, None);
         assert_eq!(options.fsname.as_deref(), Some("data"));
         assert_eq!(options.io_timeout, Some(Duration::from_secs(90)));
         assert_eq!(options.log_file, Some(PathBuf::from("/var/log/h.log")));
