@@ -7,7 +7,7 @@ mod words;
 use std::collections::BTreeMap;
 
 use holdfast_common::{
-    BlockHash, BootId, ChunkIndex, Ino, Kind, Piece, Position, Refusal, Sequence, ServerId, SessionId, Time,
+    BlockHash, BootId, ChunkIndex, Ino, Kind, Piece, Refusal, Sequence, ServerId, SessionId, Time,
     net::identity::{NodeName, Role},
     wire::meta::{FileCommit, Holder, Mutated, NewBlock, NewInode, Op},
 };
