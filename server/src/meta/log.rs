@@ -279,10 +279,10 @@ impl Log {
     }
 
     /// Appends entries, the first of which gets the position that is returned. Together at most `RECORD_LENGTH_MAX`.
-    pub fn append(&mut self, entries: &[Vec<u8>]) -> Result<Position, LogError> {
+    pub fn append<E: AsRef<[u8]>>(&mut self, entries: &[E]) -> Result<Position, LogError> {
         let first = self.next;
-        let mut payload = Vec::with_capacity(entries.iter().map(|entry| entry.len() + 4).sum());
-        for entry in entries {
+        let mut payload = Vec::with_capacity(entries.iter().map(|entry| entry.as_ref().len() + 4).sum());
+        for entry in entries.iter().map(AsRef::as_ref) {
             let length = u32::try_from(entry.len()).unwrap_or(u32::MAX);
             payload.extend_from_slice(&length.to_le_bytes());
             payload.extend_from_slice(entry);
