@@ -8,6 +8,7 @@ pub mod duties;
 pub mod log;
 #[cfg(test)]
 mod memory_disk;
+pub mod service;
 pub mod sessions;
 pub mod state;
 pub mod store;
