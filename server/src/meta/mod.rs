@@ -8,8 +8,11 @@ pub mod duties;
 pub mod log;
 #[cfg(test)]
 mod memory_disk;
+pub mod server;
 pub mod service;
 pub mod sessions;
 pub mod state;
 pub mod store;
 pub mod unsynced;
+
+pub use server::{RunError, run};

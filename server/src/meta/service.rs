@@ -21,10 +21,13 @@ use holdfast_common::{
     },
 };
 
+use tokio::sync::mpsc;
+
 use super::{
     cluster::Heartbeat,
     committer::Proposer,
     core::Core,
+    server::Authority,
     state::{Command, Reply, Rows, Step, StorageError, View, query, settled, violations::violations},
 };
 
@@ -52,7 +55,7 @@ pub struct Service {
     pub ca_fingerprint: Fingerprint,
     pub secrets: Secrets,
     /// Where a fault is told that must end the process.
-    pub faults: tokio::sync::mpsc::UnboundedSender<StorageError>,
+    pub faults: mpsc::UnboundedSender<StorageError>,
 }
 
 impl std::fmt::Debug for Service {
@@ -73,6 +76,19 @@ impl Serve for Service {
 }
 
 impl Service {
+    pub fn new(
+        core: Arc<Core>,
+        proposer: Proposer,
+        session_timeout: Duration,
+        authority: Authority,
+        faults: mpsc::UnboundedSender<StorageError>,
+    ) -> Self {
+        let Authority { ca, ca_fingerprint, secrets } = authority;
+        let [a, b, c, d, e, f, g, h, ..] = secrets();
+        let instance = u64::from_le_bytes([a, b, c, d, e, f, g, h]);
+        Self { core, proposer, instance, session_timeout, ca, ca_fingerprint, secrets, faults }
+    }
+
     fn envelope(&self, result: Answer) -> Frame {
         let durable_through = self.core.durable();
         let map_version = self.core.cluster.lock().version();
