@@ -1,0 +1,1 @@
+//! The storage server: blocks on a disk, served to who may have them.
