@@ -19,7 +19,7 @@ pub mod violations;
 pub mod xattr;
 
 #[cfg(test)]
-mod tests;
+pub(crate) mod tests;
 
 use holdfast_common::{
     BlockHash, Ino, Position, Refusal, Sequence, ServerId, SessionId, Time,
