@@ -29,7 +29,7 @@ pub type Answer = (Position, Outcome);
 
 struct Proposal {
     command: Command,
-    answer: oneshot::Sender<Result<Answer, Refusal>>,
+    answer: Answering,
 }
 
 enum Message {
@@ -222,13 +222,16 @@ impl Committer {
     }
 }
 
+type Answering = oneshot::Sender<Result<Answer, Refusal>>;
+
 #[derive(Default)]
 struct Batch {
-    proposed: Vec<(Entry, Vec<u8>, oneshot::Sender<Result<Answer, Refusal>>)>,
+    /// Each with its bytes for the log.
+    proposed: Vec<(Entry, Vec<u8>, Answering)>,
     bytes: usize,
 }
 
-fn refuse(answer: oneshot::Sender<Result<Answer, Refusal>>, refusal: Refusal) {
+fn refuse(answer: Answering, refusal: Refusal) {
     let _gone = answer.send(Err(refusal));
 }
 

@@ -67,17 +67,20 @@ impl std::fmt::Debug for Core {
     }
 }
 
+/// What the last life left, on disk and by memory of it.
+#[derive(Debug)]
+pub struct Recovered {
+    pub store: Store,
+    pub log: Log,
+    pub cluster: Cluster,
+    pub sessions: Sessions,
+    pub unsynced: Unsynced,
+    pub durable: Position,
+}
+
 impl Core {
-    pub fn new(
-        store: Store,
-        log: Log,
-        clock: Arc<dyn Clock>,
-        cluster_id: ClusterId,
-        cluster: Cluster,
-        sessions: Sessions,
-        unsynced: Unsynced,
-        durable: Position,
-    ) -> Arc<Self> {
+    pub fn new(clock: Arc<dyn Clock>, cluster_id: ClusterId, recovered: Recovered) -> Arc<Self> {
+        let Recovered { store, log, cluster, sessions, unsynced, durable } = recovered;
         let applied = log.next().0 - 1;
         Arc::new(Self {
             store,

@@ -59,15 +59,16 @@ impl MemoryDisk {
         Self { files: Arc::default(), boot: Arc::new(AtomicU64::new(1)), faults: Arc::default() }
     }
 
-    /// The machine loses power, and comes up again: only what was synced is there, except that of each file one more
-    /// write's worth of bytes may have arrived (`torn` of them).
+    /// The machine loses power, and comes up again: only what was synced is there, and `torn` bytes more of what was
+    /// appended to a log. (redb never appends: it sets the length of its file, which a filesystem does whole.)
     pub(crate) fn power_cut(&self, torn: usize) -> Self {
         let copy = Self::new();
         copy.boot.store(self.boot.load(Ordering::SeqCst) + 1, Ordering::SeqCst);
         for (path, file) in self.files.lock().iter() {
             let content = file.content.lock();
             let mut bytes = content.durable.clone();
-            let tail = content.now.get(bytes.len()..).unwrap_or_default();
+            let is_log = path.extension().is_some_and(|extension| extension == "log");
+            let tail = content.now.get(bytes.len()..).filter(|_| is_log).unwrap_or_default();
             bytes.extend_from_slice(&tail[..torn.min(tail.len())]);
             copy.put(path, bytes);
         }

@@ -16,3 +16,6 @@ pub mod store;
 pub mod unsynced;
 
 pub use server::{RunError, run};
+
+#[cfg(test)]
+mod tests;

@@ -30,7 +30,7 @@ use super::{
     barrier::Barrier,
     cluster::Cluster,
     committer::{Committer, Proposer},
-    core::{Core, Fault},
+    core::{Core, Fault, Recovered},
     duties::{self, Copier},
     log::LogPlace,
     service::{Secrets, Service},
@@ -125,7 +125,7 @@ pub fn recover(
     let version = u64::try_from(clock.now().secs).unwrap_or(0) * 1000;
     let cluster = Cluster::new(version, servers::servers(&*view)?, now, options.suspect_after, options.down_after);
     let sessions = Sessions::restored(session::sessions(&*view)?, now);
-    Ok(Core::new(store, log, clock, options.cluster, cluster, sessions, unsynced, durable))
+    Ok(Core::new(clock, options.cluster, Recovered { store, log, cluster, sessions, unsynced, durable }))
 }
 
 fn replay(

@@ -36,7 +36,7 @@ impl Store {
             .create_with_backend(RedbFile::new(file))
             .map_err(|e| unusable(e.into()))?;
         let store = Self { database: ManuallyDrop::new(database), view: Mutex::new(None) };
-        store.write(Durability::Immediate, |tables| state::initialize(tables)).map_err(unusable)?;
+        store.write(Durability::Immediate, state::initialize).map_err(unusable)?;
         Ok(store)
     }
 

@@ -137,7 +137,9 @@ fn store(tables: &mut Tables<'_>, hash: BlockHash, old: Option<&BlockRow>, new: 
     }
     mark(tables, &key::owed(hash), old.is_some_and(is_owed), is_owed(new), &[])?;
     mark(tables, &key::unnamed(hash), old.is_some_and(is_unnamed), is_unnamed(new), &encode_time(now))?;
-    old.map(|row| count(tables, row, false));
+    if let Some(old) = old {
+        count(tables, old, false);
+    }
     count(tables, new, true);
     tables.put_blocks(&key::block(hash), &new.encode())
 }

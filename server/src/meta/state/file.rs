@@ -256,18 +256,15 @@ pub(super) fn start_of(index: ChunkIndex) -> u64 {
 }
 
 /// The chunk that holds byte `offset`, which is at most `FILE_SIZE_MAX`.
-#[expect(clippy::cast_possible_truncation, reason = "FILE_SIZE_MAX / CHUNK_SIZE fits in 32 bits")]
 pub(super) fn chunk_of(offset: u64) -> ChunkIndex {
     ChunkIndex((offset.min(FILE_SIZE_MAX) / CHUNK_SIZE) as u32)
 }
 
-#[expect(clippy::cast_possible_truncation, reason = "less than CHUNK_SIZE")]
 fn offset_in_chunk(offset: u64) -> u32 {
     (offset % CHUNK_SIZE) as u32
 }
 
 /// Where `bytes` begin and end within a chunk that they touch.
-#[expect(clippy::cast_possible_truncation, reason = "at most CHUNK_SIZE")]
 fn span(index: ChunkIndex, bytes: &std::ops::Range<u64>) -> (u32, u32) {
     let start = bytes.start.saturating_sub(start_of(index)).min(CHUNK_SIZE);
     let end = bytes.end.saturating_sub(start_of(index)).min(CHUNK_SIZE);

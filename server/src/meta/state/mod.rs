@@ -19,7 +19,7 @@ pub mod violations;
 pub mod xattr;
 
 #[cfg(test)]
-mod tests;
+pub(crate) mod tests;
 
 use holdfast_common::{
     BlockHash, Ino, Position, Refusal, Sequence, ServerId, SessionId, Time,
@@ -97,6 +97,10 @@ pub enum Command {
 pub type Outcome = Result<Reply, Refusal>;
 
 #[derive(Clone, Debug, PartialEq, Eq)]
+#[allow(
+    clippy::large_enum_variant,
+    reason = "nearly every answer is the large one: a box would be one more allocation"
+)]
 pub enum Reply {
     Mutated(Mutated),
     Session(SessionId),

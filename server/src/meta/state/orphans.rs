@@ -15,6 +15,9 @@ use super::{
 /// the others.
 const RECLAIM_ROWS_MAX: usize = 4096;
 
+/// Key and row.
+type Row = (Vec<u8>, Vec<u8>);
+
 pub(super) fn add(tables: &mut Tables<'_>, ino: Ino) -> Result<()> {
     tables.put_state(&key::orphan(ino), &[])
 }
@@ -61,7 +64,7 @@ fn delete_rows(tables: &mut Tables<'_>, ino: Ino, budget: &mut usize, changes: &
 }
 
 /// The inode's rows but its own, which goes last, as far as `budget` goes; and whether these are all.
-fn first_rows(tables: &Tables<'_>, ino: Ino, budget: &mut usize) -> Result<(Vec<(Vec<u8>, Vec<u8>)>, bool)> {
+fn first_rows(tables: &Tables<'_>, ino: Ino, budget: &mut usize) -> Result<(Vec<Row>, bool)> {
     let (start, end) = (key::family(ino, key::SYMLINK), past(&ino.0.to_be_bytes()));
     let (mut rows, mut all) = (Vec::new(), true);
     scan(tables.tree(), &start, &end, |key, row| {

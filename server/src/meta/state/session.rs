@@ -75,7 +75,8 @@ pub(super) fn once(
 ) -> Result<Applied> {
     let first = match admit(tables, id, sequence, answered_below)? {
         Admission::New { first } => first,
-        Admission::Answered((position, outcome)) => {
+        Admission::Answered(kept) => {
+            let (position, outcome) = *kept;
             return Ok(Applied { position, changed: false, outcome: outcome.map(Reply::Mutated) });
         }
         Admission::Refused(refusal) => {
@@ -96,14 +97,14 @@ pub(super) fn once(
 
 enum Admission {
     New { first: Sequence },
-    Answered(Kept),
+    Answered(Box<Kept>),
     Refused(Refusal),
 }
 
 fn admit(tables: &Tables<'_>, id: SessionId, sequence: Sequence, answered_below: Sequence) -> Result<Admission> {
     let Some(first) = watermark(tables, id)? else { return Ok(Admission::Refused(Refusal::SessionExpired)) };
     if let Some(kept) = fetch(tables.state(), &key::reply(id, sequence), decode_kept)? {
-        return Ok(Admission::Answered(kept));
+        return Ok(Admission::Answered(Box::new(kept)));
     }
     let window = first.max(answered_below).0.saturating_add(REPLIES_KEPT_PER_SESSION);
     if sequence < first || answered_below > sequence || sequence.0 >= window {

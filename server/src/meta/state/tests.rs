@@ -43,7 +43,7 @@ impl World {
     fn empty() -> Self {
         let database = Database::builder().create_with_backend(InMemoryBackend::new()).unwrap();
         let mut world = Self { database, session: SessionId(0), sequence: 0, now: 1000, entries: Vec::new() };
-        world.transact(|tables| initialize(tables));
+        world.transact(initialize);
         world
     }
 
@@ -421,7 +421,7 @@ fn speed_of_apply() {
             let piece = Piece { block: hash, ..piece(1, 0, 4096, 0) };
             (count + n, Op::Commit { files: vec![file(Ino(n + 1), vec![(0, piece)], 4096)], blocks: vec![new] })
         }));
-        println!("batches of {batch}: {creates:.0} creates/s, {commits:.0} commits/s, in {:?}", started.elapsed());
+        eprintln!("batches of {batch}: {creates:.0} creates/s, {commits:.0} commits/s, in {:?}", started.elapsed());
         world.check();
     }
 }
