@@ -269,7 +269,10 @@ impl Local {
         let arguments = [OsStr::new(daemon.role.as_str()), OsStr::new("--config"), daemon.config.as_os_str()];
         let process = start_detached(&program, &arguments, &self.log(&daemon.name))
             .map_err(|error| CliError::from(error).during(format!("{} could not be started", program.display())))?;
-        self.pid_file(&daemon.name).remember(process)?;
+        match process {
+            Some(process) => self.pid_file(&daemon.name).remember(process)?,
+            None => return Err(self.ended(daemon)),
+        }
         Ok(vec![daemon.name.clone()])
     }
 
@@ -277,8 +280,12 @@ impl Local {
         if self.pid_file(&daemon.name).running().is_some() {
             return Ok(());
         }
+        Err(self.ended(daemon))
+    }
+
+    fn ended(&self, daemon: &Daemon) -> CliError {
         let lines = last_lines(&self.log(&daemon.name), LOG_LINES_SHOWN);
-        Err(CliError::new(format!("{} ended; its log ends with\n{lines}", daemon.name)))
+        CliError::new(format!("{} ended; its log ends with\n{lines}", daemon.name))
     }
 
     /// Waits until the metadata server counts every storage server as up.

@@ -98,7 +98,12 @@ fn parse(text: &str) -> Option<ProcessId> {
 }
 
 /// Starts `program` so that it stays when this command and its terminal go. Its output goes to the end of `log`.
-pub(super) fn start_detached(program: &Path, arguments: &[&std::ffi::OsStr], log: &Path) -> io::Result<ProcessId> {
+/// `None`: it has ended already.
+pub(super) fn start_detached(
+    program: &Path,
+    arguments: &[&std::ffi::OsStr],
+    log: &Path,
+) -> io::Result<Option<ProcessId>> {
     let output = File::options().create(true).append(true).open(log)?;
     let child = Command::new(program)
         .args(arguments)
@@ -107,7 +112,7 @@ pub(super) fn start_detached(program: &Path, arguments: &[&std::ffi::OsStr], log
         .stderr(output)
         .process_group(0)
         .spawn()?;
-    ProcessId::of(child.id()).ok_or_else(|| io::Error::other("it ended at once"))
+    Ok(ProcessId::of(child.id()))
 }
 
 /// The last lines of a log, for somebody who wants to know why.
@@ -198,6 +203,7 @@ mod tests {
         let log = directory.path().join("log");
         let process =
             start_detached(Path::new("/bin/sh"), &["-c".as_ref(), "echo started; exec sleep 600".as_ref()], &log)
+                .unwrap()
                 .unwrap();
         assert!(process.is_alive());
         assert!(!process.wait_for_end(Duration::ZERO));
