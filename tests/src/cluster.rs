@@ -210,6 +210,13 @@ impl Cluster {
         output.status.success().then(|| Status(serde_json::from_slice(&output.stdout).expect("status --json is JSON")))
     }
 
+    /// What the metadata server says about its own invariants; empty when all hold.
+    pub fn check(&self) -> String {
+        let output = holdfast(&["fsck", "--dir", self.text()]);
+        let said = format!("{}{}", String::from_utf8_lossy(&output.stdout), String::from_utf8_lossy(&output.stderr));
+        if output.status.success() { String::new() } else { said }
+    }
+
     fn text(&self) -> &str {
         self.path().to_str().expect("test paths are UTF-8")
     }

@@ -20,10 +20,11 @@ use parking_lot::Mutex;
 use rand::{Rng, SeedableRng, rngs::StdRng};
 
 /// The grain in which a disk keeps or loses.
-const SECTOR: u64 = 512;
+const SECTOR_LENGTH: usize = 512;
+const SECTOR: u64 = SECTOR_LENGTH as u64;
 const CAPACITY: u64 = 64 << 30;
 
-type Sector = [u8; SECTOR as usize];
+type Sector = [u8; SECTOR_LENGTH];
 type FileId = u64;
 
 /// Sectors that were written; all others are zeroes.
@@ -239,8 +240,8 @@ impl Content {
         let mut done = 0;
         while done < bytes.len() {
             let (number, start) = ((offset + done as u64) / SECTOR, index(offset + done as u64));
-            let run = (SECTOR as usize - start).min(bytes.len() - done);
-            let sector = Arc::make_mut(self.sectors.entry(number).or_insert_with(|| Arc::new([0; SECTOR as usize])));
+            let run = (SECTOR_LENGTH - start).min(bytes.len() - done);
+            let sector = Arc::make_mut(self.sectors.entry(number).or_insert_with(|| Arc::new([0; SECTOR_LENGTH])));
             sector[start..start + run].copy_from_slice(&bytes[done..done + run]);
             done += run;
         }

@@ -128,7 +128,8 @@ pub trait System {
 
 /// The bytes that a write of `seed` leaves.
 pub fn payload(seed: u8, length: usize) -> Vec<u8> {
-    (0..length).map(|at| seed.wrapping_mul(31).wrapping_add((at % 251) as u8).wrapping_add((at >> 12) as u8)).collect()
+    let low = |number: usize| u8::try_from(number % 251).expect("below 251");
+    (0..length).map(|at| seed.wrapping_mul(31).wrapping_add(low(at)).wrapping_add(low(at >> 12))).collect()
 }
 
 /// Applies every operation to both, and compares each answer and then everything that can be seen.

@@ -1,0 +1,101 @@
+//! Who may do what: certificates, roles, tokens.
+
+use std::{fs, path::Path, process::Output, time::Duration};
+
+use holdfast_tests::{
+    cluster::{Cluster, holdfast, holdfast_ok, temp_dir},
+    process, shell,
+};
+
+fn text(path: &Path) -> &str {
+    path.to_str().expect("test paths are UTF-8")
+}
+
+fn said(output: &Output) -> String {
+    format!("{}{}", String::from_utf8_lossy(&output.stdout), String::from_utf8_lossy(&output.stderr))
+}
+
+fn token(cluster: &Cluster, role: &str) -> String {
+    let said = holdfast_ok(&["token", "--role", role, "--dir", text(cluster.path())]);
+    said.split_whitespace().max_by_key(|word| word.len()).expect("a token is printed").to_owned()
+}
+
+#[test]
+fn a_token_makes_one_certificate_and_no_second_one() {
+    let (cluster, dir) = (Cluster::start(), temp_dir());
+    let token = token(&cluster, "client");
+    let (first, second) = (dir.path().join("first"), dir.path().join("second"));
+    holdfast_ok(&["enrol", &token, "--tls-dir", text(&first)]);
+    let keys = holdfast_tests::fault::files(&first);
+    assert!(keys.iter().any(|file| file.to_string_lossy().contains("key")), "{keys:?}");
+    let again = holdfast(&["enrol", &token, "--tls-dir", text(&second)]);
+    assert!(!again.status.success() && said(&again).contains("token"), "{}", said(&again));
+    assert!(!second.exists() || holdfast_tests::fault::files(&second).is_empty(), "a refused enrolment leaves nothing");
+}
+
+#[test]
+fn an_expired_or_invented_token_is_refused() {
+    let (cluster, dir) = (Cluster::start(), temp_dir());
+    let output = holdfast_ok(&["token", "--role", "client", "--valid", "1s", "--dir", text(cluster.path())]);
+    let short = output.split_whitespace().max_by_key(|word| word.len()).expect("a token").to_owned();
+    std::thread::sleep(Duration::from_millis(2200));
+    let late = holdfast(&["enrol", &short, "--tls-dir", text(&dir.path().join("late"))]);
+    assert!(!late.status.success() && said(&late).contains("token"), "{}", said(&late));
+    let mut invented = token(&cluster, "client");
+    let last = invented.pop().expect("a token is long");
+    invented.push(if last == 'a' { 'b' } else { 'a' });
+    let output = holdfast(&["enrol", &invented, "--tls-dir", text(&dir.path().join("invented"))]);
+    assert!(!output.status.success(), "{}", said(&output));
+}
+
+#[test]
+fn an_enrolled_mount_works_with_its_own_certificate() {
+    let (cluster, dir) = (Cluster::start(), temp_dir());
+    let tls = dir.path().join("tls");
+    holdfast_ok(&["enrol", &token(&cluster, "client"), "--tls-dir", text(&tls)]);
+    cluster.set("client.toml", "tls", text(&tls).to_owned());
+    let mount = cluster.mount();
+    fs::write(mount.join("file"), "by an enrolled mount").expect("write");
+    mount.remount();
+    assert_eq!(fs::read_to_string(mount.join("file")).expect("read"), "by an enrolled mount");
+}
+
+#[test]
+fn a_client_certificate_cannot_run_a_storage_server() {
+    let cluster = Cluster::start();
+    cluster.storage(1).terminate(Duration::from_secs(20));
+    cluster.set("storage-1/storage.toml", "tls", text(&cluster.path().join("client")).to_owned());
+    let mut command = process::binary("holdfastd");
+    command.arg("storage").arg("--config").arg(cluster.path().join("storage-1/storage.toml"));
+    let output = shell::complete(command, Duration::from_secs(20));
+    assert!(!output.status.success(), "{}", said(&output));
+    assert!(said(&output).contains("client"), "{}", said(&output));
+}
+
+#[test]
+fn a_mount_of_another_cluster_is_refused_and_logged() {
+    let (cluster, other) = (Cluster::start(), Cluster::start());
+    other.set("client.toml", "meta", cluster.get("client.toml", "meta"));
+    let target = other.path().join("mnt-1");
+    fs::create_dir_all(&target).expect("make a mount point");
+    let output = holdfast(&["mount", text(&other.path().join("client.toml")), text(&target), "-f"]);
+    assert!(!output.status.success(), "{}", said(&output));
+    let log = cluster.meta().log();
+    assert!(log.to_lowercase().contains("certificate"), "the refusal is logged: {log}");
+}
+
+#[test]
+fn a_new_cluster_is_made_from_nothing_but_init() {
+    let dir = temp_dir();
+    let made = dir.path().join("cluster");
+    holdfast_ok(&["init", text(&made)]);
+    let keys: Vec<_> =
+        holdfast_tests::fault::files(&made).into_iter().filter(|file| file.to_string_lossy().contains("key")).collect();
+    assert!(!keys.is_empty(), "a CA and an administrator have keys");
+    for key in keys {
+        use std::os::unix::fs::PermissionsExt;
+        assert_eq!(fs::metadata(&key).expect("stat").permissions().mode() & 0o777, 0o600, "{}", key.display());
+    }
+    let again = holdfast(&["init", text(&made)]);
+    assert!(!again.status.success(), "init must not overwrite a cluster: {}", said(&again));
+}
