@@ -57,10 +57,10 @@ fn the_data_directory_of_another_cluster_or_another_node_is_refused() {
     }
     let foreign = other.storage_data(1);
     let foreign = foreign.to_str().expect("test paths are UTF-8");
-    assert_refused(&daemon(&cluster, "storage", "storage-1/storage.toml", &["--data", foreign]), &["cluster"]);
+    assert_refused(&daemon(&cluster, "storage", "storage-1/storage.toml", &["--data-dir", foreign]), &["cluster"]);
     let neighbour = cluster.storage_data(2);
     let neighbour = neighbour.to_str().expect("test paths are UTF-8");
-    assert_refused(&daemon(&cluster, "storage", "storage-1/storage.toml", &["--data", neighbour]), &[neighbour]);
+    assert_refused(&daemon(&cluster, "storage", "storage-1/storage.toml", &["--data-dir", neighbour]), &[neighbour]);
 }
 
 #[test]
@@ -152,7 +152,10 @@ fn full_disks_are_no_space_left_and_nothing_else() {
     let disks: Vec<_> = paths.iter().map(|path| SmallDisk::mount(path, 160)).collect();
     for (n, path) in (1..).zip(&paths) {
         let data = path.join("data").to_str().expect("test paths are UTF-8").to_owned();
-        cluster.set(&format!("storage-{n}/storage.toml"), "data", data);
+        let config = format!("storage-{n}/storage.toml");
+        cluster.set(&config, "data_dir", data);
+        cluster.set(&config, "reserve_bytes", "16MiB");
+        cluster.set(&config, "segment_bytes", "16MiB");
     }
     cluster.start_daemons();
     let mount = cluster.mount_with(&["io_timeout=5s"]);

@@ -53,7 +53,7 @@ fn an_enrolled_mount_works_with_its_own_certificate() {
     let (cluster, dir) = (Cluster::start(), temp_dir());
     let tls = dir.path().join("tls");
     holdfast_ok(&["enrol", &token(&cluster, "client"), "--tls-dir", text(&tls)]);
-    cluster.set("client.toml", "tls", text(&tls).to_owned());
+    cluster.set("client.toml", "tls_dir", text(&tls).to_owned());
     let mount = cluster.mount();
     fs::write(mount.join("file"), "by an enrolled mount").expect("write");
     mount.remount();
@@ -64,7 +64,7 @@ fn an_enrolled_mount_works_with_its_own_certificate() {
 fn a_client_certificate_cannot_run_a_storage_server() {
     let cluster = Cluster::start();
     cluster.storage(1).terminate(Duration::from_secs(20));
-    cluster.set("storage-1/storage.toml", "tls", text(&cluster.path().join("client")).to_owned());
+    cluster.set("storage-1/storage.toml", "tls_dir", text(&cluster.path().join("client")).to_owned());
     let mut command = process::binary("holdfastd");
     command.arg("storage").arg("--config").arg(cluster.path().join("storage-1/storage.toml"));
     let output = shell::complete(command, Duration::from_secs(20));

@@ -1,1 +1,3 @@
-//! placeholder
+//! Servers on a simulated disk that loses, tears and fails.
+
+mod store;
