@@ -52,7 +52,7 @@ pub const REPLIES_KEPT_PER_SESSION: u64 = 4096;
 pub const STORAGE_SERVERS_MAX: usize = 4096;
 
 const _: () = assert!(BLOCK_SIZE_MAX as usize + (64 << 10) <= PAYLOAD_SIZE_MAX);
-const _: () = assert!(BLOCK_SIZE_MAX % HASH_GROUP_SIZE == 0);
+const _: () = assert!(BLOCK_SIZE_MAX.is_multiple_of(HASH_GROUP_SIZE));
 const _: () = assert!(PIECES_PER_CHUNK_COMPACT < PIECES_PER_CHUNK_MAX);
 const _: () = assert!(HASH_LIST_MAX * 64 <= HEADER_SIZE_MAX);
 const _: () = assert!(COMMIT_PIECES_MAX * 128 <= HEADER_SIZE_MAX);

@@ -3,15 +3,57 @@
 //! Every operation is a future that is ready at the first poll when memory can answer it: the FUSE adapter polls
 //! once on its own thread and hands over to the runtime only what must wait for the network.
 
-use bytes::Bytes;
+mod data;
+mod directory;
+mod duties;
+mod inode;
+mod namespace;
+mod open;
+mod shared;
+
+use std::{
+    collections::HashMap,
+    sync::{
+        Arc,
+        atomic::{AtomicU64, Ordering},
+    },
+    time::Duration,
+};
+
 use holdfast_common::{
     Attr, DirEntry, Ino, Kind,
-    wire::meta::{RenameMode, SetAttr, StatFs, XattrMode},
+    net::{Endpoint, Peers},
+};
+use parking_lot::Mutex;
+use tokio::sync::Semaphore;
+
+use self::{
+    directory::OpenDirectory,
+    inode::Inode,
+    open::{OpenFile, Releases},
+    shared::{Shared, UPLOADS_IN_FLIGHT_MAX},
+};
+pub use self::{duties::Duties, shared::ClockDebug};
+use crate::{
+    read::fetch::Fetcher,
+    remote::{
+        blocks::BlockClient,
+        meta::{MetaClient, MountName},
+    },
+    write::{budget::DirtyBudget, commit::Committer},
 };
 
 /// What a program sees when an operation fails: an errno of `libc`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Errno(pub i32);
+
+impl std::fmt::Display for Errno {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        std::io::Error::from_raw_os_error(self.0).fmt(f)
+    }
+}
+
+impl std::error::Error for Errno {}
 
 pub type FsResult<T> = Result<T, Errno>;
 
@@ -52,130 +94,107 @@ pub struct DirectoryPage {
     pub end: bool,
 }
 
+/// The bounds of one mount.
+#[derive(Clone, Copy, Debug)]
+pub struct FsOptions {
+    /// Verified blocks in memory, bytes.
+    pub cache_bytes: u64,
+    /// Written and not yet stored, bytes: past it writers wait.
+    pub dirty_bytes: u64,
+    /// How long an operation waits for servers before it fails with `EIO`.
+    pub io_timeout: Duration,
+    /// How long the first contact may take.
+    pub connect_timeout: Duration,
+}
+
 /// The mounted filesystem, in place of a kernel's view of it.
 #[derive(Debug)]
-pub struct Fs {}
+pub struct Fs {
+    shared: Arc<Shared>,
+    /// Files that are open here or have bytes on their way.
+    inodes: Mutex<HashMap<Ino, Arc<Inode>>>,
+    files: Mutex<HashMap<FileHandle, Arc<OpenFile>>>,
+    directories: Mutex<HashMap<FileHandle, Arc<OpenDirectory>>>,
+    next_handle: AtomicU64,
+    /// The version of the data that the kernel's pages of each inode show, until the kernel forgets it.
+    kernel_versions: Mutex<HashMap<Ino, u64>>,
+    releases: Releases,
+    read_ahead_max: u32,
+}
 
-#[allow(unused_variables, reason = "signatures first")]
-#[allow(clippy::unused_async, reason = "signatures first")]
 impl Fs {
+    /// Opens a session with the metadata server at `server`, on the current runtime. `Duties` has to be run beside it.
+    /// The error is one sentence.
+    pub async fn connect(
+        peers: Arc<dyn Peers>,
+        server: Endpoint,
+        name: MountName,
+        options: FsOptions,
+        clock: Arc<dyn ClockDebug>,
+    ) -> Result<Arc<Self>, String> {
+        let meta =
+            MetaClient::connect(Arc::clone(&peers), server, name, options.io_timeout, options.connect_timeout).await?;
+        let blocks = BlockClient::new(peers, Arc::clone(&meta), options.io_timeout);
+        let shared = Shared {
+            committer: Committer::start(&meta),
+            fetcher: Fetcher::new(Arc::clone(&blocks), options.cache_bytes),
+            meta,
+            blocks,
+            budget: DirtyBudget::new(options.dirty_bytes),
+            upload_slots: Semaphore::new(UPLOADS_IN_FLIGHT_MAX),
+            io_timeout: options.io_timeout,
+            clock,
+        };
+        Ok(Arc::new(Self {
+            shared: Arc::new(shared),
+            inodes: Mutex::default(),
+            files: Mutex::default(),
+            directories: Mutex::default(),
+            next_handle: AtomicU64::new(1),
+            kernel_versions: Mutex::default(),
+            releases: Releases::default(),
+            read_ahead_max: read_ahead_max(options.cache_bytes),
+        }))
+    }
+
     /// How long the kernel may trust attributes and names.
-    pub fn attribute_timeout(&self) -> std::time::Duration {
-        std::time::Duration::from_secs(1)
+    pub fn attribute_timeout(&self) -> Duration {
+        inode::ATTRIBUTE_LIFE
     }
-    pub async fn lookup(&self, parent: Ino, name: &[u8]) -> FsResult<Attr> {
-        Err(Errno(libc::ENOSYS))
+
+    /// Bytes written and not yet stored.
+    pub fn dirty_bytes(&self) -> u64 {
+        self.shared.budget.used()
     }
-    /// The kernel forgot the inode: cached state of it may go.
-    pub fn forget(&self, ino: Ino) {}
-    pub async fn getattr(&self, ino: Ino) -> FsResult<Attr> {
-        Err(Errno(libc::ENOSYS))
+
+    /// Bytes of verified blocks in memory.
+    pub fn cached_bytes(&self) -> u64 {
+        self.shared.fetcher.cached_bytes()
     }
-    pub async fn setattr(&self, caller: Caller, ino: Ino, set: SetAttr) -> FsResult<Attr> {
-        Err(Errno(libc::ENOSYS))
+
+    fn new_handle(&self) -> FileHandle {
+        FileHandle(self.next_handle.fetch_add(1, Ordering::Relaxed))
     }
-    pub async fn readlink(&self, ino: Ino) -> FsResult<Vec<u8>> {
-        Err(Errno(libc::ENOSYS))
+
+    fn inode(&self, ino: Ino) -> Option<Arc<Inode>> {
+        self.inodes.lock().get(&ino).cloned()
     }
-    /// mkdir, mknod, symlink.
-    pub async fn make(&self, caller: Caller, parent: Ino, name: &[u8], request: MakeRequest) -> FsResult<Attr> {
-        Err(Errno(libc::ENOSYS))
+
+    /// Lets the state of a known file follow what the server said of it.
+    fn learn(&self, attr: Attr) -> Attr {
+        match self.inode(attr.ino) {
+            Some(inode) => {
+                let mut state = inode.lock();
+                state.learn(attr);
+                state.attr()
+            }
+            None => attr,
+        }
     }
-    /// open(2) with O_CREAT. `flags` are open(2)'s.
-    pub async fn create(
-        &self,
-        caller: Caller,
-        parent: Ino,
-        name: &[u8],
-        mode: u32,
-        flags: i32,
-    ) -> FsResult<(Attr, Opened)> {
-        Err(Errno(libc::ENOSYS))
-    }
-    pub async fn link(&self, ino: Ino, parent: Ino, name: &[u8]) -> FsResult<Attr> {
-        Err(Errno(libc::ENOSYS))
-    }
-    pub async fn unlink(&self, parent: Ino, name: &[u8]) -> FsResult<()> {
-        Err(Errno(libc::ENOSYS))
-    }
-    pub async fn rmdir(&self, parent: Ino, name: &[u8]) -> FsResult<()> {
-        Err(Errno(libc::ENOSYS))
-    }
-    pub async fn rename(&self, from: Ino, from_name: &[u8], to: Ino, to_name: &[u8], mode: RenameMode) -> FsResult<()> {
-        Err(Errno(libc::ENOSYS))
-    }
-    pub async fn open(&self, caller: Caller, ino: Ino, flags: i32) -> FsResult<Opened> {
-        Err(Errno(libc::ENOSYS))
-    }
-    /// At most `size` bytes from `offset`, shorter only at the end of the file.
-    pub async fn read(&self, ino: Ino, handle: FileHandle, offset: u64, size: u32) -> FsResult<Bytes> {
-        Err(Errno(libc::ENOSYS))
-    }
-    /// All of `data` is accepted, or none.
-    pub async fn write(&self, caller: Caller, ino: Ino, handle: FileHandle, offset: u64, data: Bytes) -> FsResult<()> {
-        Err(Errno(libc::ENOSYS))
-    }
-    /// close(2) of one descriptor: what was written is visible to everyone when this returns.
-    pub async fn flush(&self, ino: Ino, handle: FileHandle) -> FsResult<()> {
-        Err(Errno(libc::ENOSYS))
-    }
-    pub async fn fsync(&self, ino: Ino, handle: FileHandle, data_only: bool) -> FsResult<()> {
-        Err(Errno(libc::ENOSYS))
-    }
-    /// The last close of this open.
-    pub async fn release(&self, ino: Ino, handle: FileHandle) {}
-    pub async fn opendir(&self, ino: Ino) -> FsResult<FileHandle> {
-        Err(Errno(libc::ENOSYS))
-    }
-    /// Entries after `cookie` (0: from the start); `plus`: with attributes.
-    pub async fn readdir(&self, ino: Ino, handle: FileHandle, cookie: u64, plus: bool) -> FsResult<DirectoryPage> {
-        Err(Errno(libc::ENOSYS))
-    }
-    pub fn releasedir(&self, ino: Ino, handle: FileHandle) {}
-    /// Names made and removed before are durable when this returns.
-    pub async fn fsyncdir(&self, ino: Ino) -> FsResult<()> {
-        Err(Errno(libc::ENOSYS))
-    }
-    pub async fn statfs(&self) -> FsResult<StatFs> {
-        Err(Errno(libc::ENOSYS))
-    }
-    pub async fn setxattr(&self, ino: Ino, name: &[u8], value: &[u8], mode: XattrMode) -> FsResult<()> {
-        Err(Errno(libc::ENOSYS))
-    }
-    pub async fn getxattr(&self, ino: Ino, name: &[u8]) -> FsResult<Vec<u8>> {
-        Err(Errno(libc::ENOSYS))
-    }
-    pub async fn listxattr(&self, ino: Ino) -> FsResult<Vec<Vec<u8>>> {
-        Err(Errno(libc::ENOSYS))
-    }
-    pub async fn removexattr(&self, ino: Ino, name: &[u8]) -> FsResult<()> {
-        Err(Errno(libc::ENOSYS))
-    }
-    /// SEEK_DATA (`hole: false`) and SEEK_HOLE.
-    pub async fn seek(&self, ino: Ino, offset: u64, hole: bool) -> FsResult<u64> {
-        Err(Errno(libc::ENOSYS))
-    }
-    /// fallocate(2) with its `mode` bits.
-    pub async fn fallocate(&self, ino: Ino, handle: FileHandle, offset: u64, length: u64, mode: i32) -> FsResult<()> {
-        Err(Errno(libc::ENOSYS))
-    }
-    pub async fn copy_file_range(
-        &self,
-        from: Ino,
-        from_offset: u64,
-        to: Ino,
-        to_offset: u64,
-        length: u64,
-    ) -> FsResult<u64> {
-        Err(Errno(libc::ENOSYS))
-    }
-    /// Everything written through this mount is visible, and with `durable` durable, when this returns.
-    /// Errors that no descriptor is left to hear are logged.
-    pub async fn sync_all(&self, durable: bool) -> FsResult<()> {
-        Err(Errno(libc::ENOSYS))
-    }
-    /// Flushes everything and ends the session. For unmount.
-    pub async fn shutdown(&self) -> FsResult<()> {
-        Err(Errno(libc::ENOSYS))
-    }
+}
+
+/// Chunks that one reader may have in flight ahead of it: at most an eighth of the cache, so that four readers do not
+/// push out what they have fetched for each other.
+fn read_ahead_max(cache_bytes: u64) -> u32 {
+    u32::try_from(cache_bytes >> 23).unwrap_or(u32::MAX).clamp(2, 16)
 }

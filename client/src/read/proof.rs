@@ -10,7 +10,8 @@ use bytes::{Bytes, BytesMut};
 use holdfast_common::{BlockHash, limits::HASH_GROUP_SIZE};
 
 /// log2 of the hash chunks (1 KiB) in a group.
-const GROUP_LOG: u8 = (HASH_GROUP_SIZE / 1024).ilog2() as u8;
+const GROUP_LOG: u8 = 4;
+const _: () = assert!(1024 << GROUP_LOG == HASH_GROUP_SIZE);
 
 /// The bytes that arrived do not prove to be that part of that block.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]

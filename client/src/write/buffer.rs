@@ -148,12 +148,16 @@ impl DirtyChunk {
         newer_bytes - grown
     }
 
-    /// Copies the bytes of `range` that are here into `out`, whose first byte is that of `range`.
-    pub fn overlay(&self, range: &Range<u32>, out: &mut [u8]) {
+    /// Copies of the runs that touch `range`, cut to it.
+    pub fn runs_in(&self, range: &Range<u32>) -> Vec<(u32, Bytes)> {
         let first = self.run_reaching(range.start).unwrap_or(range.start);
-        for (start, bytes) in self.extents.range(first..range.end) {
-            copy_overlap(*start, bytes, range, out);
-        }
+        let cut = |(start, bytes): (&u32, &BytesMut)| {
+            let from = (*start).max(range.start);
+            let to = (start + length(bytes)).min(range.end);
+            let within = from.saturating_sub(*start) as usize..to.saturating_sub(*start) as usize;
+            (from < to).then(|| (from, Bytes::copy_from_slice(&bytes[within])))
+        };
+        self.extents.range(first..range.end).filter_map(cut).collect()
     }
 
     /// The bytes of `range`, if one run has them all.
@@ -245,7 +249,9 @@ mod tests {
                 prop_assert!(runs.windows(2).all(|pair| pair[0].1 < pair[1].0), "runs touch: {:?}", runs);
                 for a in 0..SPAN {
                     let mut out = vec![0; (SPAN - a) as usize];
-                    chunk.overlay(&(a..SPAN), &mut out);
+                    for (start, run) in chunk.runs_in(&(a..SPAN)) {
+                        copy_overlap(start, &run, &(a..SPAN), &mut out);
+                    }
                     let expected: Vec<u8> = model[a as usize..].iter().map(|byte| byte.unwrap_or(0)).collect();
                     prop_assert_eq!(out, expected);
                     prop_assert_eq!(chunk.touches(&(a..a + 1)), model[a as usize].is_some());

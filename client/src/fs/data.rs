@@ -1,0 +1,227 @@
+//! The bytes of files: read, write, flush, fsync.
+
+use std::{ops::Range, sync::Arc};
+
+use bytes::{Bytes, BytesMut};
+use holdfast_common::{
+    ChunkIndex, Ino,
+    limits::{CHUNK_SIZE, FILE_SIZE_MAX},
+};
+use tracing::warn;
+
+use super::{
+    Caller, Errno, FileHandle, Fs, FsResult,
+    inode::{ChunkPlan, Inode, Which, split},
+    open::OpenFile,
+};
+
+impl Fs {
+    /// At most `size` bytes from `offset`, shorter only at the end of the file.
+    pub async fn read(&self, _ino: Ino, handle: FileHandle, offset: u64, size: u32) -> FsResult<Bytes> {
+        let file = self.file(handle)?;
+        let file_size = file.inode.lock().size();
+        let end = offset.saturating_add(u64::from(size)).min(file_size);
+        if offset >= end {
+            return Ok(Bytes::new());
+        }
+        let sequential = self.read_ahead(&file, offset, end, file_size);
+        let (first, from) = split(offset);
+        let (last, to) = split(end - 1);
+        if first == last {
+            return self.read_chunk(&file.inode, first, from..to + 1, sequential).await;
+        }
+        self.read_chunks(&file.inode, offset..end, sequential).await
+    }
+
+    async fn read_chunks(&self, inode: &Arc<Inode>, range: Range<u64>, sequential: bool) -> FsResult<Bytes> {
+        let reads = chunk_ranges(&range).map(|(chunk, within)| self.read_chunk(inode, chunk, within, sequential));
+        let mut joined = BytesMut::new();
+        for bytes in futures_util::future::join_all(reads).await {
+            joined.extend_from_slice(&bytes?);
+        }
+        Ok(joined.freeze())
+    }
+
+    async fn read_chunk(
+        &self,
+        inode: &Arc<Inode>,
+        chunk: ChunkIndex,
+        within: Range<u32>,
+        sequential: bool,
+    ) -> FsResult<Bytes> {
+        loop {
+            let plan = inode.lock().plan(chunk, within.clone());
+            match plan {
+                ChunkPlan::Bytes(bytes) => return Ok(bytes),
+                ChunkPlan::UnknownMap => self.shared.load_map(inode, chunk).await?,
+                ChunkPlan::Assemble(assembly) => return self.shared.assemble(assembly, sequential).await,
+            }
+        }
+    }
+
+    /// Notes a read, starts fetching what comes next, and tells whether the reader is sequential.
+    fn read_ahead(&self, file: &Arc<OpenFile>, offset: u64, end: u64, size: u64) -> bool {
+        let advice = file.ahead.lock().note(offset, end, size, self.read_ahead_max);
+        for chunk in advice.prefetch {
+            let (shared, inode) = (Arc::clone(&self.shared), Arc::clone(&file.inode));
+            tokio::spawn(async move {
+                if let Err(error) = shared.prefetch(&inode, ChunkIndex(chunk)).await {
+                    // The read itself will meet the error, and report it.
+                    tracing::debug!(ino = %inode.ino, chunk, ?error, "read-ahead failed");
+                }
+            });
+        }
+        advice.sequential
+    }
+
+    /// All of `data` is accepted, or none.
+    pub async fn write(&self, _caller: Caller, ino: Ino, handle: FileHandle, offset: u64, data: Bytes) -> FsResult<()> {
+        let file = self.file(handle)?;
+        if data.is_empty() {
+            return Ok(());
+        }
+        let end = offset.checked_add(data.len() as u64).filter(|end| *end <= FILE_SIZE_MAX);
+        end.ok_or(Errno(libc::EFBIG))?;
+        self.wait_for_room().await?;
+        let (grown, full) = file.inode.lock().write(offset, data, self.shared.clock.now());
+        self.shared.budget.add(grown);
+        if full {
+            self.shared.start_uploads(&file.inode, Which::Full, false);
+        }
+        if file.flags & (libc::O_SYNC | libc::O_DSYNC) != 0 {
+            return self.fsync(ino, handle, true).await;
+        }
+        Ok(())
+    }
+
+    /// Past the bound on dirty bytes a writer waits until some have been stored.
+    async fn wait_for_room(&self) -> FsResult<()> {
+        if self.shared.budget.has_room() {
+            return Ok(());
+        }
+        self.write_out_old(std::time::Duration::ZERO);
+        if self.shared.budget.wait_for_room(self.shared.io_timeout).await {
+            return Ok(());
+        }
+        warn!(dirty = self.dirty_bytes(), "a write found no room: what was written before could not be stored");
+        Err(Errno(libc::EIO))
+    }
+
+    /// Starts storing what has been dirty for longer than `age`.
+    pub(super) fn write_out_old(&self, age: std::time::Duration) {
+        let inodes: Vec<Arc<Inode>> = self.inodes.lock().values().cloned().collect();
+        for inode in inodes {
+            let old = inode.lock().dirty_since().is_some_and(|since| since.elapsed() >= age);
+            if old {
+                self.shared.start_uploads(&inode, Which::All, false);
+            }
+        }
+    }
+
+    /// close(2) of one descriptor: what was written is visible to everyone when this returns.
+    pub async fn flush(&self, _ino: Ino, handle: FileHandle) -> FsResult<()> {
+        let file = self.file(handle)?;
+        if !file.inode.lock().is_clean() {
+            self.shared.write_out(&file.inode, false).await;
+        }
+        self.tell_error(&file)
+    }
+
+    /// What was written to the file before is on stable storage of its servers, and the metadata that name it are, when this
+    /// returns. With `data_only` as well: the size and the map are part of what makes data readable.
+    pub async fn fsync(&self, _ino: Ino, handle: FileHandle, _data_only: bool) -> FsResult<()> {
+        let file = self.file(handle)?;
+        let errors = file.inode.lock().errors();
+        self.shared.write_out(&file.inode, true).await;
+        if file.inode.lock().errors() == errors {
+            let position = file.inode.lock().last_position;
+            if !self.shared.meta.is_durable(position) {
+                self.shared.meta.barrier().await?;
+            }
+        }
+        self.tell_error(&file)
+    }
+
+    fn tell_error(&self, file: &OpenFile) -> FsResult<()> {
+        let error = file.inode.lock().unheard_error(&mut file.errors_heard.lock());
+        error.map_or(Ok(()), Err)
+    }
+
+    /// Everything written through this mount is visible, and with `durable` durable, when this returns.
+    pub async fn sync_all(&self, durable: bool) -> FsResult<()> {
+        let inodes: Vec<Arc<Inode>> = self.inodes.lock().values().cloned().collect();
+        let settle = inodes.iter().map(|inode| self.settle(inode));
+        let results = futures_util::future::join_all(settle).await;
+        results.into_iter().collect::<FsResult<Vec<()>>>()?;
+        if durable {
+            self.shared.meta.barrier().await?;
+        }
+        Ok(())
+    }
+
+    /// Flushes everything and ends the session. For unmount.
+    pub async fn shutdown(&self) -> FsResult<()> {
+        let flushed = self.sync_all(true).await;
+        if let Err(error) = &flushed {
+            tracing::error!(
+                dirty = self.dirty_bytes(),
+                ?error,
+                "data could not be stored before unmounting and are lost"
+            );
+        }
+        if let Err(error) = self.shared.meta.close().await {
+            warn!(?error, "the session could not be closed; it will expire");
+        }
+        flushed
+    }
+}
+
+impl super::shared::Shared {
+    /// Brings one chunk's blocks into the cache.
+    async fn prefetch(&self, inode: &Arc<Inode>, chunk: ChunkIndex) -> FsResult<()> {
+        loop {
+            let plan = inode.lock().plan(chunk, 0..holdfast_common::limits::BLOCK_SIZE_MAX);
+            match plan {
+                ChunkPlan::Bytes(_) => return Ok(()),
+                ChunkPlan::UnknownMap => self.load_map(inode, chunk).await?,
+                ChunkPlan::Assemble(assembly) => {
+                    for (_, place) in &assembly.parts {
+                        self.fetcher.whole(place).await?;
+                    }
+                    return Ok(());
+                }
+            }
+        }
+    }
+}
+
+/// The chunks that `range` reaches into, and where.
+fn chunk_ranges(range: &Range<u64>) -> impl Iterator<Item = (ChunkIndex, Range<u32>)> + use<> {
+    let (start, end) = (range.start, range.end);
+    let mut at = start;
+    std::iter::from_fn(move || {
+        if at >= end {
+            return None;
+        }
+        let (chunk, from) = split(at);
+        let to = end.min(at - u64::from(from) + CHUNK_SIZE);
+        let length = u32::try_from(to - at).unwrap_or(0);
+        at = to;
+        Some((chunk, from..from + length))
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_range_is_cut_at_chunk_borders() {
+        let cut = |range: Range<u64>| chunk_ranges(&range).map(|(chunk, within)| (chunk.0, within)).collect::<Vec<_>>();
+        let mib = 1 << 20;
+        assert_eq!(cut(5..9), [(0, 5..9)]);
+        assert_eq!(cut(mib - 1..mib + 1), [(0, (1 << 20) - 1..1 << 20), (1, 0..1)]);
+        assert_eq!(cut(mib..3 * mib), [(1, 0..1 << 20), (2, 0..1 << 20)]);
+        assert_eq!(cut(7..7), []);
+    }
+}

@@ -1,0 +1,70 @@
+//! What a mount does without being asked: storing what is old, renewing its session, telling what it has closed.
+
+use std::{sync::Arc, time::Duration};
+
+use tracing::warn;
+
+use super::Fs;
+
+/// Written bytes are stored at the latest after this, fsynced or not.
+const DIRTY_AGE_MAX: Duration = Duration::from_secs(1);
+const TICK: Duration = Duration::from_millis(200);
+/// Idle files looked at in one tick to find those that can be forgotten.
+const SWEEP_MIN: usize = 64;
+
+/// The background work of one mount.
+#[derive(Debug)]
+pub struct Duties;
+
+impl Duties {
+    /// Runs until the filesystem is dropped by everyone else or the future is.
+    pub async fn run(fs: Arc<Fs>) {
+        tokio::join!(Self::storing(&fs), Self::renewing(&fs), Self::releasing(&fs));
+    }
+
+    async fn storing(fs: &Arc<Fs>) {
+        loop {
+            tokio::time::sleep(TICK).await;
+            let age = if fs.shared.budget.is_pressed() { Duration::ZERO } else { DIRTY_AGE_MAX };
+            fs.write_out_old(age);
+            fs.sweep();
+        }
+    }
+
+    async fn renewing(fs: &Arc<Fs>) {
+        loop {
+            tokio::time::sleep(fs.shared.meta.renew_every()).await;
+            if let Err(error) = fs.shared.meta.renew(fs.dirty_bytes(), fs.shared.blocks.repairs()).await {
+                warn!(?error, "the session could not be renewed");
+            }
+        }
+    }
+
+    async fn releasing(fs: &Arc<Fs>) {
+        loop {
+            tokio::time::sleep(TICK).await;
+            let released = fs.releases.take();
+            if !released.is_empty()
+                && let Err(error) = fs.shared.meta.released(released).await
+            {
+                warn!(?error, "the server still counts closed files as open, until this session ends");
+            }
+            fs.releases.told();
+        }
+    }
+}
+
+impl Fs {
+    /// Forgets files that were closed before their last bytes were stored, and have been since.
+    fn sweep(&self) {
+        let closed: Vec<_> = {
+            let inodes = self.inodes.lock();
+            let idle = inodes.values().filter(|inode| {
+                let state = inode.lock();
+                state.opens == 0 && state.is_clean()
+            });
+            idle.take(SWEEP_MIN.max(inodes.len() / 4)).cloned().collect()
+        };
+        closed.iter().for_each(|inode| self.drop_if_idle(inode));
+    }
+}

@@ -1,0 +1,193 @@
+//! Opening and closing: what is open here, and what the metadata server should know of it.
+
+use std::{collections::HashSet, sync::Arc};
+
+use holdfast_common::{
+    Attr, ChunkIndex, Ino, Kind,
+    wire::meta::{MetaAnswer, SetAttr},
+};
+use parking_lot::Mutex;
+use tokio::sync::Notify;
+
+use super::{
+    Caller, Errno, FileHandle, Fs, FsResult, MakeRequest, Opened,
+    inode::{Inode, PAGES_UNKNOWN},
+    shared::chunks_of,
+};
+use crate::{
+    read::{ahead::ReadAhead, map::KnownMap},
+    remote::meta::unexpected,
+};
+
+/// Chunks whose map comes with the open.
+const CHUNKS_WITH_OPEN: u32 = 16;
+
+/// One open of a file.
+#[derive(Debug)]
+pub(super) struct OpenFile {
+    pub inode: Arc<Inode>,
+    /// open(2)'s.
+    pub flags: i32,
+    /// Write errors up to this one have been told to this descriptor.
+    pub errors_heard: Mutex<u64>,
+    pub ahead: Mutex<ReadAhead>,
+}
+
+/// Inodes that are no longer open here and that the server still counts as open.
+#[derive(Debug, Default)]
+pub(super) struct Releases {
+    state: Mutex<ReleaseState>,
+    sent: Notify,
+}
+
+#[derive(Debug, Default)]
+struct ReleaseState {
+    waiting: HashSet<Ino>,
+    /// On their way in a message: an open of one of these has to wait, or the server might see both in the wrong order.
+    in_flight: HashSet<Ino>,
+}
+
+impl Releases {
+    fn add(&self, ino: Ino) {
+        self.state.lock().waiting.insert(ino);
+    }
+
+    /// Before an open: the server goes on counting the inode as open, or has heard that it is not.
+    async fn withdraw(&self, ino: Ino) {
+        loop {
+            let sent = self.sent.notified();
+            tokio::pin!(sent);
+            sent.as_mut().enable();
+            {
+                let mut state = self.state.lock();
+                state.waiting.remove(&ino);
+                if !state.in_flight.contains(&ino) {
+                    return;
+                }
+            }
+            sent.await;
+        }
+    }
+
+    pub(super) fn take(&self) -> Vec<Ino> {
+        let mut state = self.state.lock();
+        state.in_flight = std::mem::take(&mut state.waiting);
+        state.in_flight.iter().copied().collect()
+    }
+
+    pub(super) fn told(&self) {
+        self.state.lock().in_flight.clear();
+        self.sent.notify_waiters();
+    }
+}
+
+impl Fs {
+    /// open(2) with O_CREAT. `flags` are open(2)'s.
+    pub async fn create(
+        &self,
+        caller: Caller,
+        parent: Ino,
+        name: &[u8],
+        mode: u32,
+        flags: i32,
+    ) -> FsResult<(Attr, Opened)> {
+        let request = MakeRequest { kind: Kind::File, mode, rdev: 0, target: Vec::new() };
+        let exclusive = flags & libc::O_EXCL != 0;
+        let (attr, created) = self.make_inode(caller, parent, name, request, exclusive, true).await?;
+        if !created {
+            return self.open_existing(caller, attr, flags).await;
+        }
+        self.shared.meta.opened(attr.ino);
+        let inode = Inode::new(attr, KnownMap::empty(attr.data_version), attr.data_version);
+        self.inodes.lock().insert(attr.ino, Arc::clone(&inode));
+        let handle = self.add_file(inode, flags);
+        Ok((attr, Opened { handle, keep_cache: true }))
+    }
+
+    /// Someone else made the name between the kernel's lookup and the create.
+    async fn open_existing(&self, caller: Caller, attr: Attr, flags: i32) -> FsResult<(Attr, Opened)> {
+        match attr.kind {
+            Kind::File => {}
+            Kind::Directory => return Err(Errno(libc::EISDIR)),
+            _ => return Err(Errno(libc::EEXIST)),
+        }
+        let opened = self.open(caller, attr.ino, flags).await?;
+        if flags & libc::O_TRUNC == 0 {
+            return Ok((self.getattr(attr.ino).await?, opened));
+        }
+        let truncated = self.setattr(caller, attr.ino, SetAttr { size: Some(0), ..SetAttr::default() }).await;
+        if truncated.is_err() {
+            self.release(attr.ino, opened.handle).await;
+        }
+        Ok((truncated?, opened))
+    }
+
+    pub async fn open(&self, _caller: Caller, ino: Ino, flags: i32) -> FsResult<Opened> {
+        self.releases.withdraw(ino).await;
+        let (attr, map) = match self.shared.meta.open(ino, CHUNKS_WITH_OPEN).await? {
+            MetaAnswer::Opened { attr, map } => (attr, map),
+            other => return Err(unexpected(&other)),
+        };
+        let inode = {
+            let mut inodes = self.inodes.lock();
+            let pages = || self.kernel_versions.lock().remove(&ino).unwrap_or(PAGES_UNKNOWN);
+            Arc::clone(inodes.entry(ino).or_insert_with(|| Inode::new(attr, KnownMap::default(), pages())))
+        };
+        let keep_cache = {
+            let mut state = inode.lock();
+            state.learn(attr);
+            state.map.learn(ChunkIndex(0), CHUNKS_WITH_OPEN, chunks_of(attr.size), map);
+            state.show_pages(attr.data_version)
+        };
+        let handle = self.add_file(inode, flags);
+        Ok(Opened { handle, keep_cache })
+    }
+
+    fn add_file(&self, inode: Arc<Inode>, flags: i32) -> FileHandle {
+        let errors_heard = {
+            let mut state = inode.lock();
+            state.opens += 1;
+            Mutex::new(state.errors())
+        };
+        let handle = self.new_handle();
+        let file = OpenFile { inode, flags, errors_heard, ahead: Mutex::default() };
+        self.files.lock().insert(handle, Arc::new(file));
+        handle
+    }
+
+    pub(super) fn file(&self, handle: FileHandle) -> FsResult<Arc<OpenFile>> {
+        self.files.lock().get(&handle).cloned().ok_or(Errno(libc::EBADF))
+    }
+
+    /// The last close of this open. What is still dirty is stored in the background.
+    #[expect(clippy::unused_async, reason = "a release may come to wait; its callers need not change then")]
+    pub async fn release(&self, _ino: Ino, handle: FileHandle) {
+        let Some(file) = self.files.lock().remove(&handle) else { return };
+        let closed = {
+            let mut state = file.inode.lock();
+            state.opens -= 1;
+            state.opens == 0
+        };
+        if !closed {
+            return;
+        }
+        self.shared.start_uploads(&file.inode, super::inode::Which::All, false);
+        self.releases.add(file.inode.ino);
+        self.drop_if_idle(&file.inode);
+    }
+
+    /// Forgets a file that is neither open nor dirty.
+    pub(super) fn drop_if_idle(&self, inode: &Arc<Inode>) {
+        let mut inodes = self.inodes.lock();
+        let idle = {
+            let state = inode.lock();
+            state.opens == 0 && state.is_clean()
+        };
+        if idle && inodes.get(&inode.ino).is_some_and(|known| Arc::ptr_eq(known, inode)) {
+            inodes.remove(&inode.ino);
+            if let Some(version) = inode.lock().pages_version() {
+                self.kernel_versions.lock().insert(inode.ino, version);
+            }
+        }
+    }
+}

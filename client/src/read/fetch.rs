@@ -1,0 +1,108 @@
+//! Verified bytes of blocks: from the cache, or from the servers into the cache.
+
+use std::{collections::HashMap, ops::Range, sync::Arc};
+
+use bytes::{Bytes, BytesMut};
+use holdfast_common::{BlockHash, limits::HASH_GROUP_SIZE, wire::meta::BlockPlace};
+use parking_lot::Mutex;
+
+use crate::{cache::BlockCache, fs::FsResult, remote::blocks::BlockClient};
+
+/// A block no longer than this is fetched whole: the proof and the round trips cost more than its bytes.
+const WHOLE_MAX: u32 = 64 << 10;
+/// After this many partial reads of one block the rest is fetched too.
+const PARTIAL_READS_MAX: u8 = 8;
+/// Blocks whose partial reads are counted at a time.
+const COUNTED_MAX: usize = 8192;
+
+#[derive(Debug)]
+pub struct Fetcher {
+    blocks: Arc<BlockClient>,
+    cache: BlockCache,
+    partial_reads: Mutex<HashMap<BlockHash, u8>>,
+}
+
+impl Fetcher {
+    /// `cache_bytes`: for verified blocks.
+    pub fn new(blocks: Arc<BlockClient>, cache_bytes: u64) -> Self {
+        Self { blocks, cache: BlockCache::new(cache_bytes), partial_reads: Mutex::default() }
+    }
+
+    pub fn cached_bytes(&self) -> u64 {
+        self.cache.bytes()
+    }
+
+    /// Bytes `within` of a block, if they are in memory.
+    pub fn cached(&self, block: BlockHash, within: &Range<u32>) -> Option<Bytes> {
+        if let Some(whole) = self.cache.whole(block) {
+            return slice(&whole, within);
+        }
+        self.cached_groups(block, within)
+    }
+
+    fn cached_groups(&self, block: BlockHash, within: &Range<u32>) -> Option<Bytes> {
+        let first = within.start / HASH_GROUP_SIZE;
+        let last = (within.end - 1) / HASH_GROUP_SIZE;
+        if first == last {
+            let base = first * HASH_GROUP_SIZE;
+            return slice(&self.cache.group(block, first)?, &(within.start - base..within.end - base));
+        }
+        let mut joined = BytesMut::with_capacity(within.len() + 2 * HASH_GROUP_SIZE as usize);
+        for group in first..=last {
+            joined.extend_from_slice(&self.cache.group(block, group)?);
+        }
+        let base = first * HASH_GROUP_SIZE;
+        slice(&joined.freeze(), &(within.start - base..within.end - base))
+    }
+
+    /// Bytes `within` of a block. `sequential`: the rest of the block will be wanted too.
+    pub async fn bytes(&self, place: &BlockPlace, within: &Range<u32>, sequential: bool) -> FsResult<Bytes> {
+        if let Some(bytes) = self.cached(place.hash, within) {
+            return Ok(bytes);
+        }
+        if sequential || place.length <= WHOLE_MAX || self.is_read_often(place.hash) {
+            let whole = self.whole(place).await?;
+            return slice(&whole, within).ok_or(crate::fs::Errno(libc::EIO));
+        }
+        let (start, part) = self.blocks.get_range(place, within.clone()).await?;
+        self.keep_groups(place.hash, start, &part);
+        slice(&part, &(within.start - start..within.end - start)).ok_or(crate::fs::Errno(libc::EIO))
+    }
+
+    /// All of a block; those who ask at once share one fetch.
+    pub async fn whole(&self, place: &BlockPlace) -> FsResult<Bytes> {
+        match self.cache.whole_or_right(place.hash).await {
+            Ok(bytes) => Ok(bytes),
+            Err(right) => {
+                let block = self.blocks.get(place).await?;
+                let bytes = block.bytes().clone();
+                // Refused only if someone else has put the same block there meanwhile.
+                let _same_block = right.insert(bytes.clone());
+                Ok(bytes)
+            }
+        }
+    }
+
+    fn keep_groups(&self, block: BlockHash, start: u32, part: &Bytes) {
+        let first = start / HASH_GROUP_SIZE;
+        for (group, bytes) in (first..).zip(part.chunks(HASH_GROUP_SIZE as usize)) {
+            // A copy of its own, so that a cached group does not keep the whole answer alive.
+            self.cache.insert_group(block, group, Bytes::copy_from_slice(bytes));
+        }
+    }
+
+    fn is_read_often(&self, block: BlockHash) -> bool {
+        let mut counts = self.partial_reads.lock();
+        if counts.len() >= COUNTED_MAX {
+            counts.clear();
+        }
+        let count = counts.entry(block).or_insert(0);
+        *count = count.saturating_add(1);
+        *count > PARTIAL_READS_MAX
+    }
+}
+
+fn slice(bytes: &Bytes, within: &Range<u32>) -> Option<Bytes> {
+    let range = within.start as usize..within.end as usize;
+    (range.end <= bytes.len()).then(|| bytes.slice(range))
+}
