@@ -3,12 +3,14 @@
 pub mod block;
 pub mod clock;
 pub mod cluster;
+pub mod config;
 pub mod disk;
 pub mod limits;
 pub mod net;
 pub mod pieces;
 pub mod placement;
 pub mod refusal;
+pub mod telemetry;
 pub mod types;
 pub mod wire;
 

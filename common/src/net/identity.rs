@@ -72,13 +72,15 @@ impl PeerIdentity {
         let id = labels.next()?.parse().ok()?;
         let role = labels.next()?.parse().ok()?;
         let cluster = parse_cluster(labels.next()?)?;
-        (labels.next()? == "holdfast" && labels.next().is_none())
-            .then_some(Self { cluster, node: NodeName { role, id } })
+        let identity = Self { cluster, node: NodeName { role, id } };
+        // One name for one node: "+7" and "007" parse as numbers, too.
+        (identity.dns_name() == name).then_some(identity)
     }
 }
 
-fn parse_cluster(text: &str) -> Option<ClusterId> {
-    if text.len() != 32 || !text.is_ascii() {
+/// 32 hexadecimal digits.
+pub fn parse_cluster(text: &str) -> Option<ClusterId> {
+    if text.len() != 32 || !text.bytes().all(|byte| byte.is_ascii_hexdigit()) {
         return None;
     }
     let mut bytes = [0; 16];
@@ -101,6 +103,8 @@ mod tests {
         for bad in ["", "7", "7.storage", "x.storage.ab.holdfast", "7.root.abababababababababababababababab.holdfast"] {
             assert_eq!(PeerIdentity::from_dns_name(bad), None, "{bad}");
         }
-        assert_eq!(PeerIdentity::from_dns_name(&format!("{name}.evil")), None);
+        for bad in [format!("{name}.evil"), format!("+{name}"), format!("0{name}"), name.to_uppercase()] {
+            assert_eq!(PeerIdentity::from_dns_name(&bad), None, "{bad}");
+        }
     }
 }

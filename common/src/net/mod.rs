@@ -2,7 +2,14 @@
 //!
 //! Everything above this module speaks [`Peers`] and [`Serve`]; only this folder knows quinn and rustls.
 
+mod call;
+pub mod enrol;
+mod frame;
 pub mod identity;
+pub mod quic;
+mod serve;
+mod socket;
+pub mod tls;
 
 use std::{future::Future, net::SocketAddr, pin::Pin, sync::Arc, time::Duration};
 
@@ -49,7 +56,11 @@ pub trait Peers: Send + Sync + 'static {
     fn call(&self, to: Endpoint, request: Frame, deadline: Duration) -> BoxFuture<'_, Result<Frame, CallError>>;
 }
 
-/// A server's side: answers every request of every peer. Concurrent requests run concurrently.
+/// A server's side: answers every request of every peer. Concurrent requests run concurrently. A request that has begun is
+/// not cancelled when its caller goes away.
 pub trait Serve: Send + Sync + 'static {
     fn serve(self: Arc<Self>, from: PeerIdentity, request: Frame) -> BoxFuture<'static, Frame>;
 }
+
+#[cfg(test)]
+mod tests;
