@@ -134,6 +134,11 @@ impl Cluster {
         table[key].as_str().expect("the key is text").into()
     }
 
+    /// Where the certificate of a client of this cluster is.
+    pub fn client_tls(&self) -> PathBuf {
+        self.path().join(self.get("client.toml", "tls_dir"))
+    }
+
     /// Starts every daemon that does not run, and waits until all are up.
     pub fn start_daemons(&self) {
         for process in std::iter::once(&self.meta).chain(&self.storage) {

@@ -4,7 +4,7 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 
 use holdfast_tests::{
     cluster::Cluster,
-    model::{Memory, RealTree, check, ops},
+    model::{DirectTree, Memory, RealTree, check, ops},
 };
 use proptest::{
     prelude::*,
@@ -44,6 +44,19 @@ fn what_random_operations_left_is_the_same_after_a_remount() {
         check(&mut model, &mut real, &ops)?;
         mount.remount();
         check(&mut model, &mut real, &[])
+    });
+    outcome.unwrap_or_else(|failure| panic!("{failure}"));
+}
+
+#[test]
+fn random_operations_without_a_kernel_are_answered_as_the_model_says() {
+    let cluster = Cluster::start();
+    let direct = DirectTree::connect(&cluster.get("client.toml", "meta"), &cluster.client_tls());
+    let rounds = AtomicUsize::new(0);
+    let mut runner = TestRunner::new(config(150));
+    let outcome = runner.run(&ops(50), |ops| {
+        let root = format!("round-{}", rounds.fetch_add(1, Ordering::Relaxed));
+        check(&mut Memory::default(), &mut direct.below(&root), &ops)
     });
     outcome.unwrap_or_else(|failure| panic!("{failure}"));
 }
