@@ -59,7 +59,8 @@ impl DirectTree {
             let handle = runtime.handle().clone();
             runtime.block_on(async move {
                 let credentials = Credentials::load(&tls).expect("a client has credentials");
-                let peers = Node::bind(([127, 0, 0, 1], 0).into(), credentials, NetOptions::default()).expect("a free port");
+                let peers =
+                    Node::bind(([127, 0, 0, 1], 0).into(), credentials, NetOptions::default()).expect("a free port");
                 let server = Endpoint { address, name: NodeName { role: Role::Meta, id: 1 } };
                 let name = MountName { host: "test".into(), mountpoint: "none".into() };
                 let options = FsOptions {
@@ -238,9 +239,8 @@ impl DirectTree {
     async fn rename(&self, from: &str, to: &str, kind: RenameKind) -> Result<Answer> {
         let (old, new) = (self.place(from).await?, self.place(to).await?);
         let moved = old.found.ok_or(Errno(libc::ENOENT))?;
-        let below = |path: &str, directory: &str| {
-            path.strip_prefix(directory).is_some_and(|rest| rest.starts_with('/'))
-        };
+        let below =
+            |path: &str, directory: &str| path.strip_prefix(directory).is_some_and(|rest| rest.starts_with('/'));
         match (kind, new.found) {
             (RenameKind::NoReplace, Some(_)) => return Err(Errno(libc::EEXIST)),
             (RenameKind::Exchange, None) => return Err(Errno(libc::ENOENT)),

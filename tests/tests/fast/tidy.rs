@@ -92,8 +92,6 @@ fn every_outside_crate_has_one_home() {
         (&["quinn::", "quinn_proto::", "rustls::", "rcgen::", "webpki::"], &["common/src/net/", "tests/tests/"]),
         (&["fuser::"], &["client/src/fuse/", "client/src/fuse.rs"]),
         (&["redb::"], &["server/src/", "tests/"]),
-        (&["clap::"], &["client/src/cli", "client/src/main.rs", "server/src/", "common/src/config"]),
-        (&["proptest::"], &["common/src/", "server/src/", "client/src/", "tests/"]),
     ] {
         let allowed: Vec<&str> = homes.iter().copied().chain(["tests/tests/fast/tidy.rs"]).collect();
         assert_none(&lines_saying(&sources, words, &allowed), &format!("only {homes:?} may say {words:?}"));
