@@ -75,12 +75,18 @@ pub enum Trouble {
     OneError,
 }
 
+/// What several disks have in common: they lose their power together.
+#[derive(Debug, Default)]
+struct Power {
+    /// Calls that change a disk, so far.
+    changes: AtomicU64,
+    trouble: Mutex<Option<(u64, Trouble)>>,
+}
+
 #[derive(Debug, Default)]
 struct Shared {
     state: Mutex<State>,
-    /// Calls that change the disk, so far.
-    changes: AtomicU64,
-    trouble: Mutex<Option<(u64, Trouble)>>,
+    power: Arc<Power>,
 }
 
 #[derive(Clone, Debug, Default)]
@@ -99,18 +105,25 @@ impl SimDisk {
         Self::default()
     }
 
+    /// `count` empty disks on one power line: [`Self::strike`], [`Self::changes`] and the trouble are those of all.
+    pub fn rack(count: usize) -> Vec<Self> {
+        let power = Arc::new(Power::default());
+        let disk = || Self { shared: Arc::new(Shared { state: Mutex::default(), power: Arc::clone(&power) }) };
+        (0..count).map(|_| disk()).collect()
+    }
+
     /// `trouble` strikes at the `at`-th change from now (counted from 1).
     pub fn strike(&self, at: u64, trouble: Trouble) {
-        *self.shared.trouble.lock() = Some((self.changes() + at, trouble));
+        *self.shared.power.trouble.lock() = Some((self.changes() + at, trouble));
     }
 
     /// Calls so far that changed the disk.
     pub fn changes(&self) -> u64 {
-        self.shared.changes.load(Ordering::SeqCst)
+        self.shared.power.changes.load(Ordering::SeqCst)
     }
 
     pub fn has_struck(&self) -> bool {
-        self.shared.trouble.lock().is_some_and(|(at, _)| self.changes() >= at)
+        self.shared.power.trouble.lock().is_some_and(|(at, _)| self.changes() >= at)
     }
 
     /// What a power cut leaves, on a machine that has booted again. The old disk stays as it was.
@@ -287,8 +300,8 @@ fn usize_of(number: u64) -> usize {
 impl Shared {
     /// Counts one change; says no when trouble strikes.
     fn admit_change(&self) -> io::Result<()> {
-        let now = self.changes.fetch_add(1, Ordering::SeqCst) + 1;
-        match *self.trouble.lock() {
+        let now = self.power.changes.fetch_add(1, Ordering::SeqCst) + 1;
+        match *self.power.trouble.lock() {
             Some((at, Trouble::PowerCut)) if now >= at => Err(io::Error::other("the power is off")),
             Some((at, Trouble::OneError)) if now == at => Err(io::Error::other("the disk has an error")),
             _ => Ok(()),
@@ -296,8 +309,8 @@ impl Shared {
     }
 
     fn admit_look(&self) -> io::Result<()> {
-        match *self.trouble.lock() {
-            Some((at, Trouble::PowerCut)) if self.changes.load(Ordering::SeqCst) >= at => {
+        match *self.power.trouble.lock() {
+            Some((at, Trouble::PowerCut)) if self.power.changes.load(Ordering::SeqCst) >= at => {
                 Err(io::Error::other("the power is off"))
             }
             _ => Ok(()),
