@@ -96,7 +96,9 @@ impl Cluster {
     fn configure(&mut self, options: &Options) {
         let meta = free_address();
         self.set("meta/meta.toml", "listen", meta.to_string());
-        self.set("client.toml", "meta", meta.to_string());
+        for file in ["client.toml", "admin.toml"] {
+            self.set(file, "meta", meta.to_string());
+        }
         for (key, value) in &options.client {
             self.set("client.toml", key, value.clone());
         }
@@ -213,13 +215,6 @@ impl Cluster {
     pub fn try_status(&self) -> Option<Status> {
         let output = holdfast(&["status", "--dir", self.text(), "--json"]);
         output.status.success().then(|| Status(serde_json::from_slice(&output.stdout).expect("status --json is JSON")))
-    }
-
-    /// What the metadata server says about its own invariants; empty when all hold.
-    pub fn check(&self) -> String {
-        let output = holdfast(&["fsck", "--dir", self.text()]);
-        let said = format!("{}{}", String::from_utf8_lossy(&output.stdout), String::from_utf8_lossy(&output.stderr));
-        if output.status.success() { String::new() } else { said }
     }
 
     fn text(&self) -> &str {

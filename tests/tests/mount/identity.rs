@@ -4,20 +4,17 @@ use std::{fs, path::Path, process::Output, time::Duration};
 
 use holdfast_common::{
     BootId, ClusterId, Refusal, Time,
-    clock::{Clock, SystemClock},
     net::{
-        CallError, Endpoint, Frame, Peers,
         identity::{NodeName, Role},
-        quic::{NetOptions, Node},
-        tls::{Ca, Credentials, NODE_VALIDITY},
+        tls::{Ca, NODE_VALIDITY},
     },
     wire::{
-        codec::{decode, encode},
-        meta::{AdminRequest, MetaReply, MetaRequest, Query, StorageLoad, StorageNotice},
-        storage::{StorageReply, StorageRequest},
+        meta::{AdminRequest, MetaRequest, Query, StorageLoad, StorageNotice},
+        storage::StorageRequest,
     },
 };
 use holdfast_tests::{
+    ask::now,
     cluster::{Cluster, holdfast, holdfast_ok, temp_dir},
     process, shell,
 };
@@ -79,7 +76,7 @@ fn an_enrolled_mount_works_with_its_own_certificate() {
 fn a_client_certificate_cannot_run_a_storage_server() {
     let cluster = Cluster::start();
     cluster.storage(1).terminate(Duration::from_secs(20));
-    cluster.set("storage-1/storage.toml", "tls_dir", text(&cluster.path().join("client")).to_owned());
+    cluster.set("storage-1/storage.toml", "tls_dir", text(&cluster.client_tls()).to_owned());
     let mut command = process::binary("holdfastd");
     command.arg("storage").arg("--config").arg(cluster.path().join("storage-1/storage.toml"));
     let output = shell::complete(command, Duration::from_secs(20));
@@ -115,45 +112,6 @@ fn a_new_cluster_is_made_from_nothing_but_init() {
     assert!(!again.status.success(), "init must not overwrite a cluster: {}", said(&again));
 }
 
-/// One request under `credentials`, and the header of its answer.
-fn call(credentials: Credentials, address: &str, name: NodeName, header: Vec<u8>) -> Result<Vec<u8>, CallError> {
-    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().expect("a runtime");
-    runtime.block_on(async {
-        let node = Node::bind(([127, 0, 0, 1], 0).into(), credentials, NetOptions::default()).expect("a free port");
-        let to = Endpoint { address: address.parse().expect("an address"), name };
-        let frame = Frame { header, payload: Vec::new() };
-        node.call(to, frame, Duration::from_secs(5)).await.map(|answer| answer.header)
-    })
-}
-
-fn ask_meta(cluster: &Cluster, credentials: Credentials, request: &MetaRequest) -> Result<MetaReply, CallError> {
-    let header = encode(request).expect("a short request");
-    let name = NodeName { role: Role::Meta, id: 1 };
-    let answer = call(credentials, &cluster.get("client.toml", "meta"), name, header)?;
-    Ok(decode(&answer).expect("a metadata server's answer"))
-}
-
-fn ask_storage(
-    cluster: &Cluster,
-    credentials: Credentials,
-    request: &StorageRequest,
-) -> Result<StorageReply, CallError> {
-    let header = encode(request).expect("a short request");
-    let name = NodeName { role: Role::Storage, id: 1 };
-    let answer = call(credentials, &cluster.get("storage-1/storage.toml", "listen"), name, header)?;
-    Ok(decode(&answer).expect("a storage server's answer"))
-}
-
-/// Credentials that the cluster's own CA signs.
-fn issue(cluster: &Cluster, role: Role, now: Time, validity: Duration) -> Credentials {
-    let ca = Ca::load(&cluster.path().join("ca")).expect("a local cluster has its CA");
-    ca.issue_credentials(NodeName { role, id: 99 }, now, validity).expect("the CA signs")
-}
-
-fn now() -> Time {
-    SystemClock::default().now()
-}
-
 #[test]
 fn every_request_is_checked_against_the_role_in_the_certificate() {
     let cluster = Cluster::start();
@@ -174,7 +132,7 @@ fn every_request_is_checked_against_the_role_in_the_certificate() {
         (Role::Client, &query, true),
         (Role::Admin, &query, true),
     ] {
-        let reply = ask_meta(&cluster, issue(&cluster, role, now(), NODE_VALIDITY), request).expect("an answer");
+        let reply = cluster.ask_meta(cluster.issue(role), request).expect("an answer");
         assert_eq!(reply.result != Err(Refusal::WrongRole), allowed, "{role} asks {request:?}: {:?}", reply.result);
     }
     for (role, request, allowed) in [
@@ -184,7 +142,7 @@ fn every_request_is_checked_against_the_role_in_the_certificate() {
         (Role::Admin, StorageRequest::Sync, false),
         (Role::Meta, StorageRequest::Sync, true),
     ] {
-        let reply = ask_storage(&cluster, issue(&cluster, role, now(), NODE_VALIDITY), &request).expect("an answer");
+        let reply = cluster.ask_storage(cluster.issue(role), &request).expect("an answer");
         assert_eq!(reply.0 != Err(Refusal::WrongRole), allowed, "{role} asks {request:?}: {:?}", reply.0);
     }
 }
@@ -194,21 +152,21 @@ fn expired_foreign_and_other_clusters_certificates_are_refused() {
     let cluster = Cluster::start();
     let query = MetaRequest::Query(Query::StatFs);
     let long_ago = Time { secs: now().secs - 1_000_000, nanos: 0 };
-    let expired = issue(&cluster, Role::Client, long_ago, Duration::from_secs(3600));
+    let expired = cluster.issue_at(Role::Client, long_ago, Duration::from_secs(3600));
     let of_another = |id| {
         let ca = Ca::create(id, now()).expect("a CA");
         ca.issue_credentials(NodeName { role: Role::Client, id: 1 }, now(), NODE_VALIDITY).expect("the CA signs")
     };
     // The same cluster's name, but signed by somebody else.
-    let own = issue(&cluster, Role::Client, now(), NODE_VALIDITY).cluster;
+    let own = cluster.issue(Role::Client).cluster;
     for (what, credentials) in
         [("expired", expired), ("foreign", of_another(ClusterId([9; 16]))), ("forged", of_another(own))]
     {
-        let answer = ask_meta(&cluster, credentials.clone(), &query);
+        let answer = cluster.ask_meta(credentials.clone(), &query);
         assert!(answer.is_err(), "{what}: the metadata server answered {answer:?}");
-        let answer = ask_storage(&cluster, credentials, &StorageRequest::Has { blocks: Vec::new() });
+        let answer = cluster.ask_storage(credentials, &StorageRequest::Has { blocks: Vec::new() });
         assert!(answer.is_err(), "{what}: the storage server answered {answer:?}");
     }
-    let good = issue(&cluster, Role::Client, now(), NODE_VALIDITY);
-    assert!(ask_meta(&cluster, good, &query).expect("a good certificate is answered").result.is_ok());
+    let good = cluster.issue(Role::Client);
+    assert!(cluster.ask_meta(good, &query).expect("a good certificate is answered").result.is_ok());
 }
