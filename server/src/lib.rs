@@ -1,1 +1,5 @@
-//! placeholder
+//! The two servers of Holdfast: metadata and storage. Neither imports the other.
+
+pub mod datadir;
+pub mod redb_file;
+pub mod storage;

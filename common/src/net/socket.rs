@@ -6,9 +6,14 @@ use std::{
     net::{Ipv4Addr, Ipv6Addr, SocketAddr, UdpSocket},
     os::fd::AsRawFd,
     sync::Once,
+    time::Duration,
 };
 
 use socket2::{Domain, Protocol, Socket, Type};
+use tokio::time::timeout;
+
+/// How long to wait for an ICMP message before the next datagram, which may meet a process that died meanwhile.
+const ASK_AGAIN: Duration = Duration::from_millis(200);
 
 /// Binds `address`; `[::]` also takes IPv4.
 pub(super) fn bind(address: SocketAddr, buffer_bytes: usize) -> io::Result<UdpSocket> {
@@ -83,9 +88,14 @@ async fn ask(address: SocketAddr) -> io::Result<()> {
     let any = if address.is_ipv4() { Ipv4Addr::UNSPECIFIED.into() } else { Ipv6Addr::UNSPECIFIED.into() };
     let socket = tokio::net::UdpSocket::bind(SocketAddr::new(any, 0)).await?;
     socket.connect(address).await?;
-    socket.send(&[0]).await?;
-    socket.recv(&mut [0; 1]).await?;
-    Ok(())
+    loop {
+        socket.send(&[0]).await?;
+        // Nobody has a reason to answer; who does, listens.
+        match timeout(ASK_AGAIN, socket.recv(&mut [0; 1])).await {
+            Ok(answer) => return answer.map(drop),
+            Err(_) => continue,
+        }
+    }
 }
 
 fn is_refusal(error: &io::Error) -> bool {

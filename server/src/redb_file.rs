@@ -1,0 +1,124 @@
+//! redb on the disk seam: a `StorageBackend` over any [`DiskFile`].
+//!
+//! It takes no lock: the data directory's lock keeps a second process out.
+
+use std::{
+    io,
+    sync::{
+        Arc,
+        atomic::{AtomicBool, Ordering::SeqCst},
+    },
+};
+
+use holdfast_common::disk::DiskFile;
+use redb::StorageBackend;
+
+#[derive(Debug)]
+pub struct RedbFile {
+    file: Arc<dyn DiskFile>,
+    frozen: Arc<AtomicBool>,
+}
+
+/// Freezes a database's file: what its last durable commit wrote stays the truth.
+///
+/// Dropping a `Database` commits what was committed with `Durability::None` *durably*. Where such commits may only
+/// become durable after something else did, the file must be frozen before a drop that does not come after a
+/// durable commit.
+#[derive(Clone, Debug)]
+pub struct Freeze(Arc<AtomicBool>);
+
+impl RedbFile {
+    pub fn new(file: Arc<dyn DiskFile>) -> Self {
+        Self { file, frozen: Arc::default() }
+    }
+
+    pub fn freeze_handle(&self) -> Freeze {
+        Freeze(Arc::clone(&self.frozen))
+    }
+
+    fn check_frozen(&self) -> io::Result<()> {
+        if self.frozen.load(SeqCst) { Err(io::Error::other("the database is frozen")) } else { Ok(()) }
+    }
+}
+
+impl Freeze {
+    /// From now on every write and sync of the database fails.
+    pub fn freeze(&self) {
+        self.0.store(true, SeqCst);
+    }
+}
+
+impl StorageBackend for RedbFile {
+    fn len(&self) -> io::Result<u64> {
+        self.file.length()
+    }
+
+    fn read(&self, offset: u64, out: &mut [u8]) -> io::Result<()> {
+        self.file.read_exact_at(out, offset)
+    }
+
+    fn set_len(&self, length: u64) -> io::Result<()> {
+        self.check_frozen()?;
+        self.file.set_length(length)
+    }
+
+    fn sync_data(&self) -> io::Result<()> {
+        self.check_frozen()?;
+        self.file.sync_data()
+    }
+
+    fn write(&self, offset: u64, data: &[u8]) -> io::Result<()> {
+        self.check_frozen()?;
+        self.file.write_all_at(data, offset)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use holdfast_common::disk::{Disk, RealDisk};
+    use redb::{ReadableDatabase, TableDefinition};
+
+    use super::*;
+
+    #[test]
+    fn a_frozen_database_keeps_what_was_committed_durably() {
+        const TABLE: TableDefinition<u64, u64> = TableDefinition::new("t");
+        let directory = tempfile::tempdir().unwrap();
+        let open = || {
+            let file = RedbFile::new(RealDisk.open(&directory.path().join("db"), true).unwrap());
+            let freeze = file.freeze_handle();
+            (redb::Builder::new().create_with_backend(file).unwrap(), freeze)
+        };
+        let (database, freeze) = open();
+        for (key, durability) in [(1, redb::Durability::Immediate), (2, redb::Durability::None)] {
+            let mut write = database.begin_write().unwrap();
+            write.set_durability(durability).unwrap();
+            write.open_table(TABLE).unwrap().insert(key, 0).unwrap();
+            write.commit().unwrap();
+        }
+        freeze.freeze();
+        drop(database);
+        let (database, _) = open();
+        let table = database.begin_read().unwrap().open_table(TABLE).unwrap();
+        assert!(table.get(1).unwrap().is_some());
+        assert!(table.get(2).unwrap().is_none());
+    }
+
+    #[test]
+    fn a_database_survives_being_closed_and_opened() {
+        const TABLE: TableDefinition<u64, u64> = TableDefinition::new("t");
+        let directory = tempfile::tempdir().unwrap();
+        let open = || {
+            let file = RealDisk.open(&directory.path().join("db"), true).unwrap();
+            redb::Builder::new().create_with_backend(RedbFile::new(file)).unwrap()
+        };
+        let database = open();
+        let write = database.begin_write().unwrap();
+        write.open_table(TABLE).unwrap().insert(1, 2).unwrap();
+        write.commit().unwrap();
+        drop(database);
+        let database = open();
+        let read = database.begin_read().unwrap();
+        assert_eq!(read.open_table(TABLE).unwrap().get(1).unwrap().map(|value| value.value()), Some(2));
+    }
+}

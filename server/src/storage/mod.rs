@@ -1,0 +1,3 @@
+//! The storage server: blocks on a disk, served to who may have them.
+
+pub mod store;

@@ -1,0 +1,918 @@
+//! Blocks in append segments, found through an index that the segments can rebuild.
+//!
+//! A put is *visible* when it is in the page cache and in the index's memory; it is *durable* after the next sync,
+//! which everybody who waits shares. The order of locks: the tail's, then those inside the index.
+
+mod boot;
+mod checked;
+mod format;
+mod index;
+mod quarantine;
+mod recover;
+mod scan;
+mod segment;
+mod sync;
+#[cfg(test)]
+mod test_disk;
+#[cfg(test)]
+mod tests;
+
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    io,
+    path::{Path, PathBuf},
+    sync::{
+        Arc,
+        atomic::{AtomicU64, Ordering::Relaxed},
+    },
+    thread::JoinHandle,
+    time::Duration,
+};
+
+use bao_tree::{
+    ChunkNum, ChunkRanges,
+    io::{outboard::PreOrderMemOutboard, round_up_to_chunks_groups, sync::encode_ranges},
+};
+use bytes::Bytes;
+use holdfast_common::{
+    BlockHash, BootId, Epoch, Refusal,
+    disk::{Disk, Space},
+    limits::HASH_GROUP_SIZE,
+    wire::storage::ByteRange,
+};
+use parking_lot::{Condvar, Mutex};
+use rand::Rng;
+
+use self::{
+    boot::Boot,
+    format::{Kind, Place, RECORD_HEADER_LENGTH, RecordHeader, tree_length},
+    index::{Entry, INDEX_FILE, Index, IndexError, Saved},
+    quarantine::Quarantine,
+    recover::{RecoverError, Recoverer, read_record},
+    segment::{NewRecord, Segments, Tail, list_segments, read_segment_key},
+    sync::SyncGate,
+};
+pub use self::{checked::CheckedBlock, recover::Recovery, sync::Ticket};
+
+/// Changes of the index in memory at which they are written to redb without waiting for the next tick.
+const FLUSH_AT: usize = 16 << 10;
+/// Changes of the index in memory past which puts are refused until redb has caught up.
+const PENDING_MAX: usize = 256 << 10;
+/// Blocks that reads found damaged, remembered so that a put of the same block replaces them.
+const SUSPECTS_MAX: usize = 4096;
+/// Tells the next start that redb's file cannot be trusted.
+const INDEX_DAMAGED_FILE: &str = "index.damaged";
+const PAGE: u64 = 4096;
+
+#[derive(Clone, Debug)]
+pub struct StoreOptions {
+    /// Bytes at which a new segment is started: 64 KiB to 2 GiB.
+    pub segment_bytes: u64,
+    /// Bytes of blocks past which puts are refused.
+    pub capacity_bytes: Option<u64>,
+    /// Bytes of the filesystem that stay free.
+    pub reserve_bytes: u64,
+    /// Bytes of bad copies that are kept for inspection.
+    pub quarantine_bytes: u64,
+    /// Bytes of redb's page cache.
+    pub index_cache_bytes: usize,
+    /// How often changes of the index go to redb.
+    pub flush_every: Duration,
+    /// Flushes between two checkpoints (segments synced, redb on stable storage).
+    pub flushes_per_checkpoint: u32,
+}
+
+impl Default for StoreOptions {
+    fn default() -> Self {
+        Self {
+            segment_bytes: 256 << 20,
+            capacity_bytes: None,
+            reserve_bytes: 256 << 20,
+            quarantine_bytes: 1 << 30,
+            index_cache_bytes: 64 << 20,
+            flush_every: Duration::from_secs(1),
+            flushes_per_checkpoint: 30,
+        }
+    }
+}
+
+/// Why the store did not do what was asked.
+#[derive(Debug, thiserror::Error)]
+pub enum StoreError {
+    #[error("the block is not here")]
+    Missing,
+    #[error("the copy here is damaged: {0}")]
+    Damaged(String),
+    #[error("the range does not lie within the block")]
+    Range,
+    #[error("the store is full")]
+    Full,
+    #[error("the index cannot keep up; try again")]
+    Busy,
+    #[error("the disk failed: {0}")]
+    Io(#[from] io::Error),
+    /// The store has stopped for good.
+    #[error("{0}")]
+    Failed(Arc<str>),
+}
+
+impl StoreError {
+    pub fn refusal(&self) -> Refusal {
+        match self {
+            Self::Missing => Refusal::BlockMissing,
+            Self::Damaged(_) => Refusal::BlockDamaged,
+            Self::Range => Refusal::BadRequest,
+            Self::Full => Refusal::ServerFull,
+            Self::Busy => Refusal::Unavailable,
+            Self::Io(_) | Self::Failed(_) => Refusal::Fault,
+        }
+    }
+}
+
+#[derive(Debug, thiserror::Error)]
+pub enum OpenError {
+    #[error("cannot open the block store in {path}: {source}")]
+    Io { path: PathBuf, source: io::Error },
+    #[error("cannot open the block store in {path}: {reason}")]
+    Index { path: PathBuf, reason: String },
+}
+
+/// For status and heartbeats.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Statistics {
+    pub blocks: u64,
+    pub stored_bytes: u64,
+    pub corrupt_found: u64,
+    pub repaired: u64,
+    pub quarantined: u64,
+}
+
+/// An open store. Dropping it stops its threads and leaves what is not yet durable to the page cache;
+/// [`Store::close`] makes everything durable first.
+#[derive(Debug)]
+pub struct Store {
+    inner: Arc<Inner>,
+    recovery: Recovery,
+    threads: Vec<JoinHandle<()>>,
+}
+
+#[derive(Debug)]
+struct Inner {
+    directory: PathBuf,
+    options: StoreOptions,
+    boot: Boot,
+    segments: Segments,
+    index: Index,
+    tail: Mutex<Tail>,
+    gate: SyncGate,
+    quarantine: Quarantine,
+    counters: Counters,
+    /// Bytes that may be written before the disk counts as full; set by the housekeeper, lowered by puts.
+    room: AtomicU64,
+    suspects: Mutex<BTreeSet<BlockHash>>,
+    /// Records that later ones (up to that sequence) replaced or deleted, to be voided once those are durable.
+    graves: Mutex<Vec<(u64, BlockHash, Entry)>>,
+    flushing: Mutex<()>,
+    housekeeper: Housekeeper,
+}
+
+#[derive(Debug, Default)]
+struct Counters {
+    corrupt_found: AtomicU64,
+    repaired: AtomicU64,
+    quarantined: AtomicU64,
+}
+
+#[derive(Debug, Default)]
+struct Housekeeper {
+    state: Mutex<Ticks>,
+    wake: Condvar,
+}
+
+#[derive(Debug, Default)]
+struct Ticks {
+    stopping: bool,
+    hurry: bool,
+}
+
+impl Store {
+    /// Opens the store in `directory` (made if it is missing): reads what the index does not cover, rebuilds the index
+    /// if it must, cuts a torn end, and makes what it found durable.
+    pub fn open(disk: Arc<dyn Disk>, directory: &Path, options: StoreOptions) -> Result<Self, OpenError> {
+        let io_error = |source| OpenError::Io { path: directory.to_owned(), source };
+        let (inner, recovery) = Inner::open(disk, directory, options).map_err(|error| match error {
+            RecoverError::Io(source) => io_error(source),
+            RecoverError::Index(error) => OpenError::Index { path: directory.to_owned(), reason: error.to_string() },
+        })?;
+        let inner = Arc::new(inner);
+        let mut store = Self { inner: Arc::clone(&inner), recovery, threads: Vec::new() };
+        store.spawn("holdfast-sync", Inner::sync_loop).map_err(io_error)?;
+        inner.checkpoint().map_err(|error| io_error(io::Error::other(error.to_string())))?;
+        store.spawn("holdfast-index", Inner::housekeeping_loop).map_err(io_error)?;
+        Ok(store)
+    }
+
+    fn spawn(&mut self, name: &str, work: fn(&Inner)) -> io::Result<()> {
+        let inner = Arc::clone(&self.inner);
+        self.threads.push(std::thread::Builder::new().name(name.to_owned()).spawn(move || work(&inner))?);
+        Ok(())
+    }
+
+    /// What the start found.
+    pub fn recovery(&self) -> Recovery {
+        self.recovery
+    }
+
+    pub fn boot(&self) -> BootId {
+        self.inner.boot.id
+    }
+
+    /// Appends the blocks that are not here, all or none. They are visible when this returns; durable when the ticket is.
+    pub fn put(&self, blocks: &[CheckedBlock]) -> Result<Ticket, StoreError> {
+        self.inner.put(blocks)
+    }
+
+    /// Everything that is visible now.
+    pub fn ticket(&self) -> Ticket {
+        Ticket(self.inner.tail.lock().sequence())
+    }
+
+    /// Blocks this thread until `ticket` is on stable storage.
+    pub fn wait_durable(&self, ticket: Ticket) -> Result<(), StoreError> {
+        self.inner.gate.wait(ticket).map_err(StoreError::Failed)
+    }
+
+    /// As `wait_durable`, for async code.
+    pub async fn durable(&self, ticket: Ticket) -> Result<(), StoreError> {
+        let mut durable = self.inner.gate.subscribe();
+        self.inner.gate.request(ticket);
+        let state = durable.wait_for(|durable| durable.through >= ticket.0 || durable.failure.is_some()).await;
+        match state {
+            Ok(state) => state.failure.clone().map_or(Ok(()), |failure| Err(StoreError::Failed(failure))),
+            Err(_) => Err(StoreError::Failed("the store was closed".into())),
+        }
+    }
+
+    /// Resolves with the reason when the store had to stop: the process should then end.
+    pub async fn failed(&self) -> Arc<str> {
+        let mut durable = self.inner.gate.subscribe();
+        let failure = durable.wait_for(|durable| durable.failure.is_some()).await.ok();
+        failure.and_then(|state| state.failure.clone()).unwrap_or_else(|| "the store was closed".into())
+    }
+
+    /// The block's bytes. Their hash is *not* checked here: who reads checks, and has `verify` called when it is wrong.
+    pub fn get(&self, hash: &BlockHash) -> Result<Bytes, StoreError> {
+        self.inner.located(hash, |entry| self.inner.read_payload(hash, entry))
+    }
+
+    /// The bao encoding (groups of `HASH_GROUP_SIZE`, no length prefix) of the groups that `range` touches, and the
+    /// block's length.
+    pub fn get_range(&self, hash: &BlockHash, range: ByteRange) -> Result<(Bytes, u32), StoreError> {
+        self.inner
+            .located(hash, |entry| self.inner.read_range(hash, entry, range).map(|encoding| (encoding, entry.length)))
+    }
+
+    /// Which of `hashes` are indexed, in segments that are long enough.
+    pub fn has(&self, hashes: &[BlockHash]) -> Result<Vec<bool>, StoreError> {
+        self.inner.has(hashes)
+    }
+
+    /// Reads the whole record and checks it: payload against hash, tree against payload.
+    pub fn verify(&self, hash: &BlockHash) -> Result<(), StoreError> {
+        self.inner.located(hash, |entry| self.inner.verify_record(hash, entry))
+    }
+
+    /// Moves the copy of `hash` into quarantine: it is not served again. Returns its epoch, which the good copy that
+    /// replaces it must carry on, or `None` if there is no copy.
+    pub fn quarantine(&self, hash: &BlockHash) -> Result<Option<Epoch>, StoreError> {
+        self.inner.quarantine_block(hash)
+    }
+
+    /// Counts a bad copy that a good one replaced.
+    pub fn note_repaired(&self) {
+        self.inner.counters.repaired.fetch_add(1, Relaxed);
+    }
+
+    /// Deletes those of `hashes` whose epoch is below `epoch`, and returns how many.
+    pub fn delete(&self, hashes: &[BlockHash], epoch: Epoch) -> Result<u32, StoreError> {
+        self.inner.delete(hashes, epoch)
+    }
+
+    /// Hashes after `after`, in order, at most `count`; and whether that was the end.
+    pub fn list(&self, after: Option<BlockHash>, count: usize) -> Result<(Vec<BlockHash>, bool), StoreError> {
+        let mut hashes = self.inner.index.list(after, count + 1).map_err(|error| self.inner.index_failed(&error))?;
+        let end = hashes.len() <= count;
+        hashes.truncate(count);
+        Ok((hashes, end))
+    }
+
+    pub fn statistics(&self) -> Statistics {
+        let (total, counters) = (self.inner.index.total(), &self.inner.counters);
+        Statistics {
+            blocks: total.blocks,
+            stored_bytes: total.bytes,
+            corrupt_found: counters.corrupt_found.load(Relaxed),
+            repaired: counters.repaired.load(Relaxed),
+            quarantined: counters.quarantined.load(Relaxed),
+        }
+    }
+
+    /// Capacity and free bytes as a client may count on them: within the limit, without the reserve.
+    pub fn space(&self) -> io::Result<Space> {
+        self.inner.usable_space()
+    }
+
+    /// Makes everything durable and the index complete.
+    pub fn checkpoint(&self) -> Result<(), StoreError> {
+        self.inner.checkpoint()
+    }
+
+    /// Writes the index's changes to redb, not yet durably.
+    pub fn flush(&self) -> Result<(), StoreError> {
+        self.inner.flush(false)
+    }
+
+    /// Checkpoints and stops.
+    pub fn close(self) -> Result<(), StoreError> {
+        self.inner.checkpoint()
+    }
+}
+
+impl Drop for Store {
+    fn drop(&mut self) {
+        self.inner.gate.stop();
+        self.inner.housekeeper.state.lock().stopping = true;
+        self.inner.housekeeper.wake.notify_all();
+        for thread in self.threads.drain(..) {
+            if thread.join().is_err() {
+                tracing::error!("a thread of the store panicked");
+            }
+        }
+    }
+}
+
+/// Opening.
+impl Inner {
+    fn open(disk: Arc<dyn Disk>, directory: &Path, options: StoreOptions) -> Result<(Self, Recovery), RecoverError> {
+        let segment_directory = directory.join("segments");
+        for path in [directory, &segment_directory] {
+            disk.create_directory(path)?;
+        }
+        disk.sync_directory(directory)?;
+        let boot = boot::open(disk.as_ref(), directory, || rand::rng().random())?;
+        let quarantine = Quarantine::open(Arc::clone(&disk), directory.join("quarantine"), options.quarantine_bytes)?;
+        let numbers = list_segments(disk.as_ref(), &segment_directory)?;
+        let (index, saved) = open_index(disk.as_ref(), directory, options.index_cache_bytes)?;
+        let key = find_key(disk.as_ref(), &segment_directory, &numbers)?;
+        let segments = Segments::new(Arc::clone(&disk), segment_directory, key);
+
+        let mut recoverer =
+            Recoverer::new(&segments, &index, &quarantine, boot.cache_survived, options.segment_bytes, saved);
+        let tail = recoverer.run(&numbers)?;
+        let sequence = tail.sequence();
+        let graves = recoverer.graves.into_iter().map(|(hash, entry)| (sequence, hash, entry)).collect();
+        let (mut saved, mut report) = (recoverer.saved, recoverer.report);
+        report.rebuilt = saved.covered == Place::default() && !numbers.is_empty();
+        saved.corrupt_found += report.damaged;
+        log_recovery(directory, &report);
+        let inner = Self {
+            directory: directory.to_owned(),
+            options,
+            boot,
+            segments,
+            index,
+            tail: Mutex::new(tail),
+            gate: SyncGate::new(0),
+            quarantine,
+            counters: Counters::from(saved),
+            room: AtomicU64::new(0),
+            suspects: Mutex::default(),
+            graves: Mutex::new(graves),
+            flushing: Mutex::default(),
+            housekeeper: Housekeeper::default(),
+        };
+        inner.refresh_room()?;
+        Ok((inner, report))
+    }
+}
+
+impl From<Saved> for Counters {
+    fn from(saved: Saved) -> Self {
+        Self {
+            corrupt_found: saved.corrupt_found.into(),
+            repaired: saved.repaired.into(),
+            quarantined: saved.quarantined.into(),
+        }
+    }
+}
+
+fn log_recovery(directory: &Path, report: &Recovery) {
+    tracing::info!(
+        directory = %directory.display(), rebuilt = report.rebuilt, records = report.records,
+        cut_bytes = report.cut_bytes, lost = report.lost, damaged = report.damaged,
+        "opened the block store"
+    );
+}
+
+/// Opens the index; one that cannot be used is set aside for inspection, and an empty one takes its place.
+fn open_index(disk: &dyn Disk, directory: &Path, cache_bytes: usize) -> Result<(Index, Saved), RecoverError> {
+    let marker = directory.join(INDEX_DAMAGED_FILE);
+    let distrusted = disk.open(&marker, false).is_ok();
+    if !distrusted {
+        match Index::open(disk, directory, cache_bytes)? {
+            Ok(opened) => return Ok(opened),
+            Err(error) => tracing::error!(%error, "the index cannot be used"),
+        }
+    }
+    tracing::warn!("rebuilding the index from the segments");
+    let path = directory.join(INDEX_FILE);
+    match disk.rename(&path, &path.with_added_extension("damaged")) {
+        Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(error.into()),
+        _ => {}
+    }
+    if distrusted {
+        disk.remove(&marker)?;
+    }
+    disk.sync_directory(directory)?;
+    Ok(Index::open(disk, directory, cache_bytes)??)
+}
+
+/// The key that the store's segments repeat; a new one if none tells it.
+fn find_key(disk: &dyn Disk, directory: &Path, numbers: &[u64]) -> io::Result<format::Key> {
+    for number in numbers {
+        let file = disk.open(&directory.join(segment::segment_name(*number)), false)?;
+        match read_segment_key(file.as_ref(), *number)? {
+            Ok(key) => return Ok(key),
+            Err(fault) => tracing::warn!(segment = number, %fault, "the header of a segment is bad"),
+        }
+    }
+    Ok(rand::rng().random())
+}
+
+/// Writing.
+impl Inner {
+    fn check_running(&self) -> Result<(), StoreError> {
+        self.gate.failure().map_or(Ok(()), |failure| Err(StoreError::Failed(failure)))
+    }
+
+    /// redb failed or its file is damaged: the store stops, and its next start rebuilds the index.
+    fn index_failed(&self, error: &IndexError) -> StoreError {
+        let reason: Arc<str> = format!("{error}; it is rebuilt at the next start").into();
+        if let Err(error) = self.segments.disk.open(&self.directory.join(INDEX_DAMAGED_FILE), true) {
+            tracing::error!(%error, "cannot note that the index is damaged: remove {INDEX_FILE} before the next start");
+        }
+        self.gate.fail(Arc::clone(&reason));
+        StoreError::Failed(reason)
+    }
+
+    fn put(&self, blocks: &[CheckedBlock]) -> Result<Ticket, StoreError> {
+        self.check_running()?;
+        if self.index.pending() >= PENDING_MAX {
+            return Err(StoreError::Busy);
+        }
+        let mut tail = self.tail.lock();
+        let new = self.new_among(blocks)?;
+        if !new.is_empty() {
+            self.append_blocks(&mut tail, &new)?;
+        }
+        Ok(Ticket(tail.sequence()))
+    }
+
+    /// Those of `blocks` that have to be written, once each.
+    fn new_among<'a>(&self, blocks: &'a [CheckedBlock]) -> Result<Vec<(&'a CheckedBlock, Epoch)>, StoreError> {
+        let mut seen: BTreeMap<BlockHash, usize> = BTreeMap::new();
+        let mut new: Vec<(&CheckedBlock, Epoch)> = Vec::new();
+        for block in blocks {
+            if let Some(position) = seen.get(&block.hash()) {
+                new[*position].1 = new[*position].1.max(block.epoch());
+                continue;
+            }
+            if let Some(epoch) = self.epoch_to_write(block)? {
+                seen.insert(block.hash(), new.len());
+                new.push((block, epoch));
+            }
+        }
+        Ok(new)
+    }
+
+    /// `None` if the block is here, good as far as its header tells, and stamped late enough. A later stamp is written
+    /// with the whole block: changing a header in place could tear it.
+    fn epoch_to_write(&self, block: &CheckedBlock) -> Result<Option<Epoch>, StoreError> {
+        let hash = block.hash();
+        let Some(entry) = self.index.get(&hash).map_err(|error| self.index_failed(&error))? else {
+            return Ok(Some(block.epoch()));
+        };
+        let epoch = entry.epoch.max(block.epoch());
+        let is_good =
+            entry.epoch == epoch && !self.suspects.lock().contains(&hash) && self.header_of(&hash, &entry).is_some();
+        Ok((!is_good).then_some(epoch))
+    }
+
+    /// The header of the block's record, if that is what stands there.
+    fn header_of(&self, hash: &BlockHash, entry: &Entry) -> Option<RecordHeader> {
+        let header = self.segments.read_header(entry.place).ok()?.ok()?;
+        (header.kind == Kind::Block && header.hash == *hash && header.length == entry.length).then_some(header)
+    }
+
+    fn append_blocks(&self, tail: &mut Tail, new: &[(&CheckedBlock, Epoch)]) -> Result<(), StoreError> {
+        let bytes: u64 = new.iter().map(|(block, _)| u64::from(block.length())).sum();
+        self.take_room(bytes)?;
+        let records: Vec<NewRecord<'_>> = new
+            .iter()
+            .map(|(block, epoch)| NewRecord {
+                kind: Kind::Block,
+                hash: block.hash(),
+                value: epoch.0,
+                tree: block.tree(),
+                payload: block.bytes(),
+            })
+            .collect();
+        let places = tail.append(&self.segments, &records).map_err(write_error)?;
+        for ((block, epoch), place) in new.iter().zip(places) {
+            let entry = Entry { place, length: block.length(), epoch: *epoch };
+            self.point(tail, block.hash(), entry)?;
+        }
+        Ok(())
+    }
+
+    fn point(&self, tail: &Tail, hash: BlockHash, entry: Entry) -> Result<(), StoreError> {
+        let before = self.index.set(hash, Some(entry)).map_err(|error| self.index_failed(&error))?;
+        if let Some(before) = before {
+            self.suspects.lock().remove(&hash);
+            self.graves.lock().push((tail.sequence(), hash, before));
+        }
+        if self.index.pending() >= FLUSH_AT {
+            self.hurry();
+        }
+        Ok(())
+    }
+
+    fn take_room(&self, bytes: u64) -> Result<(), StoreError> {
+        let stored = self.index.total().bytes;
+        if self.options.capacity_bytes.is_some_and(|capacity| stored + bytes > capacity) {
+            return Err(StoreError::Full);
+        }
+        self.room.fetch_update(Relaxed, Relaxed, |room| room.checked_sub(bytes)).map(drop).map_err(|_| StoreError::Full)
+    }
+
+    fn refresh_room(&self) -> io::Result<()> {
+        let space = self.segments.disk.space(&self.directory)?;
+        self.room.store(space.free.saturating_sub(self.options.reserve_bytes), Relaxed);
+        Ok(())
+    }
+
+    fn usable_space(&self) -> io::Result<Space> {
+        let space = self.segments.disk.space(&self.directory)?;
+        let free = space.free.saturating_sub(self.options.reserve_bytes);
+        let stored = self.index.total().bytes;
+        Ok(match self.options.capacity_bytes {
+            Some(limit) => Space { capacity: limit, free: free.min(limit.saturating_sub(stored)) },
+            None => Space { capacity: space.capacity.saturating_sub(self.options.reserve_bytes), free },
+        })
+    }
+
+    fn delete(&self, hashes: &[BlockHash], epoch: Epoch) -> Result<u32, StoreError> {
+        self.check_running()?;
+        let mut tail = self.tail.lock();
+        let mut dead = Vec::new();
+        for hash in hashes.iter().collect::<BTreeSet<_>>() {
+            let entry = self.index.get(hash).map_err(|error| self.index_failed(&error))?;
+            dead.extend(entry.filter(|entry| entry.epoch < epoch).map(|entry| (*hash, entry)));
+        }
+        self.forget(&mut tail, &dead, epoch)?;
+        Ok(u32::try_from(dead.len()).unwrap_or(u32::MAX))
+    }
+
+    fn forget(&self, tail: &mut Tail, dead: &[(BlockHash, Entry)], epoch: Epoch) -> Result<(), StoreError> {
+        let tombstone = |(hash, _): &(BlockHash, Entry)| NewRecord {
+            kind: Kind::Delete,
+            hash: *hash,
+            value: epoch.0,
+            tree: &[],
+            payload: &[],
+        };
+        if dead.is_empty() {
+            return Ok(());
+        }
+        tail.append(&self.segments, &dead.iter().map(tombstone).collect::<Vec<_>>()).map_err(write_error)?;
+        for (hash, _) in dead {
+            self.index.set(*hash, None).map_err(|error| self.index_failed(&error))?;
+        }
+        let sequence = tail.sequence();
+        self.graves.lock().extend(dead.iter().map(|(hash, entry)| (sequence, *hash, *entry)));
+        Ok(())
+    }
+
+    /// Turns a record that nothing points to into a void and gives its space back. Only if it really is that block's:
+    /// a wrong index must not destroy another one.
+    fn void(&self, hash: &BlockHash, entry: &Entry) {
+        let Some(header) = self.header_of(hash, entry) else { return };
+        if let Err(error) = self.try_void(entry, header.sequence) {
+            tracing::warn!(block = %hash, %error, "cannot give back the space of a deleted block");
+        }
+    }
+
+    fn try_void(&self, entry: &Entry, sequence: u64) -> io::Result<()> {
+        let place = entry.place;
+        let file = self.segments.file(place.segment)?;
+        let length = u32::try_from(entry.record_length() - RECORD_HEADER_LENGTH as u64).map_err(io::Error::other)?;
+        let header = RecordHeader { kind: Kind::Void, length, sequence, value: 0, hash: BlockHash([0; 32]) };
+        file.write_all_at(&header.encode(&self.segments.key, place), place.offset)?;
+        self.tail.lock().touch(place.segment, Arc::clone(&file));
+        let first = (place.offset + RECORD_HEADER_LENGTH as u64).next_multiple_of(PAGE);
+        let last = (place.offset + entry.record_length()) / PAGE * PAGE;
+        if first < last { file.punch_hole(first, last - first) } else { Ok(()) }
+    }
+
+    fn quarantine_block(&self, hash: &BlockHash) -> Result<Option<Epoch>, StoreError> {
+        self.check_running()?;
+        let entry = {
+            let mut tail = self.tail.lock();
+            let Some(entry) = self.index.get(hash).map_err(|error| self.index_failed(&error))? else {
+                return Ok(None);
+            };
+            self.forget(&mut tail, &[(*hash, entry)], entry.epoch)?;
+            entry
+        };
+        self.suspects.lock().remove(hash);
+        self.counters.corrupt_found.fetch_add(1, Relaxed);
+        self.keep_bad_copy(hash, &entry);
+        Ok(Some(entry.epoch))
+    }
+
+    fn keep_bad_copy(&self, hash: &BlockHash, entry: &Entry) {
+        let file = self.segments.file(entry.place.segment);
+        let bytes = file.and_then(|file| read_record(file.as_ref(), entry.place, entry.record_length()));
+        match bytes.and_then(|bytes| self.quarantine.keep(*hash, &bytes)) {
+            Ok(()) => drop(self.counters.quarantined.fetch_add(1, Relaxed)),
+            Err(error) => tracing::error!(block = %hash, %error, "cannot keep a copy of a bad record"),
+        }
+    }
+}
+
+fn write_error(error: io::Error) -> StoreError {
+    match error.kind() {
+        io::ErrorKind::StorageFull | io::ErrorKind::QuotaExceeded | io::ErrorKind::FileTooLarge => StoreError::Full,
+        _ => {
+            tracing::error!(%error, "cannot write to a segment");
+            StoreError::Io(error)
+        }
+    }
+}
+
+/// What says that the copy is bad; anything else (no descriptors, no memory) says nothing about the copy.
+fn read_error(error: io::Error) -> StoreError {
+    let is_damage = matches!(error.kind(), io::ErrorKind::NotFound | io::ErrorKind::UnexpectedEof)
+        || matches!(error.raw_os_error(), Some(libc::EIO | libc::EUCLEAN | libc::EBADMSG));
+    if is_damage { StoreError::Damaged(format!("it cannot be read: {error}")) } else { StoreError::Io(error) }
+}
+
+/// Reading.
+impl Inner {
+    /// Runs `read` on the block's entry. If it finds damage while the block moved away under it, it looks again.
+    fn located<T>(&self, hash: &BlockHash, read: impl Fn(&Entry) -> Result<T, StoreError>) -> Result<T, StoreError> {
+        let look = || self.index.get(hash).map_err(|error| self.index_failed(&error))?.ok_or(StoreError::Missing);
+        let mut entry = look()?;
+        loop {
+            let damage = match read(&entry) {
+                Err(damage @ StoreError::Damaged(_)) => damage,
+                other => return other,
+            };
+            let now = look()?;
+            if now == entry {
+                self.suspect(*hash, &damage);
+                return Err(damage);
+            }
+            entry = now;
+        }
+    }
+
+    fn suspect(&self, hash: BlockHash, damage: &StoreError) {
+        tracing::error!(block = %hash, %damage, "a copy is damaged");
+        let mut suspects = self.suspects.lock();
+        if suspects.len() >= SUSPECTS_MAX {
+            suspects.pop_first();
+        }
+        suspects.insert(hash);
+    }
+
+    /// The first `length` bytes of a record, whose header is checked.
+    fn read_checked(&self, hash: &BlockHash, entry: &Entry, length: usize) -> Result<Vec<u8>, StoreError> {
+        let mut bytes = vec![0; length];
+        let read =
+            self.segments.file(entry.place.segment).and_then(|file| file.read_exact_at(&mut bytes, entry.place.offset));
+        read.map_err(read_error)?;
+        let header = bytes.first_chunk().map(|header| RecordHeader::decode(header, &self.segments.key, entry.place));
+        match header {
+            Some(Ok(RecordHeader { kind: Kind::Block, hash: found, length, .. }))
+                if found == *hash && length == entry.length =>
+            {
+                Ok(bytes)
+            }
+            Some(Err(fault)) => Err(StoreError::Damaged(format!("its header does not parse: {fault}"))),
+            Some(Ok(_)) | None => Err(StoreError::Damaged("another record is in its place".to_owned())),
+        }
+    }
+
+    fn read_payload(&self, hash: &BlockHash, entry: &Entry) -> Result<Bytes, StoreError> {
+        let skip = RECORD_HEADER_LENGTH + tree_length(entry.length) as usize;
+        let bytes = self.read_checked(hash, entry, skip + entry.length as usize)?;
+        Ok(Bytes::from(bytes).slice(skip..))
+    }
+
+    fn verify_record(&self, hash: &BlockHash, entry: &Entry) -> Result<(), StoreError> {
+        let skip = RECORD_HEADER_LENGTH + tree_length(entry.length) as usize;
+        let bytes = Bytes::from(self.read_checked(hash, entry, skip + entry.length as usize)?);
+        let damaged = |what: &dyn std::fmt::Display| StoreError::Damaged(what.to_string());
+        let block = CheckedBlock::verify(*hash, bytes.slice(skip..), entry.epoch).map_err(|error| damaged(&error))?;
+        if block.tree() == &bytes[RECORD_HEADER_LENGTH..skip] {
+            Ok(())
+        } else {
+            Err(damaged(&"its hash tree is wrong"))
+        }
+    }
+
+    fn read_range(&self, hash: &BlockHash, entry: &Entry, range: ByteRange) -> Result<Bytes, StoreError> {
+        let end = range.offset.checked_add(range.length).filter(|end| range.length > 0 && *end <= entry.length);
+        let end = end.ok_or(StoreError::Range)?;
+        let skip = RECORD_HEADER_LENGTH + tree_length(entry.length) as usize;
+        let head = self.read_checked(hash, entry, skip)?;
+        let start = range.offset / HASH_GROUP_SIZE * HASH_GROUP_SIZE;
+        let end = end.next_multiple_of(HASH_GROUP_SIZE).min(entry.length);
+        let mut groups = vec![0; (end - start) as usize];
+        let offset = entry.place.offset + skip as u64 + u64::from(start);
+        self.segments
+            .file(entry.place.segment)
+            .and_then(|file| file.read_exact_at(&mut groups, offset))
+            .map_err(read_error)?;
+        encode(hash, entry.length, &head[RECORD_HEADER_LENGTH..], &Groups { start: u64::from(start), bytes: &groups })
+    }
+
+    fn has(&self, hashes: &[BlockHash]) -> Result<Vec<bool>, StoreError> {
+        let mut lengths: BTreeMap<u64, u64> = BTreeMap::new();
+        let mut length_of = |number: u64| {
+            *lengths
+                .entry(number)
+                .or_insert_with(|| self.segments.file(number).and_then(|file| file.length()).unwrap_or(0))
+        };
+        let mut is_here = |hash: &BlockHash| -> Result<bool, IndexError> {
+            let entry = self.index.get(hash)?;
+            Ok(entry.is_some_and(|entry| entry.place.offset + entry.record_length() <= length_of(entry.place.segment)))
+        };
+        hashes.iter().map(|hash| is_here(hash).map_err(|error| self.index_failed(&error))).collect()
+    }
+}
+
+/// The groups of a block that were read, seen as the whole block.
+struct Groups<'a> {
+    start: u64,
+    bytes: &'a [u8],
+}
+
+impl bao_tree::io::sync::ReadAt for &Groups<'_> {
+    fn read_at(&self, position: u64, buffer: &mut [u8]) -> io::Result<usize> {
+        let start = position.checked_sub(self.start).and_then(|start| usize::try_from(start).ok());
+        let bytes = start.and_then(|start| self.bytes.get(start..)).unwrap_or(&[]);
+        let length = bytes.len().min(buffer.len());
+        buffer[..length].copy_from_slice(&bytes[..length]);
+        Ok(length)
+    }
+}
+
+impl bao_tree::io::sync::Size for &Groups<'_> {
+    fn size(&self) -> io::Result<Option<u64>> {
+        Ok(None)
+    }
+}
+
+/// The bao encoding of whole groups, with the proof from a stored tree.
+fn encode(hash: &BlockHash, length: u32, tree: &[u8], groups: &Groups<'_>) -> Result<Bytes, StoreError> {
+    let outboard =
+        PreOrderMemOutboard { root: blake3::Hash::from_bytes(hash.0), tree: format::bao_tree(length), data: tree };
+    let end = groups.start + groups.bytes.len() as u64;
+    let chunks = ChunkRanges::from(ChunkNum::full_chunks(groups.start)..ChunkNum::chunks(end));
+    let chunks = round_up_to_chunks_groups(chunks, format::GROUP);
+    let mut encoding = Vec::with_capacity(groups.bytes.len() + tree.len());
+    encode_ranges(groups, &outboard, &chunks, &mut encoding)
+        .map_err(|error| StoreError::Damaged(format!("it cannot be encoded: {error}")))?;
+    Ok(encoding.into())
+}
+
+/// What the store's own threads do.
+impl Inner {
+    fn sync_loop(&self) {
+        while self.gate.next_work() {
+            self.sync_once();
+        }
+    }
+
+    fn sync_once(&self) {
+        let unsynced = self.tail.lock().take_unsynced();
+        let files = unsynced.files.values().try_for_each(|file| file.sync_data());
+        let names =
+            || if unsynced.names { self.segments.disk.sync_directory(&self.segments.directory) } else { Ok(()) };
+        if let Err(error) = files.and_then(|()| names()) {
+            // Nobody knows what is on the disk now, and asking again would only seem to succeed.
+            boot::forget(self.segments.disk.as_ref(), &self.directory);
+            self.gate.fail(format!("a sync of the block store failed: {error}; the server must stop").into());
+            return;
+        }
+        self.gate.succeeded(unsynced.sequence);
+        if let Err(error) = self.tail.lock().append_mark(&self.segments, unsynced.sequence) {
+            tracing::debug!(%error, "cannot write a durable mark; the next start reads more");
+        }
+    }
+
+    fn hurry(&self) {
+        self.housekeeper.state.lock().hurry = true;
+        self.housekeeper.wake.notify_one();
+    }
+
+    fn housekeeping_loop(&self) {
+        let mut flushes = 0;
+        while self.next_tick() {
+            flushes += 1;
+            let durable = flushes >= self.options.flushes_per_checkpoint;
+            if durable {
+                flushes = 0;
+            }
+            if let Err(error) = self.keep_house(durable) {
+                tracing::error!(%error, "housekeeping of the block store failed");
+            }
+        }
+    }
+
+    /// Waits for the next flush; `false` when the store stops.
+    fn next_tick(&self) -> bool {
+        let mut ticks = self.housekeeper.state.lock();
+        if !ticks.stopping && !ticks.hurry {
+            self.housekeeper.wake.wait_for(&mut ticks, self.options.flush_every);
+        }
+        ticks.hurry = false;
+        !ticks.stopping && self.gate.failure().is_none()
+    }
+
+    fn keep_house(&self, durable: bool) -> Result<(), StoreError> {
+        self.refresh_room()?;
+        let unsynced = self.tail.lock().sequence() > self.gate.durable();
+        match (durable, self.index.pending() > 0 || unsynced) {
+            (true, true) => self.checkpoint(),
+            (false, true) if self.index.pending() > 0 => self.flush(false),
+            _ => Ok(()),
+        }
+    }
+
+    fn checkpoint(&self) -> Result<(), StoreError> {
+        self.bury();
+        self.flush(true)
+    }
+
+    /// Voids the records that nothing needs any more, not even after a power cut.
+    fn bury(&self) {
+        let durable = self.gate.durable();
+        let ready: Vec<_> = {
+            let mut graves = self.graves.lock();
+            graves.extract_if(.., |(sequence, ..)| *sequence <= durable).collect()
+        };
+        ready.iter().for_each(|(_, hash, entry)| self.void(hash, entry));
+    }
+
+    /// Moves the index's changes into redb; if `durable`, all of it onto stable storage after the segments.
+    fn flush(&self, durable: bool) -> Result<(), StoreError> {
+        self.check_running()?;
+        let _one_at_a_time = self.flushing.lock();
+        let numbers =
+            if durable { list_segments(self.segments.disk.as_ref(), &self.segments.directory)? } else { Vec::new() };
+        let (batch, ticket, dead) = {
+            let tail = self.tail.lock();
+            let older: Vec<u64> = numbers.into_iter().filter(|number| *number < tail.end().segment).collect();
+            (self.index.begin(self.saved(&tail)), Ticket(tail.sequence()), self.index.dead_segments(&older))
+        };
+        if durable {
+            self.gate.wait(ticket).map_err(StoreError::Failed)?;
+        }
+        self.index.commit(&batch, durable).map_err(|error| self.index_failed(&error))?;
+        dead.into_iter().for_each(|number| self.remove_segment(number));
+        Ok(())
+    }
+
+    fn saved(&self, tail: &Tail) -> Saved {
+        Saved {
+            covered: tail.end(),
+            sequence: tail.sequence(),
+            corrupt_found: self.counters.corrupt_found.load(Relaxed),
+            repaired: self.counters.repaired.load(Relaxed),
+            quarantined: self.counters.quarantined.load(Relaxed),
+        }
+    }
+
+    fn remove_segment(&self, number: u64) {
+        match self.segments.remove(number) {
+            Ok(()) => {
+                self.index.forget_segment(number);
+                tracing::info!(segment = number, "removed a segment in which nothing lived");
+            }
+            Err(error) => tracing::warn!(segment = number, %error, "cannot remove a dead segment"),
+        }
+    }
+}

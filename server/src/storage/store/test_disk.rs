@@ -1,0 +1,323 @@
+//! A disk in memory for the store's tests: it counts, fails, and loses what was not synced.
+
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    io,
+    path::{Path, PathBuf},
+    sync::{
+        Arc,
+        atomic::{AtomicBool, AtomicU64, Ordering::SeqCst},
+    },
+};
+
+use holdfast_common::disk::{Disk, DiskFile, Space};
+use parking_lot::{Condvar, Mutex};
+use rand::{Rng, SeedableRng, rngs::StdRng};
+
+const PAGE: usize = 4096;
+
+/// What goes wrong.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub(super) enum Fault {
+    #[default]
+    None,
+    /// The n-th changing call fails with this error number; those after it work.
+    Once(u64, i32),
+    /// From the n-th changing call on, everything fails: the power is gone.
+    PowerCut(u64),
+}
+
+#[derive(Debug, Default)]
+struct Shared {
+    fault: Mutex<Fault>,
+    calls: AtomicU64,
+    segment_syncs: AtomicU64,
+    free: AtomicU64,
+    hold_syncs: Mutex<bool>,
+    released: Condvar,
+    boot: AtomicU64,
+    dead: AtomicBool,
+}
+
+impl Shared {
+    fn step(&self) -> io::Result<()> {
+        let call = self.calls.fetch_add(1, SeqCst) + 1;
+        match *self.fault.lock() {
+            Fault::Once(n, errno) if n == call => Err(io::Error::from_raw_os_error(errno)),
+            Fault::PowerCut(n) if call >= n => {
+                self.dead.store(true, SeqCst);
+                Err(io::Error::from_raw_os_error(libc::EIO))
+            }
+            _ => Ok(()),
+        }
+    }
+
+    fn alive(&self) -> io::Result<()> {
+        if self.dead.load(SeqCst) { Err(io::Error::from_raw_os_error(libc::EIO)) } else { Ok(()) }
+    }
+}
+
+#[derive(Clone, Debug)]
+enum Change {
+    Write(usize, Vec<u8>),
+    Length(usize),
+}
+
+impl Change {
+    fn apply(&self, bytes: &mut Vec<u8>) {
+        match self {
+            Self::Length(length) => bytes.resize(*length, 0),
+            Self::Write(offset, written) => {
+                let end = offset + written.len();
+                if bytes.len() < end {
+                    bytes.resize(end, 0);
+                }
+                bytes[*offset..end].copy_from_slice(written);
+            }
+        }
+    }
+
+    /// As the disk would write it: page by page.
+    fn pages(&self) -> Vec<Change> {
+        let Self::Write(offset, written) = self else { return vec![self.clone()] };
+        let mut pages = Vec::new();
+        let mut done = 0;
+        while done < written.len() {
+            let length = (PAGE - (offset + done) % PAGE).min(written.len() - done);
+            pages.push(Self::Write(offset + done, written[done..done + length].to_vec()));
+            done += length;
+        }
+        pages
+    }
+}
+
+#[derive(Debug, Default)]
+struct Content {
+    live: Vec<u8>,
+    durable: Vec<u8>,
+    unsynced: Vec<Change>,
+}
+
+#[derive(Debug)]
+struct TestFile {
+    shared: Arc<Shared>,
+    is_segment: bool,
+    content: Arc<Mutex<Content>>,
+}
+
+type Names = BTreeMap<PathBuf, Arc<Mutex<Content>>>;
+
+#[derive(Debug, Default)]
+pub(super) struct TestDisk {
+    shared: Arc<Shared>,
+    live: Mutex<Names>,
+    durable: Mutex<Names>,
+    directories: Mutex<BTreeSet<PathBuf>>,
+}
+
+impl TestDisk {
+    pub(super) fn new() -> Arc<Self> {
+        let disk = Self::default();
+        disk.shared.free.store(1 << 40, SeqCst);
+        Arc::new(disk)
+    }
+
+    pub(super) fn fail(&self, fault: Fault) {
+        *self.shared.fault.lock() = fault;
+        self.shared.calls.store(0, SeqCst);
+    }
+
+    pub(super) fn calls(&self) -> u64 {
+        self.shared.calls.load(SeqCst)
+    }
+
+    pub(super) fn segment_syncs(&self) -> u64 {
+        self.shared.segment_syncs.load(SeqCst)
+    }
+
+    pub(super) fn set_free(&self, free: u64) {
+        self.shared.free.store(free, SeqCst);
+    }
+
+    pub(super) fn hold_syncs(&self, hold: bool) {
+        *self.shared.hold_syncs.lock() = hold;
+        self.shared.released.notify_all();
+    }
+
+    /// What a process killed now leaves behind: the page cache stays.
+    pub(super) fn after_kill(&self) -> Arc<Self> {
+        self.copy(self.shared.boot.load(SeqCst), |names| names.clone(), |content| content.live.clone())
+    }
+
+    /// What a power cut now leaves behind: of what was not synced, any pages and any names.
+    pub(super) fn after_power_cut(&self, seed: u64) -> Arc<Self> {
+        let mut rng = StdRng::seed_from_u64(seed);
+        let durable = self.durable.lock().clone();
+        let keep_names = rng.random();
+        self.copy(
+            self.shared.boot.load(SeqCst) + 1,
+            |live| if keep_names { live.clone() } else { durable },
+            |content| {
+                let mut bytes = content.durable.clone();
+                for change in content.unsynced.iter().flat_map(Change::pages).filter(|_| rng.random()) {
+                    change.apply(&mut bytes);
+                }
+                bytes
+            },
+        )
+    }
+
+    fn copy(
+        &self,
+        boot: u64,
+        names: impl FnOnce(&Names) -> Names,
+        mut bytes: impl FnMut(&Content) -> Vec<u8>,
+    ) -> Arc<Self> {
+        let new = Self::new();
+        new.shared.boot.store(boot, SeqCst);
+        let names = names(&self.live.lock());
+        for (path, content) in names {
+            let live = bytes(&content.lock());
+            let content = Content { durable: live.clone(), live, unsynced: Vec::new() };
+            new.live.lock().insert(path, Arc::new(Mutex::new(content)));
+        }
+        *new.durable.lock() = new.live.lock().clone();
+        *new.directories.lock() = self.directories.lock().clone();
+        new
+    }
+
+    /// The bytes of a file, to look at and to damage.
+    pub(super) fn edit<T>(&self, path: &Path, edit: impl FnOnce(&mut Vec<u8>) -> T) -> T {
+        let content = self.live.lock().get(path).cloned().unwrap();
+        let mut content = content.lock();
+        let result = edit(&mut content.live);
+        content.durable = content.live.clone();
+        content.unsynced.clear();
+        result
+    }
+
+    pub(super) fn put_file(&self, path: &Path, bytes: Vec<u8>) {
+        let content = Content { durable: bytes.clone(), live: bytes, unsynced: Vec::new() };
+        let content = Arc::new(Mutex::new(content));
+        self.live.lock().insert(path.to_owned(), Arc::clone(&content));
+        self.durable.lock().insert(path.to_owned(), content);
+    }
+
+    pub(super) fn paths(&self, suffix: &str) -> Vec<PathBuf> {
+        self.live.lock().keys().filter(|path| path.to_str().unwrap().ends_with(suffix)).cloned().collect()
+    }
+}
+
+impl Disk for TestDisk {
+    fn open(&self, path: &Path, create: bool) -> io::Result<Arc<dyn DiskFile>> {
+        self.shared.alive()?;
+        let known = self.live.lock().get(path).cloned();
+        let content = match known {
+            Some(content) => content,
+            None if create => {
+                self.shared.step()?;
+                Arc::clone(self.live.lock().entry(path.to_owned()).or_default())
+            }
+            None => return Err(io::ErrorKind::NotFound.into()),
+        };
+        let is_segment = path.extension().is_some_and(|extension| extension == "seg");
+        Ok(Arc::new(TestFile { shared: Arc::clone(&self.shared), is_segment, content }))
+    }
+
+    fn create_directory(&self, path: &Path) -> io::Result<()> {
+        self.shared.step()?;
+        self.directories.lock().insert(path.to_owned());
+        Ok(())
+    }
+
+    fn list(&self, directory: &Path) -> io::Result<Vec<PathBuf>> {
+        self.shared.alive()?;
+        Ok(self.live.lock().keys().filter(|path| path.parent() == Some(directory)).cloned().collect())
+    }
+
+    fn rename(&self, from: &Path, to: &Path) -> io::Result<()> {
+        self.shared.step()?;
+        let mut live = self.live.lock();
+        let content = live.remove(from).ok_or(io::ErrorKind::NotFound)?;
+        live.insert(to.to_owned(), content);
+        Ok(())
+    }
+
+    fn remove(&self, path: &Path) -> io::Result<()> {
+        self.shared.step()?;
+        self.live.lock().remove(path).map(drop).ok_or(io::ErrorKind::NotFound.into())
+    }
+
+    fn sync_directory(&self, directory: &Path) -> io::Result<()> {
+        self.shared.step()?;
+        let mut durable = self.durable.lock();
+        durable.retain(|path, _| path.parent() != Some(directory));
+        let live = self.live.lock();
+        let here = live.iter().filter(|(path, _)| path.parent() == Some(directory));
+        durable.extend(here.map(|(path, content)| (path.clone(), Arc::clone(content))));
+        Ok(())
+    }
+
+    fn space(&self, _: &Path) -> io::Result<Space> {
+        Ok(Space { capacity: 1 << 41, free: self.shared.free.load(SeqCst) })
+    }
+
+    fn machine_boot(&self) -> io::Result<String> {
+        Ok(format!("boot-{}", self.shared.boot.load(SeqCst)))
+    }
+}
+
+impl TestFile {
+    fn change(&self, change: Change) -> io::Result<()> {
+        self.shared.step()?;
+        let mut content = self.content.lock();
+        change.apply(&mut content.live);
+        content.unsynced.push(change);
+        Ok(())
+    }
+}
+
+impl DiskFile for TestFile {
+    fn read_exact_at(&self, buffer: &mut [u8], offset: u64) -> io::Result<()> {
+        self.shared.alive()?;
+        let content = self.content.lock();
+        let start = usize::try_from(offset).unwrap();
+        let bytes = content.live.get(start..start + buffer.len()).ok_or(io::ErrorKind::UnexpectedEof)?;
+        buffer.copy_from_slice(bytes);
+        Ok(())
+    }
+
+    fn write_all_at(&self, bytes: &[u8], offset: u64) -> io::Result<()> {
+        self.change(Change::Write(usize::try_from(offset).unwrap(), bytes.to_vec()))
+    }
+
+    fn length(&self) -> io::Result<u64> {
+        self.shared.alive()?;
+        Ok(self.content.lock().live.len() as u64)
+    }
+
+    fn set_length(&self, length: u64) -> io::Result<()> {
+        self.change(Change::Length(usize::try_from(length).unwrap()))
+    }
+
+    fn sync_data(&self) -> io::Result<()> {
+        let mut hold = self.shared.hold_syncs.lock();
+        while *hold && self.is_segment {
+            self.shared.released.wait(&mut hold);
+        }
+        drop(hold);
+        self.shared.step()?;
+        self.shared.segment_syncs.fetch_add(u64::from(self.is_segment), SeqCst);
+        let mut content = self.content.lock();
+        content.durable = content.live.clone();
+        content.unsynced.clear();
+        Ok(())
+    }
+
+    fn start_writeback(&self, _: u64, _: u64) {}
+
+    fn punch_hole(&self, offset: u64, length: u64) -> io::Result<()> {
+        let zeroes = vec![0; usize::try_from(length).unwrap()];
+        self.change(Change::Write(usize::try_from(offset).unwrap(), zeroes))
+    }
+}
