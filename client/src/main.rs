@@ -1,2 +1,7 @@
-#![allow(missing_docs)]
-fn main() {}
+//! The binary `holdfast`, which is also `mount.holdfast`.
+
+use std::process::ExitCode;
+
+fn main() -> ExitCode {
+    holdfast_client::cli::main(std::env::args_os().collect())
+}

@@ -131,10 +131,10 @@ fn claim(disk: &dyn Disk, directory: &Path, owner: PeerIdentity) -> Result<(), D
     write_atomically(disk, &path, text.as_bytes()).map_err(io_error("write", &path))
 }
 
-/// What a directory may hold before it is claimed: our lock, a claim that was interrupted, the certificate that enrolment
-/// has put there, what mkfs leaves.
+/// What a directory may hold before it is claimed: our lock, a claim that was interrupted, what mkfs leaves, and the
+/// certificate, which by default is kept here and comes first.
 fn is_expected_in_new(entry: &Path) -> bool {
-    let names = [LOCK_FILE.to_owned(), format!("{IDENTITY_FILE}.new"), "tls".to_owned(), "lost+found".to_owned()];
+    let names = [LOCK_FILE.to_owned(), format!("{IDENTITY_FILE}.new"), "lost+found".to_owned(), "tls".to_owned()];
     names.iter().any(|name| entry.file_name() == Some(OsStr::new(name)))
 }
 

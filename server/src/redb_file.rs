@@ -3,7 +3,10 @@
 //! It takes no lock: the data directory's lock keeps a second process out.
 
 use std::{
+    any::Any,
+    cell::Cell,
     io,
+    panic::{AssertUnwindSafe, catch_unwind},
     sync::{
         Arc,
         atomic::{AtomicBool, Ordering::SeqCst},
@@ -48,6 +51,29 @@ impl Freeze {
     }
 }
 
+thread_local! {
+    static GUARDED: Cell<bool> = const { Cell::new(false) };
+}
+
+/// Runs `work` on a database whose file may be damaged, and returns what it panicked with, if it did: redb checks no
+/// checksums when it reads, and may panic on what it finds.
+pub fn guarded<T>(work: impl FnOnce() -> T) -> Result<T, String> {
+    let outer = GUARDED.replace(true);
+    let result = catch_unwind(AssertUnwindSafe(work));
+    GUARDED.set(outer);
+    result.map_err(|panic| panic_text(panic.as_ref()))
+}
+
+/// Whether a panic on this thread, now, is contained by [`guarded`]: a panic hook must not end the process for it.
+pub fn is_guarded() -> bool {
+    GUARDED.get()
+}
+
+fn panic_text(panic: &(dyn Any + Send)) -> String {
+    let text = panic.downcast_ref::<String>().map(String::as_str).or(panic.downcast_ref::<&str>().copied());
+    text.unwrap_or("no reason given").to_owned()
+}
+
 impl StorageBackend for RedbFile {
     fn len(&self) -> io::Result<u64> {
         self.file.length()
@@ -79,6 +105,19 @@ mod tests {
     use redb::{ReadableDatabase, TableDefinition};
 
     use super::*;
+
+    #[test]
+    fn a_panic_under_guard_is_an_answer() {
+        assert_eq!(guarded(|| 1), Ok(1));
+        assert!(!is_guarded());
+        let said = guarded(|| {
+            if is_guarded() {
+                panic!("page {}", 7)
+            }
+        });
+        assert_eq!(said, Err("page 7".to_owned()));
+        assert!(!is_guarded());
+    }
 
     #[test]
     fn a_frozen_database_keeps_what_was_committed_durably() {

@@ -1,3 +1,138 @@
 //! The storage server: blocks on a disk, served to who may have them.
 
+mod replicate;
+mod report;
+mod service;
 pub mod store;
+#[cfg(test)]
+mod tests;
+mod workers;
+
+use std::{future::Future, io, path::PathBuf, sync::Arc, time::Duration};
+
+use holdfast_common::{
+    clock::Clock,
+    config::StorageConfig,
+    disk::Disk,
+    net::{
+        Peers, Serve,
+        identity::{NodeName, Role},
+        quic::{BindError, NetOptions, Node},
+        tls::{Credentials, TlsError},
+    },
+};
+
+pub use self::service::StorageService;
+use self::{
+    replicate::Fetcher,
+    report::Reporter,
+    store::{OpenError, Store, StoreError, StoreOptions},
+    workers::Workers,
+};
+use crate::datadir::{DataDir, DataDirError};
+
+/// Threads that hash and write beside the network's.
+const WORKERS_MAX: usize = 4;
+/// Bad copies kept for inspection.
+const QUARANTINE_BYTES: u64 = 1 << 30;
+
+#[derive(Debug, thiserror::Error)]
+pub enum RunError {
+    #[error("cannot use the certificate in {path}: {source}")]
+    Credentials { path: PathBuf, source: TlsError },
+    #[error("the certificate in {path} is that of {node}, not of a storage server")]
+    Role { path: PathBuf, node: NodeName },
+    #[error(transparent)]
+    DataDir(#[from] DataDirError),
+    #[error(transparent)]
+    Open(#[from] OpenError),
+    #[error("cannot listen: {0}")]
+    Bind(#[from] BindError),
+    #[error("cannot serve: {0}")]
+    Tls(TlsError),
+    #[error("cannot start: {0}")]
+    Start(io::Error),
+    #[error("the block store failed: {0}")]
+    Failed(Arc<str>),
+    #[error("cannot close the block store: {0}")]
+    Close(StoreError),
+}
+
+/// Runs a storage server until `shutdown`, or until its store can no longer keep its promises. Calls `ready` when it serves.
+pub async fn run(
+    config: StorageConfig,
+    disk: Arc<dyn Disk>,
+    _clock: Arc<dyn Clock>,
+    ready: impl FnOnce(),
+    shutdown: impl Future<Output = ()>,
+) -> Result<(), RunError> {
+    let credentials = load_credentials(&config)?;
+    let name = credentials.node;
+    let data = DataDir::open(&*disk, &config.data_dir, credentials.identity())?;
+    let options = store_options(&config, disk.as_ref()).map_err(RunError::Start)?;
+    let store = Arc::new(Store::open(disk, data.path(), options)?);
+    let node = Node::bind(config.listen, credentials, NetOptions::default())?;
+    let address = node.local_address().map_err(RunError::Start)?;
+    let peers: Arc<dyn Peers> = Arc::clone(&node) as Arc<dyn Peers>;
+    let service = start_service(Arc::clone(&store), Arc::clone(&peers), name.id).map_err(RunError::Start)?;
+    let serving = tokio::spawn(node.serve(Arc::clone(&service) as Arc<dyn Serve>, None).map_err(RunError::Tls)?);
+    let reporter = Reporter {
+        peers,
+        meta: config.meta,
+        address: config.advertised(address),
+        zone: config.zone.clone(),
+        store: Arc::clone(&store),
+        service,
+    };
+    let reporting = tokio::spawn(reporter.run());
+    tracing::info!(%address, node = %name, boot = %store.boot(), "the storage server is ready");
+    ready();
+    let failure = tokio::select! {
+        failure = store.failed() => Some(failure),
+        () = shutdown => None,
+    };
+    reporting.abort();
+    node.close();
+    if tokio::time::timeout(Duration::from_secs(1), node.closed()).await.is_err() {
+        tracing::debug!("some peers were not told that the server stops");
+    }
+    serving.abort();
+    match failure {
+        Some(failure) => Err(RunError::Failed(failure)),
+        None => close(&store),
+    }
+}
+
+fn close(store: &Store) -> Result<(), RunError> {
+    tracing::info!("the storage server is stopping");
+    store.checkpoint().map_err(RunError::Close)
+}
+
+fn load_credentials(config: &StorageConfig) -> Result<Credentials, RunError> {
+    let path = config.tls_dir.clone();
+    let credentials =
+        Credentials::load(&path).map_err(|source| RunError::Credentials { path: path.clone(), source })?;
+    match credentials.node.role {
+        Role::Storage => Ok(credentials),
+        _ => Err(RunError::Role { path, node: credentials.node }),
+    }
+}
+
+fn store_options(config: &StorageConfig, disk: &dyn Disk) -> io::Result<StoreOptions> {
+    let space = disk.space(&config.data_dir)?;
+    Ok(StoreOptions {
+        segment_bytes: config.segment_bytes,
+        capacity_bytes: config.capacity_bytes,
+        reserve_bytes: config.reserve(space.capacity),
+        quarantine_bytes: QUARANTINE_BYTES.min(space.capacity / 100),
+        index_cache_bytes: usize::try_from(config.index_cache_bytes).unwrap_or(usize::MAX),
+        ..StoreOptions::default()
+    })
+}
+
+/// The service over an open store. `me`: this server's number, which is not asked for copies.
+pub fn start_service(store: Arc<Store>, peers: Arc<dyn Peers>, me: u32) -> io::Result<Arc<StorageService>> {
+    let cores = std::thread::available_parallelism().map_or(1, usize::from);
+    let workers = Workers::start(cores.min(WORKERS_MAX))?;
+    Ok(Arc::new(StorageService::new(store, workers, Fetcher::new(peers, me))))
+}

@@ -34,6 +34,16 @@ impl CheckedBlock {
         }
     }
 
+    /// A block that was checked already gets its tree.
+    pub fn from_block(block: &Block, epoch: Epoch) -> Self {
+        let (hash, bytes) = (block.hash(), block.bytes().clone());
+        let tree = match bytes.len() <= HASH_GROUP_SIZE as usize {
+            true => Vec::new(),
+            false => PreOrderMemOutboard::create(&bytes, GROUP).data,
+        };
+        Self { hash, epoch, bytes, tree }
+    }
+
     pub fn hash(&self) -> BlockHash {
         self.hash
     }

@@ -4,10 +4,8 @@
 //! the segments up to its `covered` point are on stable storage. What is missing is found by scanning from there.
 
 use std::{
-    any::Any,
     collections::{BTreeMap, BTreeSet},
     io,
-    panic::{AssertUnwindSafe, catch_unwind},
     path::Path,
     sync::{
         Arc,
@@ -20,7 +18,7 @@ use parking_lot::{Mutex, RwLock};
 use redb::{Database, Durability, ReadableDatabase, ReadableTable, TableDefinition};
 
 use super::format::{Place, RECORD_HEADER_LENGTH, array_at, tree_length, u32_at, u64_at};
-use crate::redb_file::{Freeze, RedbFile};
+use crate::redb_file::{self, Freeze, RedbFile};
 
 const BLOCKS: TableDefinition<'_, &[u8; 32], &[u8; 28]> = TableDefinition::new("blocks");
 const USAGE: TableDefinition<'_, u64, (u64, u64)> = TableDefinition::new("usage");
@@ -86,14 +84,9 @@ fn failed(error: impl Into<redb::Error>) -> IndexError {
     IndexError(error.into().to_string())
 }
 
-/// redb checks no checksums when it reads: on a damaged file it may panic, which must not take the server with it.
+/// A damaged file must not take the server with it.
 fn guarded<T>(work: impl FnOnce() -> Result<T, IndexError>) -> Result<T, IndexError> {
-    catch_unwind(AssertUnwindSafe(work)).unwrap_or_else(|panic| Err(IndexError(panic_text(panic.as_ref()))))
-}
-
-fn panic_text(panic: &(dyn Any + Send)) -> String {
-    let text = panic.downcast_ref::<String>().map(String::as_str).or(panic.downcast_ref::<&str>().copied());
-    format!("its file is damaged ({})", text.unwrap_or("no reason given"))
+    redb_file::guarded(work).unwrap_or_else(|panic| Err(IndexError(format!("its file is damaged ({panic})"))))
 }
 
 type Changes = BTreeMap<BlockHash, Option<Entry>>;

@@ -209,12 +209,20 @@ impl Store {
         store.spawn("holdfast-sync", Inner::sync_loop).map_err(io_error)?;
         inner.checkpoint().map_err(|error| io_error(io::Error::other(error.to_string())))?;
         store.spawn("holdfast-index", Inner::housekeeping_loop).map_err(io_error)?;
+        store.spawn_hints().map_err(io_error)?;
         Ok(store)
     }
 
     fn spawn(&mut self, name: &str, work: fn(&Inner)) -> io::Result<()> {
         let inner = Arc::clone(&self.inner);
         self.threads.push(std::thread::Builder::new().name(name.to_owned()).spawn(move || work(&inner))?);
+        Ok(())
+    }
+
+    fn spawn_hints(&mut self) -> io::Result<()> {
+        let hints = self.inner.segments.start_hints();
+        let thread = std::thread::Builder::new().name("holdfast-hints".to_owned());
+        self.threads.push(thread.spawn(move || hints.iter().for_each(|hint| hint.follow()))?);
         Ok(())
     }
 
@@ -341,6 +349,7 @@ impl Store {
 impl Drop for Store {
     fn drop(&mut self) {
         self.inner.gate.stop();
+        self.inner.segments.stop_hints();
         self.inner.housekeeper.state.lock().stopping = true;
         self.inner.housekeeper.wake.notify_all();
         for thread in self.threads.drain(..) {

@@ -4,7 +4,10 @@ use std::{
     collections::{BTreeMap, HashMap},
     io,
     path::{Path, PathBuf},
-    sync::Arc,
+    sync::{
+        Arc,
+        mpsc::{Receiver, SyncSender, sync_channel},
+    },
 };
 
 use holdfast_common::{
@@ -32,7 +35,26 @@ pub(super) struct Segments {
     pub(super) directory: PathBuf,
     pub(super) key: Key,
     open: Mutex<OpenFiles>,
+    hints: Mutex<Option<SyncSender<Hint>>>,
 }
+
+/// A part of a file that should go to the disk soon.
+#[derive(Debug)]
+pub(super) struct Hint {
+    file: Arc<dyn DiskFile>,
+    offset: u64,
+    length: u64,
+}
+
+impl Hint {
+    /// May wait for the disk, when its queue is full: not for threads that somebody waits for.
+    pub(super) fn follow(&self) {
+        self.file.start_writeback(self.offset, self.length);
+    }
+}
+
+/// Hints that may wait. One that does not fit is dropped: the next sync has more to do.
+const HINTS_MAX: usize = 16;
 
 #[derive(Debug, Default)]
 struct OpenFiles {
@@ -86,7 +108,23 @@ pub(super) fn read_segment_key(file: &dyn DiskFile, number: u64) -> io::Result<R
 
 impl Segments {
     pub(super) fn new(disk: Arc<dyn Disk>, directory: PathBuf, key: Key) -> Self {
-        Self { disk, directory, key, open: Mutex::default() }
+        Self { disk, directory, key, open: Mutex::default(), hints: Mutex::default() }
+    }
+
+    /// Where hints go from now on; it ends with `stop_hints`.
+    pub(super) fn start_hints(&self) -> Receiver<Hint> {
+        let (sender, receiver) = sync_channel(HINTS_MAX);
+        *self.hints.lock() = Some(sender);
+        receiver
+    }
+
+    pub(super) fn stop_hints(&self) {
+        *self.hints.lock() = None;
+    }
+
+    fn hint(&self, file: &Arc<dyn DiskFile>, offset: u64, length: u64) {
+        let hint = Hint { file: Arc::clone(file), offset, length };
+        drop(self.hints.lock().as_ref().map(|hints| hints.try_send(hint)));
     }
 
     pub(super) fn path(&self, number: u64) -> PathBuf {
@@ -225,13 +263,13 @@ impl Tail {
             self.cut(file.as_ref());
             return Err(error);
         }
-        self.advance(file, place, sequence);
+        self.advance(segments, file, place, sequence);
         Ok(places)
     }
 
-    fn advance(&mut self, file: Arc<dyn DiskFile>, place: Place, sequence: u64) {
+    fn advance(&mut self, segments: &Segments, file: Arc<dyn DiskFile>, place: Place, sequence: u64) {
         if place.offset - self.hinted >= WRITEBACK_EVERY {
-            file.start_writeback(self.hinted, place.offset - self.hinted);
+            segments.hint(&file, self.hinted, place.offset - self.hinted);
             self.hinted = place.offset;
         }
         self.unsynced.entry(place.segment).or_insert(file);
@@ -257,7 +295,7 @@ impl Tail {
         let number = self.place.segment + 1;
         let file = segments.create(number)?;
         if let Some(full) = self.file.replace(Arc::clone(&file)) {
-            full.start_writeback(self.hinted, self.place.offset - self.hinted);
+            segments.hint(&full, self.hinted, self.place.offset - self.hinted);
         }
         self.place = Place { segment: number, offset: SEGMENT_HEADER_LENGTH };
         self.hinted = SEGMENT_HEADER_LENGTH;

@@ -1,0 +1,244 @@
+//! A cluster's state, as a table for people and as JSON for programs. Pure.
+
+use std::fmt::Write as _;
+
+use holdfast_common::wire::meta::{ClusterStatus, MountStatus, ServerStatus};
+use serde_json::{Value, json};
+
+/// Bytes with a binary unit, three digits or four.
+pub(super) fn size(bytes: u64) -> String {
+    const UNITS: [(u32, &str); 5] = [(50, "PiB"), (40, "TiB"), (30, "GiB"), (20, "MiB"), (10, "KiB")];
+    let Some((shift, unit)) = UNITS.into_iter().find(|(shift, _)| bytes >> shift > 0) else {
+        return format!("{bytes} B");
+    };
+    let tenths = (u128::from(bytes) * 10) >> shift;
+    match tenths {
+        0..1000 => format!("{}.{} {unit}", tenths / 10, tenths % 10),
+        _ => format!("{} {unit}", tenths / 10),
+    }
+}
+
+/// The status as text, with a line feed at the end.
+pub(super) fn table(status: &ClusterStatus) -> String {
+    let mut text = format!("Cluster {}\n\n", status.cluster);
+    text.push_str(&columns(&servers(status)));
+    text.push('\n');
+    match status.mounts.is_empty() {
+        true => text.push_str("No mounts.\n"),
+        false => text.push_str(&columns(&mounts(status))),
+    }
+    text.push('\n');
+    for (name, value) in figures(status) {
+        // Writing to a string cannot fail.
+        let _written = writeln!(text, "{name:<18}{value}");
+    }
+    text
+}
+
+fn servers(status: &ClusterStatus) -> Vec<Vec<String>> {
+    let head = [
+        "SERVER", "STATE", "ADDRESS", "ZONE", "CAPACITY", "FREE", "STORED", "BLOCKS", "LOAD", "CORRUPT", "REPAIRED",
+        "HEARD",
+    ];
+    std::iter::once(head.map(str::to_owned).to_vec()).chain(status.servers.iter().map(server)).collect()
+}
+
+fn server(server: &ServerStatus) -> Vec<String> {
+    let load = &server.load;
+    vec![
+        server.id.to_string(),
+        server.state.to_string(),
+        server.address.to_string(),
+        if server.zone.is_empty() { "-".to_owned() } else { server.zone.clone() },
+        size(load.capacity_bytes),
+        size(load.free_bytes),
+        size(load.stored_bytes),
+        load.blocks.to_string(),
+        format!("{}.{:02}", load.load_percent / 100, load.load_percent % 100),
+        load.corrupt_found.to_string(),
+        load.repaired.to_string(),
+        ago(server.silent_ms),
+    ]
+}
+
+fn mounts(status: &ClusterStatus) -> Vec<Vec<String>> {
+    let head = ["MOUNT", "HOST", "MOUNTPOINT", "OPEN", "DIRTY", "REPAIRS", "HEARD"];
+    std::iter::once(head.map(str::to_owned).to_vec()).chain(status.mounts.iter().map(mount)).collect()
+}
+
+fn mount(mount: &MountStatus) -> Vec<String> {
+    vec![
+        mount.session.to_string(),
+        mount.host.clone(),
+        mount.mountpoint.clone(),
+        mount.open_files.to_string(),
+        size(mount.dirty_bytes),
+        mount.repairs.to_string(),
+        ago(mount.silent_ms),
+    ]
+}
+
+fn ago(silent_ms: u64) -> String {
+    match silent_ms {
+        0..100_000 => format!("{}.{} s ago", silent_ms / 1000, silent_ms % 1000 / 100),
+        _ => format!("{} min ago", silent_ms / 60_000),
+    }
+}
+
+fn figures(status: &ClusterStatus) -> [(&'static str, String); 7] {
+    let [none, one, two, full] = status.blocks_by_copies;
+    let behind = status.log_position.0.saturating_sub(status.durable_through.0);
+    [
+        ("Files", format!("{} inodes, {} blocks", status.inodes, status.blocks)),
+        ("Copies", format!("{full} blocks with 3, {two} with 2, {one} with 1, {none} lost")),
+        ("Owed", format!("{} blocks are owed a copy", status.owed)),
+        ("Copies made", status.copies_made.to_string()),
+        ("Bad copies met", format!("{} corrupt, {} missing", status.corrupt_copies_met, status.missing_copies_met)),
+        ("Copies repaired", status.copies_repaired.to_string()),
+        ("Log", format!("{} entries, {behind} not yet on disk", status.log_position)),
+    ]
+}
+
+/// Rows as columns, each as wide as its widest cell.
+fn columns(rows: &[Vec<String>]) -> String {
+    let count = rows.iter().map(Vec::len).max().unwrap_or(0);
+    let width = |column: usize| rows.iter().filter_map(|row| row.get(column)).map(|cell| cell.chars().count()).max();
+    let widths: Vec<usize> = (0..count).filter_map(width).collect();
+    rows.iter().map(|row| line(row, &widths)).collect()
+}
+
+fn line(row: &[String], widths: &[usize]) -> String {
+    let cells: Vec<String> = row.iter().zip(widths).map(|(cell, width)| format!("{cell:<width$}")).collect();
+    format!("{}\n", cells.join("  ").trim_end())
+}
+
+/// The same as one JSON object. Names and units are those of the fields of `ClusterStatus`.
+pub(super) fn json(status: &ClusterStatus) -> serde_json::Result<Value> {
+    let mut value = serde_json::to_value(status)?;
+    value["cluster"] = json!(status.cluster.to_string());
+    if let Some(servers) = value["servers"].as_array_mut() {
+        for (shown, server) in servers.iter_mut().zip(&status.servers) {
+            shown["state"] = json!(server.state.to_string());
+        }
+    }
+    Ok(value)
+}
+
+#[cfg(test)]
+mod tests {
+    use holdfast_common::{
+        BootId, ClusterId, Position, ServerId, SessionId, cluster::ServerState, wire::meta::StorageLoad,
+    };
+
+    use super::*;
+
+    fn a_server(id: u32, state: ServerState, silent_ms: u64) -> ServerStatus {
+        ServerStatus {
+            id: ServerId(id),
+            address: ([127, 0, 0, 1], 7400 + u16::try_from(id).unwrap()).into(),
+            zone: if id == 1 { "rack-a".to_owned() } else { String::new() },
+            state,
+            weight: 100,
+            silent_ms,
+            boot: BootId(9),
+            load: StorageLoad {
+                capacity_bytes: 100 << 30,
+                free_bytes: (42 << 30) + (1 << 29),
+                stored_bytes: 3 << 20,
+                blocks: 17,
+                corrupt_found: 1,
+                repaired: 1,
+                quarantined: 1,
+                load_percent: 105,
+                memory_bytes: 0,
+                queue_depth: 0,
+            },
+        }
+    }
+
+    fn a_status() -> ClusterStatus {
+        ClusterStatus {
+            cluster: ClusterId([0xab; 16]),
+            map_version: 4,
+            servers: vec![a_server(1, ServerState::Up, 310), a_server(2, ServerState::Down, 3_600_000)],
+            mounts: vec![MountStatus {
+                session: SessionId(5),
+                host: "alpha".to_owned(),
+                mountpoint: "/mnt/data".to_owned(),
+                silent_ms: 1250,
+                open_files: 3,
+                dirty_bytes: 1536,
+                repairs: 2,
+            }],
+            inodes: 12,
+            blocks: 17,
+            blocks_by_copies: [0, 1, 4, 12],
+            owed: 5,
+            copies_made: 8,
+            corrupt_copies_met: 2,
+            missing_copies_met: 1,
+            copies_repaired: 3,
+            log_position: Position(120),
+            durable_through: Position(118),
+        }
+    }
+
+    #[test]
+    fn the_table_is_exactly_this() {
+        let expected = "\
+Cluster abababababababababababababababab
+
+SERVER  STATE  ADDRESS         ZONE    CAPACITY   FREE      STORED   BLOCKS  LOAD  CORRUPT  REPAIRED  HEARD
+1       up     127.0.0.1:7401  rack-a  100 GiB    42.5 GiB  3.0 MiB  17      1.05  1        1         0.3 s ago
+2       down   127.0.0.1:7402  -       100 GiB    42.5 GiB  3.0 MiB  17      1.05  1        1         60 min ago
+
+MOUNT  HOST   MOUNTPOINT  OPEN  DIRTY    REPAIRS  HEARD
+5      alpha  /mnt/data   3     1.5 KiB  2        1.2 s ago
+
+Files             12 inodes, 17 blocks
+Copies            12 blocks with 3, 4 with 2, 1 with 1, 0 lost
+Owed              5 blocks are owed a copy
+Copies made       8
+Bad copies met    2 corrupt, 1 missing
+Copies repaired   3
+Log               120 entries, 2 not yet on disk
+";
+        let expected = expected.replace("CAPACITY   FREE", "CAPACITY  FREE").replace("100 GiB    42", "100 GiB   42");
+        assert_eq!(table(&a_status()), expected);
+    }
+
+    #[test]
+    fn an_empty_cluster_has_a_table_too() {
+        let status = ClusterStatus { servers: Vec::new(), mounts: Vec::new(), ..a_status() };
+        let text = table(&status);
+        assert!(text.contains("SERVER  STATE"), "{text}");
+        assert!(text.contains("No mounts.\n"), "{text}");
+    }
+
+    #[test]
+    fn json_names_the_cluster_and_states_in_words() {
+        let value = json(&a_status()).unwrap();
+        assert_eq!(value["cluster"], "abababababababababababababababab");
+        assert_eq!(value["servers"][1]["state"], "down");
+        assert_eq!(value["servers"][0]["address"], "127.0.0.1:7401");
+        assert_eq!(value["servers"][0]["load"]["corrupt_found"], 1);
+        assert_eq!(value["mounts"][0]["mountpoint"], "/mnt/data");
+        assert_eq!(value["blocks_by_copies"], json!([0, 1, 4, 12]));
+        assert_eq!(value["log_position"], 120);
+    }
+
+    #[test]
+    fn sizes_have_binary_units() {
+        for (bytes, text) in [
+            (0, "0 B"),
+            (1023, "1023 B"),
+            (1024, "1.0 KiB"),
+            (1536, "1.5 KiB"),
+            (100 << 20, "100 MiB"),
+            ((99 << 30) + (1 << 29), "99.5 GiB"),
+            (u64::MAX, "16383 PiB"),
+        ] {
+            assert_eq!(size(bytes), text);
+        }
+    }
+}

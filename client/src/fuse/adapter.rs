@@ -1,0 +1,600 @@
+//! Every kernel request, as one call of [`Fs`].
+
+use std::{ffi::OsStr, io, os::unix::ffi::OsStrExt, path::Path, sync::Arc, time::SystemTime};
+
+use bytes::Bytes;
+use fuser::{
+    BsdFileFlags, CopyFileRangeFlags, FileHandle as Fh, Filesystem, FopenFlags, Generation, INodeNo, InitFlags,
+    KernelConfig, LockOwner, OpenFlags, RenameFlags, ReplyAttr, ReplyCreate, ReplyData, ReplyDirectory,
+    ReplyDirectoryPlus, ReplyEmpty, ReplyEntry, ReplyIoctl, ReplyLseek, ReplyOpen, ReplyPoll, ReplyStatfs, ReplyWrite,
+    ReplyXattr, Request, TimeOrNow, WriteFlags,
+};
+use holdfast_common::{Attr, DirEntry, Ino, Kind, wire::meta::SetAttr};
+
+use super::{
+    convert,
+    dispatch::{Dispatcher, Operation, Patience},
+};
+use crate::fs::{Caller, DirectoryPage, Errno, FileHandle, Fs, FsResult, MakeRequest, Opened};
+
+/// Inode numbers are never reused, so that one generation is enough.
+const GENERATION: Generation = Generation(0);
+/// Bytes of one write request: as many as one block holds.
+const WRITE_SIZE_MAX: u32 = 1 << 20;
+/// Background requests (read-ahead, direct I/O) that the kernel keeps in flight.
+const BACKGROUND_MAX: u16 = 128;
+const CONGESTION_THRESHOLD: u16 = 96;
+/// What is asked of the kernel besides fuser's own choice (ASYNC_READ, BIG_WRITES, MAX_PAGES).
+///
+/// Left out on purpose: POSIX_LOCKS and FLOCK_LOCKS (the kernel then keeps locks itself, one mount at a time);
+/// WRITEBACK_CACHE (a write is acknowledged by us, not by the page cache); HANDLE_KILLPRIV (without it the kernel takes setuid and
+/// setgid away by a chmod of its own, from fresh attributes; version 2 would need bits that fuser drops); ATOMIC_O_TRUNC
+/// (without it truncation is a SetAttr, one code path); AUTO_INVAL_DATA (it throws a writer's own pages away
+/// at its next stat; `keep_cache` at open gives close-to-open instead); SETXATTR_EXT and SECURITY_CTX (fuser cannot parse them).
+const WANTED: [InitFlags; 5] = [
+    InitFlags::FUSE_PARALLEL_DIROPS,
+    InitFlags::FUSE_DO_READDIRPLUS,
+    InitFlags::FUSE_READDIRPLUS_AUTO,
+    InitFlags::FUSE_ASYNC_DIO,
+    InitFlags::FUSE_CACHE_SYMLINKS,
+];
+
+const fn answer(name: &'static str) -> Operation {
+    Operation { name, patience: Patience::Answer }
+}
+
+const fn flush(name: &'static str) -> Operation {
+    Operation { name, patience: Patience::Flush }
+}
+
+#[derive(Debug)]
+pub(super) struct Adapter {
+    fs: Arc<Fs>,
+    dispatcher: Dispatcher,
+}
+
+impl Adapter {
+    pub(super) fn new(fs: Arc<Fs>, dispatcher: Dispatcher) -> Self {
+        Self { fs, dispatcher }
+    }
+
+    fn entry(&self, operation: Operation, work: impl Work<Attr>, reply: ReplyEntry) {
+        let ttl = self.fs.attribute_timeout();
+        self.dispatcher.run(operation, work, move |result| match result {
+            Ok(attr) => reply.entry(&ttl, &convert::attr(&attr), GENERATION),
+            Err(errno) => reply.error(convert::errno(errno)),
+        });
+    }
+
+    fn attr(&self, operation: Operation, work: impl Work<Attr>, reply: ReplyAttr) {
+        let ttl = self.fs.attribute_timeout();
+        self.dispatcher.run(operation, work, move |result| match result {
+            Ok(attr) => reply.attr(&ttl, &convert::attr(&attr)),
+            Err(errno) => reply.error(convert::errno(errno)),
+        });
+    }
+
+    fn empty(&self, operation: Operation, work: impl Work<()>, reply: ReplyEmpty) {
+        self.dispatcher.run(operation, work, move |result| match result {
+            Ok(()) => reply.ok(),
+            Err(errno) => reply.error(convert::errno(errno)),
+        });
+    }
+
+    fn written(&self, operation: Operation, work: impl Work<u32>, reply: ReplyWrite) {
+        self.dispatcher.run(operation, work, move |result| match result {
+            Ok(count) => reply.written(count),
+            Err(errno) => reply.error(convert::errno(errno)),
+        });
+    }
+
+    fn xattr(&self, operation: Operation, work: impl Work<Vec<u8>>, room: u32, reply: ReplyXattr) {
+        self.dispatcher.run(operation, work, move |result| {
+            match result.as_deref().map_err(|errno| *errno).and_then(|value| convert::xattr_answer(value, room)) {
+                Ok(convert::XattrAnswer::Size(size)) => reply.size(size),
+                Ok(convert::XattrAnswer::Data(value)) => reply.data(value),
+                Err(errno) => reply.error(convert::errno(errno)),
+            }
+        });
+    }
+
+    fn make(
+        &self,
+        operation: Operation,
+        request: &Request,
+        name: (INodeNo, &OsStr),
+        new: MakeRequest,
+        reply: ReplyEntry,
+    ) {
+        let (fs, caller, parent, name) = (self.fs.clone(), caller(request), convert::ino(name.0), owned(name.1));
+        self.entry(operation, async move { fs.make(caller, parent, &name, new).await }, reply);
+    }
+}
+
+/// An operation that owns all it needs.
+trait Work<T>: Future<Output = FsResult<T>> + Send + 'static {}
+impl<T, F: Future<Output = FsResult<T>> + Send + 'static> Work<T> for F {}
+
+fn caller(request: &Request) -> Caller {
+    Caller { uid: request.uid(), gid: request.gid(), pid: request.pid() }
+}
+
+fn owned(name: &OsStr) -> Vec<u8> {
+    name.as_bytes().to_vec()
+}
+
+fn handle(handle: Fh) -> FileHandle {
+    FileHandle(handle.0)
+}
+
+fn open_flags(opened: Opened) -> FopenFlags {
+    let keep = if opened.keep_cache { FopenFlags::FOPEN_KEEP_CACHE } else { FopenFlags::empty() };
+    keep | FopenFlags::FOPEN_PARALLEL_DIRECT_WRITES
+}
+
+fn node(kind: Kind, mode: u32, rdev: u32) -> MakeRequest {
+    MakeRequest { kind, mode: convert::permissions(mode), rdev, target: Vec::new() }
+}
+
+/// The page after `cookie`, with at least one entry unless the directory ends there: to the kernel, an empty
+/// page is the end.
+async fn directory_page(fs: &Fs, ino: Ino, handle: FileHandle, mut cookie: u64, plus: bool) -> FsResult<Vec<DirEntry>> {
+    loop {
+        let before = cookie;
+        let DirectoryPage { entries, end } = fs.readdir(ino, handle, cookie, plus).await?;
+        cookie = entries.last().map_or(before, |entry| entry.cookie);
+        if !entries.is_empty() || end || cookie == before {
+            return Ok(entries);
+        }
+    }
+}
+
+fn is_dot(name: &[u8]) -> bool {
+    matches!(name, b"." | b"..")
+}
+
+/// Entries of a page with attributes. `.` and `..` need none; one that came without any and is gone by now is left out.
+async fn with_attributes(fs: &Fs, entries: Vec<DirEntry>) -> FsResult<Vec<(DirEntry, fuser::FileAttr)>> {
+    let mut complete = Vec::with_capacity(entries.len());
+    for entry in entries {
+        let attr = match (entry.attr, is_dot(&entry.name)) {
+            (Some(attr), _) => convert::attr(&attr),
+            (None, true) => convert::bare_directory(entry.ino),
+            (None, false) => match fs.getattr(entry.ino).await {
+                Ok(attr) => convert::attr(&attr),
+                Err(Errno(libc::ENOENT | libc::ESTALE)) => continue,
+                Err(errno) => return Err(errno),
+            },
+        };
+        complete.push((entry, attr));
+    }
+    Ok(complete)
+}
+
+impl Filesystem for Adapter {
+    fn init(&mut self, _request: &Request, config: &mut KernelConfig) -> io::Result<()> {
+        // Each of these gives the nearest value that would do when ours does not.
+        let _previous = config.set_max_write(WRITE_SIZE_MAX).or_else(|nearest| config.set_max_write(nearest));
+        let _previous = config.set_max_background(BACKGROUND_MAX);
+        let _previous = config.set_congestion_threshold(CONGESTION_THRESHOLD);
+        for flag in WANTED {
+            if config.add_capabilities(flag).is_err() {
+                tracing::debug!(?flag, "this kernel lacks a FUSE feature");
+            }
+        }
+        Ok(())
+    }
+
+    fn lookup(&self, _request: &Request, parent: INodeNo, name: &OsStr, reply: ReplyEntry) {
+        let (fs, parent, name) = (self.fs.clone(), convert::ino(parent), owned(name));
+        self.entry(answer("lookup"), async move { fs.lookup(parent, &name).await }, reply);
+    }
+
+    fn forget(&self, _request: &Request, ino: INodeNo, _lookups: u64) {
+        self.fs.forget(convert::ino(ino));
+    }
+
+    fn getattr(&self, _request: &Request, ino: INodeNo, _handle: Option<Fh>, reply: ReplyAttr) {
+        let (fs, ino) = (self.fs.clone(), convert::ino(ino));
+        self.attr(answer("getattr"), async move { fs.getattr(ino).await }, reply);
+    }
+
+    fn setattr(
+        &self,
+        request: &Request,
+        ino: INodeNo,
+        mode: Option<u32>,
+        uid: Option<u32>,
+        gid: Option<u32>,
+        size: Option<u64>,
+        atime: Option<TimeOrNow>,
+        mtime: Option<TimeOrNow>,
+        _ctime: Option<SystemTime>,
+        _handle: Option<Fh>,
+        _crtime: Option<SystemTime>,
+        _chgtime: Option<SystemTime>,
+        _bkuptime: Option<SystemTime>,
+        _flags: Option<BsdFileFlags>,
+        reply: ReplyAttr,
+    ) {
+        let set = SetAttr {
+            mode: mode.map(convert::permissions),
+            uid,
+            gid,
+            size,
+            atime: atime.map(convert::set_time),
+            mtime: mtime.map(convert::set_time),
+            // The kernel sends the mode without these bits when they must go.
+            clear_suid: false,
+        };
+        let (fs, caller, ino) = (self.fs.clone(), caller(request), convert::ino(ino));
+        self.attr(flush("setattr"), async move { fs.setattr(caller, ino, set).await }, reply);
+    }
+
+    fn readlink(&self, _request: &Request, ino: INodeNo, reply: ReplyData) {
+        let (fs, ino) = (self.fs.clone(), convert::ino(ino));
+        self.dispatcher.run(answer("readlink"), async move { fs.readlink(ino).await }, move |result| match result {
+            Ok(target) => reply.data(&target),
+            Err(errno) => reply.error(convert::errno(errno)),
+        });
+    }
+
+    fn mknod(
+        &self,
+        request: &Request,
+        parent: INodeNo,
+        name: &OsStr,
+        mode: u32,
+        _umask: u32,
+        rdev: u32,
+        reply: ReplyEntry,
+    ) {
+        match convert::kind_of_mode(mode) {
+            Ok(kind) => self.make(answer("mknod"), request, (parent, name), node(kind, mode, rdev), reply),
+            Err(errno) => reply.error(convert::errno(errno)),
+        }
+    }
+
+    fn mkdir(&self, request: &Request, parent: INodeNo, name: &OsStr, mode: u32, _umask: u32, reply: ReplyEntry) {
+        self.make(answer("mkdir"), request, (parent, name), node(Kind::Directory, mode, 0), reply);
+    }
+
+    fn symlink(&self, request: &Request, parent: INodeNo, name: &OsStr, target: &Path, reply: ReplyEntry) {
+        let new = MakeRequest { kind: Kind::Symlink, mode: 0o777, rdev: 0, target: owned(target.as_os_str()) };
+        self.make(answer("symlink"), request, (parent, name), new, reply);
+    }
+
+    fn unlink(&self, _request: &Request, parent: INodeNo, name: &OsStr, reply: ReplyEmpty) {
+        let (fs, parent, name) = (self.fs.clone(), convert::ino(parent), owned(name));
+        self.empty(answer("unlink"), async move { fs.unlink(parent, &name).await }, reply);
+    }
+
+    fn rmdir(&self, _request: &Request, parent: INodeNo, name: &OsStr, reply: ReplyEmpty) {
+        let (fs, parent, name) = (self.fs.clone(), convert::ino(parent), owned(name));
+        self.empty(answer("rmdir"), async move { fs.rmdir(parent, &name).await }, reply);
+    }
+
+    fn rename(
+        &self,
+        _request: &Request,
+        parent: INodeNo,
+        name: &OsStr,
+        new_parent: INodeNo,
+        new_name: &OsStr,
+        flags: RenameFlags,
+        reply: ReplyEmpty,
+    ) {
+        let fs = self.fs.clone();
+        let (from, from_name) = (convert::ino(parent), owned(name));
+        let (to, to_name) = (convert::ino(new_parent), owned(new_name));
+        let work = async move { fs.rename(from, &from_name, to, &to_name, convert::rename_mode(flags)?).await };
+        self.empty(answer("rename"), work, reply);
+    }
+
+    fn link(&self, _request: &Request, ino: INodeNo, parent: INodeNo, name: &OsStr, reply: ReplyEntry) {
+        let (fs, ino, parent, name) = (self.fs.clone(), convert::ino(ino), convert::ino(parent), owned(name));
+        self.entry(answer("link"), async move { fs.link(ino, parent, &name).await }, reply);
+    }
+
+    fn create(
+        &self,
+        request: &Request,
+        parent: INodeNo,
+        name: &OsStr,
+        mode: u32,
+        _umask: u32,
+        flags: i32,
+        reply: ReplyCreate,
+    ) {
+        let (fs, caller, parent, name) = (self.fs.clone(), caller(request), convert::ino(parent), owned(name));
+        let ttl = self.fs.attribute_timeout();
+        let mode = convert::permissions(mode);
+        let work = async move { fs.create(caller, parent, &name, mode, flags).await };
+        self.dispatcher.run(answer("create"), work, move |result| match result {
+            Ok((attr, opened)) => {
+                reply.created(&ttl, &convert::attr(&attr), GENERATION, Fh(opened.handle.0), open_flags(opened));
+            }
+            Err(errno) => reply.error(convert::errno(errno)),
+        });
+    }
+
+    fn open(&self, request: &Request, ino: INodeNo, flags: OpenFlags, reply: ReplyOpen) {
+        let (fs, caller, ino) = (self.fs.clone(), caller(request), convert::ino(ino));
+        let work = async move { fs.open(caller, ino, flags.0).await };
+        self.dispatcher.run(answer("open"), work, move |result| match result {
+            Ok(opened) => reply.opened(Fh(opened.handle.0), open_flags(opened)),
+            Err(errno) => reply.error(convert::errno(errno)),
+        });
+    }
+
+    fn read(
+        &self,
+        _request: &Request,
+        ino: INodeNo,
+        file: Fh,
+        offset: u64,
+        size: u32,
+        _flags: OpenFlags,
+        _lock_owner: Option<LockOwner>,
+        reply: ReplyData,
+    ) {
+        let (fs, ino, file) = (self.fs.clone(), convert::ino(ino), handle(file));
+        let work = async move { fs.read(ino, file, offset, size).await };
+        self.dispatcher.run(answer("read"), work, move |result| match result {
+            Ok(data) => reply.data(&data),
+            Err(errno) => reply.error(convert::errno(errno)),
+        });
+    }
+
+    fn write(
+        &self,
+        request: &Request,
+        ino: INodeNo,
+        file: Fh,
+        offset: u64,
+        data: &[u8],
+        _write_flags: WriteFlags,
+        _flags: OpenFlags,
+        _lock_owner: Option<LockOwner>,
+        reply: ReplyWrite,
+    ) {
+        let (fs, caller, ino, file) = (self.fs.clone(), caller(request), convert::ino(ino), handle(file));
+        // The only copy on the way in: the buffer is the kernel loop's own.
+        let data = Bytes::copy_from_slice(data);
+        let work = async move {
+            let length = u32::try_from(data.len()).map_err(|_| Errno(libc::EINVAL))?;
+            fs.write(caller, ino, file, offset, data).await?;
+            Ok(length)
+        };
+        self.written(flush("write"), work, reply);
+    }
+
+    fn flush(&self, _request: &Request, ino: INodeNo, file: Fh, _lock_owner: LockOwner, reply: ReplyEmpty) {
+        let (fs, ino, file) = (self.fs.clone(), convert::ino(ino), handle(file));
+        self.empty(flush("flush"), async move { fs.flush(ino, file).await }, reply);
+    }
+
+    fn release(
+        &self,
+        _request: &Request,
+        ino: INodeNo,
+        file: Fh,
+        _flags: OpenFlags,
+        _lock_owner: Option<LockOwner>,
+        _flush: bool,
+        reply: ReplyEmpty,
+    ) {
+        let (fs, ino, file) = (self.fs.clone(), convert::ino(ino), handle(file));
+        let work = async move {
+            fs.release(ino, file).await;
+            Ok(())
+        };
+        self.empty(flush("release"), work, reply);
+    }
+
+    fn fsync(&self, _request: &Request, ino: INodeNo, file: Fh, data_only: bool, reply: ReplyEmpty) {
+        let (fs, ino, file) = (self.fs.clone(), convert::ino(ino), handle(file));
+        self.empty(flush("fsync"), async move { fs.fsync(ino, file, data_only).await }, reply);
+    }
+
+    fn opendir(&self, _request: &Request, ino: INodeNo, _flags: OpenFlags, reply: ReplyOpen) {
+        let (fs, ino) = (self.fs.clone(), convert::ino(ino));
+        let work = async move { fs.opendir(ino).await };
+        self.dispatcher.run(answer("opendir"), work, move |result| match result {
+            Ok(opened) => reply.opened(Fh(opened.0), FopenFlags::empty()),
+            Err(errno) => reply.error(convert::errno(errno)),
+        });
+    }
+
+    fn readdir(&self, _request: &Request, ino: INodeNo, directory: Fh, cookie: u64, mut reply: ReplyDirectory) {
+        let (fs, ino, directory) = (self.fs.clone(), convert::ino(ino), handle(directory));
+        let work = async move { directory_page(&fs, ino, directory, cookie, false).await };
+        self.dispatcher.run(answer("readdir"), work, move |result| match result {
+            Ok(entries) => {
+                for entry in entries {
+                    let (ino, kind) = (INodeNo(entry.ino.0), convert::file_type(entry.kind));
+                    if reply.add(ino, entry.cookie, kind, OsStr::from_bytes(&entry.name)) {
+                        break;
+                    }
+                }
+                reply.ok();
+            }
+            Err(errno) => reply.error(convert::errno(errno)),
+        });
+    }
+
+    fn readdirplus(&self, _request: &Request, ino: INodeNo, directory: Fh, cookie: u64, mut reply: ReplyDirectoryPlus) {
+        let (fs, ino, directory) = (self.fs.clone(), convert::ino(ino), handle(directory));
+        let ttl = self.fs.attribute_timeout();
+        let work = async move {
+            let entries = directory_page(&fs, ino, directory, cookie, true).await?;
+            with_attributes(&fs, entries).await
+        };
+        self.dispatcher.run(answer("readdirplus"), work, move |result| match result {
+            Ok(entries) => {
+                for (entry, attr) in entries {
+                    let name = OsStr::from_bytes(&entry.name);
+                    if reply.add(attr.ino, entry.cookie, name, &ttl, &attr, GENERATION) {
+                        break;
+                    }
+                }
+                reply.ok();
+            }
+            Err(errno) => reply.error(convert::errno(errno)),
+        });
+    }
+
+    fn releasedir(&self, _request: &Request, ino: INodeNo, directory: Fh, _flags: OpenFlags, reply: ReplyEmpty) {
+        self.fs.releasedir(convert::ino(ino), handle(directory));
+        reply.ok();
+    }
+
+    fn fsyncdir(&self, _request: &Request, ino: INodeNo, _directory: Fh, _data_only: bool, reply: ReplyEmpty) {
+        let (fs, ino) = (self.fs.clone(), convert::ino(ino));
+        self.empty(flush("fsyncdir"), async move { fs.fsyncdir(ino).await }, reply);
+    }
+
+    fn statfs(&self, _request: &Request, _ino: INodeNo, reply: ReplyStatfs) {
+        let fs = self.fs.clone();
+        self.dispatcher.run(answer("statfs"), async move { fs.statfs().await }, move |result| match result {
+            Ok(figures) => {
+                let shown = convert::statfs(&figures);
+                let (size, name_max) = (shown.block_size, 255);
+                reply.statfs(shown.blocks, shown.free, shown.free, shown.files, shown.files_free, size, name_max, size);
+            }
+            Err(errno) => reply.error(convert::errno(errno)),
+        });
+    }
+
+    fn setxattr(
+        &self,
+        _request: &Request,
+        ino: INodeNo,
+        name: &OsStr,
+        value: &[u8],
+        flags: i32,
+        _position: u32,
+        reply: ReplyEmpty,
+    ) {
+        if !convert::xattr_is_kept(name.as_bytes()) {
+            return reply.error(fuser::Errno::EOPNOTSUPP);
+        }
+        let (fs, ino, name, value) = (self.fs.clone(), convert::ino(ino), owned(name), value.to_vec());
+        let work = async move { fs.setxattr(ino, &name, &value, convert::xattr_mode(flags)?).await };
+        self.empty(answer("setxattr"), work, reply);
+    }
+
+    fn getxattr(&self, _request: &Request, ino: INodeNo, name: &OsStr, room: u32, reply: ReplyXattr) {
+        if !convert::xattr_is_kept(name.as_bytes()) {
+            return reply.error(fuser::Errno::NO_XATTR);
+        }
+        let (fs, ino, name) = (self.fs.clone(), convert::ino(ino), owned(name));
+        self.xattr(answer("getxattr"), async move { fs.getxattr(ino, &name).await }, room, reply);
+    }
+
+    fn listxattr(&self, _request: &Request, ino: INodeNo, room: u32, reply: ReplyXattr) {
+        let (fs, ino) = (self.fs.clone(), convert::ino(ino));
+        let work = async move { Ok(convert::xattr_names(&fs.listxattr(ino).await?)) };
+        self.xattr(answer("listxattr"), work, room, reply);
+    }
+
+    fn removexattr(&self, _request: &Request, ino: INodeNo, name: &OsStr, reply: ReplyEmpty) {
+        if !convert::xattr_is_kept(name.as_bytes()) {
+            return reply.error(fuser::Errno::NO_XATTR);
+        }
+        let (fs, ino, name) = (self.fs.clone(), convert::ino(ino), owned(name));
+        self.empty(answer("removexattr"), async move { fs.removexattr(ino, &name).await }, reply);
+    }
+
+    fn lseek(&self, _request: &Request, ino: INodeNo, _file: Fh, offset: i64, whence: i32, reply: ReplyLseek) {
+        let (fs, ino) = (self.fs.clone(), convert::ino(ino));
+        let work = async move {
+            let hole = match whence {
+                libc::SEEK_DATA => false,
+                libc::SEEK_HOLE => true,
+                _ => return Err(Errno(libc::EINVAL)),
+            };
+            let offset = u64::try_from(offset).map_err(|_| Errno(libc::ENXIO))?;
+            let found = fs.seek(ino, offset, hole).await?;
+            i64::try_from(found).map_err(|_| Errno(libc::EOVERFLOW))
+        };
+        self.dispatcher.run(flush("lseek"), work, move |result| match result {
+            Ok(offset) => reply.offset(offset),
+            Err(errno) => reply.error(convert::errno(errno)),
+        });
+    }
+
+    fn fallocate(
+        &self,
+        _request: &Request,
+        ino: INodeNo,
+        file: Fh,
+        offset: u64,
+        length: u64,
+        mode: i32,
+        reply: ReplyEmpty,
+    ) {
+        let (fs, ino, file) = (self.fs.clone(), convert::ino(ino), handle(file));
+        let work = async move { fs.fallocate(ino, file, offset, length, mode).await };
+        self.empty(flush("fallocate"), work, reply);
+    }
+
+    fn copy_file_range(
+        &self,
+        _request: &Request,
+        from: INodeNo,
+        _from_file: Fh,
+        from_offset: u64,
+        to: INodeNo,
+        _to_file: Fh,
+        to_offset: u64,
+        length: u64,
+        _flags: CopyFileRangeFlags,
+        reply: ReplyWrite,
+    ) {
+        let (fs, from, to) = (self.fs.clone(), convert::ino(from), convert::ino(to));
+        // The answer has 32 bits: the caller comes back for the rest.
+        let length = length.min(u64::from(COPY_LENGTH_MAX));
+        let work = async move {
+            let copied = fs.copy_file_range(from, from_offset, to, to_offset, length).await?;
+            u32::try_from(copied).map_err(|_| Errno(libc::EIO))
+        };
+        self.written(flush("copy_file_range"), work, reply);
+    }
+
+    fn ioctl(
+        &self,
+        _request: &Request,
+        _ino: INodeNo,
+        _file: Fh,
+        _flags: fuser::IoctlFlags,
+        _command: u32,
+        _data: &[u8],
+        _room: u32,
+        reply: ReplyIoctl,
+    ) {
+        reply.error(fuser::Errno::ENOTTY);
+    }
+
+    fn access(&self, _request: &Request, _ino: INodeNo, _mask: fuser::AccessFlags, reply: ReplyEmpty) {
+        // Permissions are the kernel's business (default_permissions); this answer makes it stop asking.
+        reply.error(fuser::Errno::ENOSYS);
+    }
+
+    fn poll(
+        &self,
+        _request: &Request,
+        _ino: INodeNo,
+        _file: Fh,
+        _notifier: fuser::PollNotifier,
+        _events: fuser::PollEvents,
+        _flags: fuser::PollFlags,
+        reply: ReplyPoll,
+    ) {
+        // As for any regular file: always ready. This answer makes the kernel stop asking.
+        reply.error(fuser::Errno::ENOSYS);
+    }
+}
+
+/// Bytes that one copy_file_range answers for: a multiple of the chunk, so that chunks are shared whole.
+const COPY_LENGTH_MAX: u32 = 1 << 30;

@@ -1,0 +1,36 @@
+//! Telling the kernel that something it remembers is no longer true.
+
+use std::{ffi::OsStr, io, os::unix::ffi::OsStrExt};
+
+use fuser::INodeNo;
+use holdfast_common::Ino;
+
+/// A way to the kernel's caches of one mount. Cheap to clone.
+///
+/// Must not be called from within an operation on the same inode or directory: the kernel may hold a lock
+/// that the notification waits for. A task of its own is right.
+#[derive(Clone, Debug)]
+pub struct KernelNotifier {
+    inner: fuser::Notifier,
+}
+
+impl KernelNotifier {
+    pub(super) fn new(inner: fuser::Notifier) -> Self {
+        Self { inner }
+    }
+
+    /// Attributes and all pages of `ino` are forgotten. Fine for an inode that the kernel does not know.
+    pub fn inval_inode(&self, ino: Ino) -> io::Result<()> {
+        self.inner.inval_inode(INodeNo(ino.0), 0, 0)
+    }
+
+    /// Attributes of `ino` are forgotten; its pages stay.
+    pub fn inval_attributes(&self, ino: Ino) -> io::Result<()> {
+        self.inner.inval_inode(INodeNo(ino.0), -1, 0)
+    }
+
+    /// What the kernel believes about `name` in `parent` is forgotten.
+    pub fn inval_entry(&self, parent: Ino, name: &[u8]) -> io::Result<()> {
+        self.inner.inval_entry(INodeNo(parent.0), OsStr::from_bytes(name))
+    }
+}

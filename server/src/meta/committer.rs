@@ -1,0 +1,248 @@
+//! The one that applies entries: takes all that wait, applies them in one transaction, logs them, answers all.
+
+use std::{sync::Arc, time::Duration};
+
+use holdfast_common::{
+    Ino, Position, Refusal, Time,
+    wire::meta::{Mutated, Op},
+};
+use tokio::sync::{mpsc, oneshot};
+
+use super::{
+    core::{Core, Fault},
+    log::{Log, RECORD_LENGTH_MAX},
+    state::{Applied, Command, Entry, Outcome, Reply, StorageError, apply},
+};
+
+/// Proposals that wait; more make their senders wait.
+const QUEUE_MAX: usize = 4096;
+/// Entries, and their bytes, in one batch.
+const BATCH_ENTRIES_MAX: usize = 1024;
+const BATCH_BYTES_MAX: usize = RECORD_LENGTH_MAX / 2;
+/// How long a checkpoint may hold up mutations while it waits for its barrier.
+const CHECKPOINT_BARRIER_TIMEOUT: Duration = Duration::from_secs(2);
+/// Wait before a checkpoint is tried again whose barrier did not come, in bytes of further log.
+const CHECKPOINT_RETRY_BYTES: u64 = 8 << 20;
+
+/// The position of an entry, and its answer.
+pub type Answer = (Position, Outcome);
+
+struct Proposal {
+    command: Command,
+    answer: Answering,
+}
+
+enum Message {
+    Propose(Proposal),
+    /// Make everything durable, put it into the tables, and end.
+    Stop,
+}
+
+/// Where commands are proposed.
+#[derive(Clone, Debug)]
+pub struct Proposer(mpsc::Sender<Message>);
+
+impl std::fmt::Debug for Message {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str(match self {
+            Self::Propose(_) => "Propose",
+            Self::Stop => "Stop",
+        })
+    }
+}
+
+impl Proposer {
+    /// Applies `command` in order. `Unavailable`: the server is stopping, or cannot take it now; it was not applied.
+    pub async fn propose(&self, command: Command) -> Result<Answer, Refusal> {
+        let (answer, answered) = oneshot::channel();
+        let proposal = Message::Propose(Proposal { command, answer });
+        self.0.send(proposal).await.map_err(|_| Refusal::Unavailable)?;
+        answered.await.map_err(|_| Refusal::Unavailable)?
+    }
+
+    /// After everything proposed before: a last barrier and a checkpoint, then the committer ends.
+    pub async fn stop(&self) {
+        // It can only fail when the committer has ended already.
+        let _ended = self.0.send(Message::Stop).await;
+    }
+}
+
+#[derive(Debug)]
+pub struct Committer {
+    core: Arc<Core>,
+    queue: mpsc::Receiver<Message>,
+    checkpoint_log_bytes: u64,
+    next_checkpoint_at: u64,
+    /// Entries never go back in time, whatever the clock does.
+    time: Time,
+}
+
+impl Committer {
+    pub fn new(core: Arc<Core>, checkpoint_log_bytes: u64) -> (Self, Proposer) {
+        let (sender, queue) = mpsc::channel(QUEUE_MAX);
+        let next_checkpoint_at = checkpoint_log_bytes;
+        let committer = Self { core, queue, checkpoint_log_bytes, next_checkpoint_at, time: Time::default() };
+        (committer, Proposer(sender))
+    }
+
+    /// Runs until it is stopped, or can no longer keep its promises.
+    pub async fn run(mut self) -> Result<(), Fault> {
+        let mut waiting = Vec::new();
+        while self.queue.recv_many(&mut waiting, 1).await > 0 {
+            // Let whoever is about to propose do so: one batch for all costs little more than one for the first.
+            tokio::task::yield_now().await;
+            while waiting.len() < BATCH_ENTRIES_MAX
+                && let Ok(message) = self.queue.try_recv()
+            {
+                waiting.push(message);
+            }
+            let stop = self.commit_all(waiting.drain(..))?;
+            let length = self.core.log.lock().length();
+            if stop || length >= self.next_checkpoint_at {
+                self.checkpoint(length).await?;
+            }
+            if stop {
+                break;
+            }
+        }
+        Ok(())
+    }
+
+    /// `true`: somebody asked to stop.
+    fn commit_all(&mut self, messages: impl Iterator<Item = Message>) -> Result<bool, Fault> {
+        let mut batch = Batch::default();
+        let mut stop = false;
+        for message in messages {
+            match message {
+                Message::Stop => stop = true,
+                Message::Propose(proposal) => self.admit(proposal, &mut batch)?,
+            }
+        }
+        self.commit(batch)?;
+        Ok(stop)
+    }
+
+    fn admit(&mut self, proposal: Proposal, batch: &mut Batch) -> Result<(), Fault> {
+        let Proposal { mut command, answer } = proposal;
+        if let Err(refusal) = self.check(&mut command) {
+            refuse(answer, refusal);
+            return Ok(());
+        }
+        self.time = self.time.max(self.core.clock.now());
+        let entry = Entry { time: self.time, command };
+        match Log::encode(&entry) {
+            Err(_) => refuse(answer, Refusal::TooLarge),
+            Ok(bytes) => {
+                if batch.bytes + bytes.len() > BATCH_BYTES_MAX {
+                    self.commit(std::mem::take(batch))?;
+                }
+                batch.bytes += bytes.len();
+                batch.proposed.push((entry, bytes, answer));
+            }
+        }
+        Ok(())
+    }
+
+    /// What depends on this server's memory, and so must be settled before the entry exists.
+    fn check(&self, command: &mut Command) -> Result<(), Refusal> {
+        match command {
+            Command::Mutate { op: Op::Commit { .. }, .. } if self.core.unsynced.lock().is_full() => {
+                self.core.barrier_wanted.notify_one();
+                Err(Refusal::Unavailable)
+            }
+            Command::Reclaim { inos } => {
+                let sessions = self.core.sessions.lock();
+                inos.retain(|ino| !sessions.is_open(*ino));
+                Ok(())
+            }
+            _ => Ok(()),
+        }
+    }
+
+    fn commit(&mut self, batch: Batch) -> Result<(), Fault> {
+        if batch.proposed.is_empty() {
+            return Ok(());
+        }
+        let core = &self.core;
+        let applied = core.store.write_visible(|tables| {
+            let applied: Vec<Applied> =
+                batch.proposed.iter().map(|(entry, ..)| apply(tables, entry)).collect::<Result<_, StorageError>>()?;
+            log_changes(core, &batch, &applied)?;
+            Ok::<_, Fault>(applied)
+        })?;
+        core.set_applied(Position(core.log.lock().next().0 - 1));
+        for ((entry, _, answer), applied) in batch.proposed.into_iter().zip(applied) {
+            self.remember(&entry.command, &applied);
+            // Whoever asked may have gone away; the entry stands.
+            let _gone = answer.send(Ok((applied.position, applied.outcome)));
+        }
+        Ok(())
+    }
+
+    /// What this server must know at once, before anything else can happen to it.
+    fn remember(&self, command: &Command, applied: &Applied) {
+        let Command::Mutate { session, op, .. } = command else { return };
+        match (op, &applied.outcome) {
+            (Op::Commit { blocks, .. }, Ok(_)) if applied.changed => self.core.unsynced.lock().note(blocks),
+            (Op::Make { open: true, .. }, Ok(Reply::Mutated(Mutated::Inode { attr, .. }))) => {
+                self.hold_open(*session, attr.ino);
+            }
+            _ => {}
+        }
+    }
+
+    fn hold_open(&self, session: holdfast_common::SessionId, ino: Ino) {
+        if let Err(refusal) = self.core.sessions.lock().hold(session, &[ino]) {
+            tracing::warn!(%session, %ino, %refusal, "a new file is not on record as open");
+        }
+    }
+
+    /// Puts everything into the tables, on stable storage, and begins a new log. Nothing is applied meanwhile, so that
+    /// the tables never get ahead of what a barrier has covered (I3).
+    async fn checkpoint(&mut self, length: u64) -> Result<(), Fault> {
+        let core = Arc::clone(&self.core);
+        let position = core.applied();
+        if core.until_durable(position, CHECKPOINT_BARRIER_TIMEOUT).await.is_err() {
+            tracing::warn!(%position, "no checkpoint: what it would contain is not durable yet");
+            self.next_checkpoint_at = length + CHECKPOINT_RETRY_BYTES;
+            return Ok(());
+        }
+        let started = core.clock.monotonic();
+        let work = Arc::clone(&core);
+        tokio::task::spawn_blocking(move || {
+            work.store.checkpoint()?;
+            work.log.lock().rotate()?;
+            Ok::<(), Fault>(())
+        })
+        .await
+        .map_err(|_| Fault::Thread)??;
+        self.next_checkpoint_at = self.checkpoint_log_bytes;
+        tracing::info!(%position, log_bytes = length, took = ?core.clock.monotonic().saturating_sub(started), "checkpoint");
+        Ok(())
+    }
+}
+
+type Answering = oneshot::Sender<Result<Answer, Refusal>>;
+
+#[derive(Default)]
+struct Batch {
+    /// Each with its bytes for the log.
+    proposed: Vec<(Entry, Vec<u8>, Answering)>,
+    bytes: usize,
+}
+
+fn refuse(answer: Answering, refusal: Refusal) {
+    let _gone = answer.send(Err(refusal));
+}
+
+/// Appends what changed the tables, in the order in which it did.
+fn log_changes(core: &Core, batch: &Batch, applied: &[Applied]) -> Result<(), Fault> {
+    let changed = || batch.proposed.iter().zip(applied).filter(|(_, applied)| applied.changed);
+    let Some((_, first)) = changed().next() else { return Ok(()) };
+    let entries: Vec<&[u8]> = changed().map(|((_, bytes, _), _)| bytes.as_slice()).collect();
+    let position = core.log.lock().append(&entries)?;
+    if position != first.position {
+        return Err(Fault::Diverged { log: position, database: first.position });
+    }
+    Ok(())
+}

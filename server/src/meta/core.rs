@@ -1,0 +1,148 @@
+//! What the tasks of a metadata server share.
+
+use std::sync::{
+    Arc,
+    atomic::{AtomicU64, Ordering},
+};
+
+use holdfast_common::{
+    BlockHash, ClusterId, Position, Refusal,
+    clock::Clock,
+    net::{CallError, Endpoint, Frame, Peers},
+    wire::{
+        codec,
+        storage::{StorageAnswer, StorageReply, StorageRequest},
+    },
+};
+use parking_lot::Mutex;
+use std::{collections::BTreeSet, time::Duration};
+use tokio::sync::{Notify, watch};
+
+use super::{
+    cluster::Cluster,
+    log::{Log, LogError},
+    sessions::Sessions,
+    state::StorageError,
+    store::Store,
+    unsynced::Unsynced,
+};
+
+/// Why a metadata server must stop: it can no longer keep its promises.
+#[derive(Debug, thiserror::Error)]
+pub enum Fault {
+    #[error(transparent)]
+    Storage(#[from] StorageError),
+    #[error(transparent)]
+    Log(#[from] LogError),
+    #[error("the log could not be synced: {0}")]
+    Sync(#[source] std::io::Error),
+    #[error("the log is at entry {log} and the database at {database}: they no longer go together")]
+    Diverged { log: Position, database: Position },
+    #[error("a thread of the metadata server ended unexpectedly")]
+    Thread,
+}
+
+/// State, log and memory of one metadata server. Locks are held for moments, never across an await.
+pub struct Core {
+    pub store: Store,
+    pub log: Mutex<Log>,
+    pub clock: Arc<dyn Clock>,
+    pub cluster_id: ClusterId,
+    pub cluster: Mutex<Cluster>,
+    pub sessions: Mutex<Sessions>,
+    pub unsynced: Mutex<Unsynced>,
+    /// Blocks whose durable copies are too few for a barrier: the duties make more.
+    pub thin: Mutex<BTreeSet<BlockHash>>,
+    applied: AtomicU64,
+    durable: watch::Sender<Position>,
+    /// Somebody waits for durability.
+    pub barrier_wanted: Notify,
+    /// There are copies to be made.
+    pub copies_wanted: Notify,
+}
+
+impl std::fmt::Debug for Core {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Core").field("applied", &self.applied()).finish_non_exhaustive()
+    }
+}
+
+/// What the last life left, on disk and by memory of it.
+#[derive(Debug)]
+pub struct Recovered {
+    pub store: Store,
+    pub log: Log,
+    pub cluster: Cluster,
+    pub sessions: Sessions,
+    pub unsynced: Unsynced,
+    pub durable: Position,
+}
+
+impl Core {
+    pub fn new(clock: Arc<dyn Clock>, cluster_id: ClusterId, recovered: Recovered) -> Arc<Self> {
+        let Recovered { store, log, cluster, sessions, unsynced, durable } = recovered;
+        let applied = log.next().0 - 1;
+        Arc::new(Self {
+            store,
+            log: Mutex::new(log),
+            clock,
+            cluster_id,
+            cluster: Mutex::new(cluster),
+            sessions: Mutex::new(sessions),
+            unsynced: Mutex::new(unsynced),
+            thin: Mutex::default(),
+            applied: AtomicU64::new(applied),
+            durable: watch::Sender::new(durable),
+            barrier_wanted: Notify::new(),
+            copies_wanted: Notify::new(),
+        })
+    }
+
+    /// Everything through this is visible.
+    pub fn applied(&self) -> Position {
+        Position(self.applied.load(Ordering::Acquire))
+    }
+
+    pub fn set_applied(&self, position: Position) {
+        self.applied.store(position.0, Ordering::Release);
+    }
+
+    /// Everything through this survives a power cut.
+    pub fn durable(&self) -> Position {
+        *self.durable.borrow()
+    }
+
+    pub fn set_durable(&self, position: Position) {
+        self.durable.send_if_modified(|durable| {
+            let later = position > *durable;
+            *durable = (*durable).max(position);
+            later
+        });
+    }
+
+    /// Waits until `position` is durable; asks for a barrier if need be. `Unavailable` past the deadline.
+    pub async fn until_durable(&self, position: Position, deadline: Duration) -> Result<(), Refusal> {
+        let mut durable = self.durable.subscribe();
+        if *durable.borrow_and_update() >= position {
+            return Ok(());
+        }
+        self.barrier_wanted.notify_one();
+        match tokio::time::timeout(deadline, durable.wait_for(|durable| *durable >= position)).await {
+            Ok(Ok(_)) => Ok(()),
+            Ok(Err(_)) | Err(_) => Err(Refusal::Unavailable),
+        }
+    }
+}
+
+/// Asks a storage server. A refusal is an answer.
+pub async fn ask(
+    peers: &dyn Peers,
+    to: Endpoint,
+    request: &StorageRequest,
+    deadline: Duration,
+) -> Result<Result<StorageAnswer, Refusal>, CallError> {
+    let malformed = |e: codec::CodecError| CallError::Malformed(to.address, e.to_string());
+    let frame = Frame { header: codec::encode(request).map_err(malformed)?, payload: Vec::new() };
+    let answer = peers.call(to, frame, deadline).await?;
+    Ok(codec::decode::<StorageReply>(&answer.header).map_err(malformed)?.0)
+}

@@ -1,0 +1,286 @@
+//! The life of a metadata server: recovered from its disk, serving, stopped.
+
+use std::{
+    future::Future,
+    path::{Path, PathBuf},
+    sync::Arc,
+    time::Duration,
+};
+
+use holdfast_common::{
+    ClusterId, Position,
+    clock::Clock,
+    config::MetaConfig,
+    disk::Disk,
+    net::{
+        Peers,
+        enrol::Enrol,
+        identity::{NodeName, Role},
+        quic::{BindError, NetOptions, Node},
+        tls::{Ca, Credentials, Fingerprint, TlsError},
+    },
+    wire::meta::Op,
+};
+use tokio::{
+    sync::mpsc,
+    task::{JoinHandle, JoinSet},
+};
+
+use super::{
+    barrier::Barrier,
+    cluster::Cluster,
+    committer::{Committer, Proposer},
+    core::{Core, Fault, Recovered},
+    duties::{self, Copier},
+    log::LogPlace,
+    service::{Secrets, Service},
+    sessions::Sessions,
+    state::{Command, Entry, StorageError, apply, servers, session},
+    store::{OpenStoreError, Store},
+    unsynced::Unsynced,
+};
+use crate::datadir::{DataDir, DataDirError};
+
+/// Entries replayed in one transaction.
+const REPLAY_BATCH: usize = 1024;
+/// How long a stop may take before the rest is left to the next start's replay.
+const STOP_TIMEOUT: Duration = Duration::from_secs(8);
+/// Requests served at once: those that wait for durability wait here.
+const REQUESTS_MAX: usize = 8192;
+
+/// Why a metadata server did not start, or had to stop.
+#[derive(Debug, thiserror::Error)]
+pub enum RunError {
+    #[error(transparent)]
+    DataDir(#[from] DataDirError),
+    #[error("the certificate in {path} cannot be used: {source}")]
+    Credentials { path: PathBuf, source: TlsError },
+    #[error("the certificate in {path} is that of {node}, not of a metadata server")]
+    Role { path: PathBuf, node: NodeName },
+    #[error("the CA in {path} cannot be used: {source}")]
+    Ca { path: PathBuf, source: TlsError },
+    #[error("the CA in {path} is that of cluster {found}, not of {expected}")]
+    OtherCa { path: PathBuf, found: ClusterId, expected: ClusterId },
+    #[error(transparent)]
+    Store(#[from] OpenStoreError),
+    #[error(transparent)]
+    Bind(#[from] BindError),
+    #[error("TLS cannot be set up: {0}")]
+    Tls(TlsError),
+    #[error("the metadata server had to stop: {0}")]
+    Fault(#[from] Fault),
+}
+
+impl From<StorageError> for RunError {
+    fn from(fault: StorageError) -> Self {
+        Self::Fault(fault.into())
+    }
+}
+
+impl From<super::log::LogError> for RunError {
+    fn from(fault: super::log::LogError) -> Self {
+        Self::Fault(fault.into())
+    }
+}
+
+/// What a server is told about itself, apart from its seams.
+#[derive(Clone, Debug)]
+pub struct Options {
+    pub cluster: ClusterId,
+    pub cache_bytes: u64,
+    pub checkpoint_log_bytes: u64,
+    pub session_timeout: Duration,
+    pub suspect_after: Duration,
+    pub down_after: Duration,
+}
+
+/// Brings back what the last life left in `directory`: the tables as of the last checkpoint, and the log on top.
+pub fn recover(
+    disk: &Arc<dyn Disk>,
+    directory: &Path,
+    clock: Arc<dyn Clock>,
+    options: &Options,
+) -> Result<Arc<Core>, RunError> {
+    let store = Store::open(&**disk, &directory.join("meta.redb"), options.cache_bytes)?;
+    let place = LogPlace::new(Arc::clone(disk), directory.join("log"), options.cluster)?;
+    let checkpointed = store.applied()?;
+    let (mut durable, mut unsynced, mut log) = (checkpointed, Unsynced::default(), None);
+    if let Some(found) = place.find(checkpointed)? {
+        durable = durable.max(found.marked);
+        replay(&store, &found, checkpointed, durable, &mut unsynced)?;
+        log = found.resume(&place, store.applied()?)?;
+    }
+    let applied = store.applied()?;
+    let log = match log {
+        Some(log) => log,
+        None => {
+            // Another boot, or no log: all that is here is durable.
+            store.checkpoint()?;
+            durable = applied;
+            place.begin(Position(applied.0 + 1))?
+        }
+    };
+    tracing::info!(%checkpointed, %applied, %durable, "the metadata is recovered");
+    let (now, view) = (clock.monotonic(), store.view()?);
+    let version = u64::try_from(clock.now().secs).unwrap_or(0) * 1000;
+    let cluster = Cluster::new(version, servers::servers(&*view)?, now, options.suspect_after, options.down_after);
+    let sessions = Sessions::restored(session::sessions(&*view)?, now);
+    Ok(Core::new(clock, options.cluster, Recovered { store, log, cluster, sessions, unsynced, durable }))
+}
+
+fn replay(
+    store: &Store,
+    found: &super::log::Found,
+    checkpointed: Position,
+    durable: Position,
+    unsynced: &mut Unsynced,
+) -> Result<(), Fault> {
+    let mut batch: Vec<(Position, Entry)> = Vec::new();
+    found.replay(checkpointed, |position, entry| {
+        if position > durable
+            && let Command::Mutate { op: Op::Commit { blocks, .. }, .. } = &entry.command
+        {
+            unsynced.note(blocks);
+        }
+        batch.push((position, entry));
+        if batch.len() == REPLAY_BATCH { replay_batch(store, std::mem::take(&mut batch)) } else { Ok(()) }
+    })?;
+    replay_batch(store, batch)
+}
+
+fn replay_batch(store: &Store, batch: Vec<(Position, Entry)>) -> Result<(), Fault> {
+    if batch.is_empty() {
+        return Ok(());
+    }
+    store.write_visible(|tables| {
+        for (position, entry) in &batch {
+            let applied = apply(tables, entry)?;
+            if (applied.position, applied.changed) != (*position, true) {
+                return Err(Fault::Diverged { log: *position, database: applied.position });
+            }
+        }
+        Ok(())
+    })
+}
+
+/// The tasks of a server, on whatever network.
+#[derive(Debug)]
+pub struct Running {
+    pub service: Arc<Service>,
+    committer: JoinHandle<Result<(), Fault>>,
+    tasks: JoinSet<Result<(), Fault>>,
+    faults: mpsc::UnboundedReceiver<StorageError>,
+}
+
+/// What a server needs from outside to enrol nodes.
+pub struct Authority {
+    pub ca: Option<Ca>,
+    pub ca_fingerprint: Fingerprint,
+    pub secrets: Secrets,
+}
+
+impl Running {
+    pub fn start(core: Arc<Core>, peers: Arc<dyn Peers>, authority: Authority, options: &Options) -> Self {
+        let (committer, proposer) = Committer::new(Arc::clone(&core), options.checkpoint_log_bytes);
+        let committer = tokio::spawn(committer.run());
+        let mut tasks = JoinSet::new();
+        tasks.spawn(Barrier::new(Arc::clone(&core), Arc::clone(&peers), proposer.clone()).run());
+        tasks.spawn(duties::watch(Arc::clone(&core), proposer.clone(), options.session_timeout));
+        tasks.spawn(Copier::new(Arc::clone(&core), proposer.clone(), peers).run());
+        let (fault_sender, faults) = mpsc::unbounded_channel();
+        let service = Service::new(core, proposer, options.session_timeout, authority, fault_sender);
+        Self { service: Arc::new(service), committer, tasks, faults }
+    }
+
+    pub fn proposer(&self) -> &Proposer {
+        &self.service.proposer
+    }
+
+    /// Returns only when the server can no longer keep its promises.
+    pub async fn failed(&mut self) -> Fault {
+        let ended = |ended: Result<Result<(), Fault>, tokio::task::JoinError>| match ended {
+            Ok(Err(fault)) => fault,
+            Ok(Ok(())) | Err(_) => Fault::Thread,
+        };
+        tokio::select! {
+            outcome = &mut self.committer => ended(outcome),
+            Some(outcome) = self.tasks.join_next() => ended(outcome),
+            Some(fault) = self.faults.recv() => fault.into(),
+        }
+    }
+
+    /// A last barrier and a checkpoint, if they can be had in time; the log has the rest.
+    pub async fn stop(mut self) -> Result<(), Fault> {
+        self.service.proposer.stop().await;
+        match tokio::time::timeout(STOP_TIMEOUT, &mut self.committer).await {
+            Ok(ended) => ended.map_err(|_| Fault::Thread)??,
+            Err(_) => tracing::warn!("stopped without a checkpoint: the next start replays the log"),
+        }
+        self.tasks.shutdown().await;
+        Ok(())
+    }
+}
+
+/// Runs a metadata server until `shutdown`, or until it can no longer keep its promises. Calls `ready` when it serves.
+pub async fn run(
+    config: MetaConfig,
+    disk: Arc<dyn Disk>,
+    clock: Arc<dyn Clock>,
+    ready: impl FnOnce(),
+    shutdown: impl Future<Output = ()>,
+) -> Result<(), RunError> {
+    let credentials = load_credentials(&config)?;
+    let cluster = credentials.cluster;
+    let data = DataDir::open(&*disk, &config.data_dir, credentials.identity())?;
+    let ca_fingerprint = credentials.fingerprint();
+    let ca = config.ca_dir.as_deref().map(|path| load_ca(path, cluster)).transpose()?;
+    let options = Options {
+        cluster,
+        cache_bytes: config.cache_bytes,
+        checkpoint_log_bytes: config.checkpoint_log_bytes,
+        session_timeout: config.session_timeout,
+        suspect_after: config.suspect_after,
+        down_after: config.down_after,
+    };
+    let core = recover(&disk, data.path(), clock, &options)?;
+    let node =
+        Node::bind(config.listen, credentials, NetOptions { requests_max: REQUESTS_MAX, ..NetOptions::default() })?;
+    let authority = Authority { ca, ca_fingerprint, secrets: Box::new(rand::random) };
+    let mut running = Running::start(core, Arc::clone(&node) as Arc<dyn Peers>, authority, &options);
+    let service = Arc::clone(&running.service);
+    let enrol = Arc::clone(&service) as Arc<dyn Enrol>;
+    let serving = tokio::spawn(node.serve(service, Some(enrol)).map_err(RunError::Tls)?);
+    tracing::info!(address = %config.listen, %cluster, "the metadata server is ready");
+    ready();
+    tokio::select! {
+        fault = running.failed() => return Err(fault.into()),
+        () = shutdown => tracing::info!("the metadata server is stopping"),
+    }
+    // The last barrier talks to storage servers, so the network goes last.
+    running.stop().await?;
+    node.close();
+    if tokio::time::timeout(Duration::from_secs(1), node.closed()).await.is_err() {
+        tracing::debug!("some peers were not told that the server stops");
+    }
+    serving.abort();
+    Ok(())
+}
+
+fn load_credentials(config: &MetaConfig) -> Result<Credentials, RunError> {
+    let path = config.tls_dir.clone();
+    let credentials =
+        Credentials::load(&path).map_err(|source| RunError::Credentials { path: path.clone(), source })?;
+    match credentials.node.role {
+        Role::Meta => Ok(credentials),
+        _ => Err(RunError::Role { path, node: credentials.node }),
+    }
+}
+
+fn load_ca(path: &Path, cluster: ClusterId) -> Result<Ca, RunError> {
+    let ca = Ca::load(path).map_err(|source| RunError::Ca { path: path.to_owned(), source })?;
+    if ca.cluster() == cluster {
+        Ok(ca)
+    } else {
+        Err(RunError::OtherCa { path: path.to_owned(), found: ca.cluster(), expected: cluster })
+    }
+}

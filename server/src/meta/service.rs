@@ -1,0 +1,383 @@
+//! Answers requests: who may ask what, and where the answer comes from.
+
+use std::{sync::Arc, time::Duration};
+
+use holdfast_common::{
+    Ino, Refusal, ServerId, SessionId, Time,
+    limits::HEADER_SIZE_MAX,
+    net::{
+        BoxFuture, Frame, Serve,
+        enrol::Enrol,
+        identity::{NodeName, PeerIdentity, Role},
+        tls::{Ca, Fingerprint, NODE_VALIDITY},
+    },
+    wire::{
+        codec,
+        enrol::{EnrolReply, EnrolRequest, Enrolled},
+        meta::{
+            AdminRequest, ClusterStatus, FileMap, MetaAnswer, MetaReply, MetaRequest, Query, SessionRequest,
+            StorageNotice,
+        },
+    },
+};
+
+use tokio::sync::mpsc;
+
+use super::{
+    cluster::Heartbeat,
+    committer::Proposer,
+    core::Core,
+    server::Authority,
+    state::{Command, Reply, Rows, Step, StorageError, View, query, settled, violations::violations},
+};
+
+/// How long a mutation or a barrier may wait to become durable.
+const DURABLE_DEADLINE: Duration = Duration::from_secs(30);
+/// Inodes in one `Opens` or `Reopen`.
+const OPENS_MAX: usize = 64 << 10;
+/// Sentences in an answer to `Check`.
+const VIOLATIONS_MAX: usize = 1000;
+/// A token is good for at most a year.
+const TOKEN_VALIDITY_MAX: u64 = 366 * 86_400;
+
+/// 32 bytes that nobody can guess: the seam for chance.
+pub type Secrets = Box<dyn Fn() -> [u8; 32] + Send + Sync>;
+
+pub struct Service {
+    pub core: Arc<Core>,
+    pub proposer: Proposer,
+    /// Told in every reply: a new one means that opens must be told again.
+    pub instance: u64,
+    pub session_timeout: Duration,
+    /// Here if nodes can enrol here.
+    pub ca: Option<Ca>,
+    /// Of the CA in this server's own credentials.
+    pub ca_fingerprint: Fingerprint,
+    pub secrets: Secrets,
+    /// Where a fault is told that must end the process.
+    pub faults: mpsc::UnboundedSender<StorageError>,
+}
+
+impl std::fmt::Debug for Service {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Service").field("instance", &self.instance).finish_non_exhaustive()
+    }
+}
+
+type Answer = Result<MetaAnswer, Refusal>;
+
+impl Serve for Service {
+    fn serve(self: Arc<Self>, from: PeerIdentity, request: Frame) -> BoxFuture<'static, Frame> {
+        Box::pin(async move {
+            let result = self.answer(from, &request).await;
+            self.envelope(result)
+        })
+    }
+}
+
+impl Service {
+    pub fn new(
+        core: Arc<Core>,
+        proposer: Proposer,
+        session_timeout: Duration,
+        authority: Authority,
+        faults: mpsc::UnboundedSender<StorageError>,
+    ) -> Self {
+        let Authority { ca, ca_fingerprint, secrets } = authority;
+        let [a, b, c, d, e, f, g, h, ..] = secrets();
+        let instance = u64::from_le_bytes([a, b, c, d, e, f, g, h]);
+        Self { core, proposer, instance, session_timeout, ca, ca_fingerprint, secrets, faults }
+    }
+
+    fn envelope(&self, result: Answer) -> Frame {
+        let durable_through = self.core.durable();
+        let map_version = self.core.cluster.lock().version();
+        let reply = |result| MetaReply { server_instance: self.instance, map_version, durable_through, result };
+        let header = codec::encode(&reply(result)).or_else(|error| {
+            tracing::error!(%error, "an answer does not fit into a message of {HEADER_SIZE_MAX} bytes");
+            codec::encode(&reply(Err(Refusal::TooLarge)))
+        });
+        Frame { header: header.unwrap_or_default(), payload: Vec::new() }
+    }
+
+    async fn answer(&self, from: PeerIdentity, request: &Frame) -> Answer {
+        if from.cluster != self.core.cluster_id {
+            return Err(Refusal::WrongCluster);
+        }
+        let request: MetaRequest = codec::decode(&request.header).map_err(|error| {
+            tracing::warn!(peer = %from.node, %error, "a request does not decode");
+            Refusal::BadRequest
+        })?;
+        check_role(from.node.role, &request).inspect_err(|_| {
+            tracing::warn!(peer = %from.node, "a request that its role does not allow");
+        })?;
+        match request {
+            MetaRequest::Query(query) => self.query(from.node, query).await,
+            MetaRequest::Mutate { session, sequence, answered_below, durable, op } => {
+                self.check_session(session, from.node)?;
+                self.mutate(Command::Mutate { session, sequence, answered_below, op }, durable).await
+            }
+            MetaRequest::Session(request) => self.session(from.node, request).await,
+            MetaRequest::Barrier { session } => {
+                self.check_session(session, from.node)?;
+                self.core.until_durable(self.core.applied(), DURABLE_DEADLINE).await?;
+                Ok(MetaAnswer::Done)
+            }
+            MetaRequest::Storage(notice) => self.storage(from.node, notice).await,
+            MetaRequest::Admin(request) => self.admin(request).await,
+        }
+    }
+
+    fn check_session(&self, session: SessionId, node: NodeName) -> Result<(), Refusal> {
+        self.core.sessions.lock().check(session, node)
+    }
+
+    /// A fault of the tables ends the process; whoever asked is told that much.
+    fn fault(&self, fault: StorageError) -> Refusal {
+        // The receiver goes only with the process.
+        let _stopping = self.faults.send(fault);
+        Refusal::Fault
+    }
+
+    fn view(&self) -> Result<Arc<View>, Refusal> {
+        self.core.store.view().map_err(|fault| self.fault(fault))
+    }
+
+    fn ask<T>(&self, question: impl FnOnce(&View) -> Step<T>) -> Result<T, Refusal> {
+        let view = self.view()?;
+        settled(question(&view)).unwrap_or_else(|fault| Err(self.fault(fault)))
+    }
+
+    async fn mutate(&self, command: Command, durable: bool) -> Answer {
+        let (position, outcome) = self.proposer.propose(command).await?;
+        let Reply::Mutated(outcome) = outcome? else { return Err(Refusal::Fault) };
+        if durable {
+            self.core.until_durable(position, DURABLE_DEADLINE).await?;
+        }
+        Ok(MetaAnswer::Mutated { position, outcome })
+    }
+
+    /// Proposes, and answers when the entry is durable.
+    async fn decree(&self, command: Command) -> Result<Reply, Refusal> {
+        let (position, outcome) = self.proposer.propose(command).await?;
+        let reply = outcome?;
+        self.core.until_durable(position, DURABLE_DEADLINE).await?;
+        Ok(reply)
+    }
+
+    async fn query(&self, node: NodeName, query: Query) -> Answer {
+        match query {
+            Query::Lookup { parent, name } => self.ask(|view| query::lookup(view, parent, &name)).map(MetaAnswer::Attr),
+            Query::GetAttr { ino } => self.ask(|view| query::attr(view, ino)).map(MetaAnswer::Attr),
+            Query::Open { session, ino, chunks } => self.open(node, session, ino, chunks),
+            Query::ReadLink { ino } => self.ask(|view| query::read_link(view, ino)).map(MetaAnswer::Link),
+            Query::ReadDir { ino, cookie, entries_max, plus } => self
+                .ask(|view| query::read_directory(view, ino, cookie, entries_max, plus))
+                .map(|(entries, end)| MetaAnswer::Directory { entries, end }),
+            Query::GetXattr { ino, name } => self.ask(|view| query::xattr(view, ino, &name)).map(MetaAnswer::Bytes),
+            Query::ListXattr { ino } => self.ask(|view| query::xattrs(view, ino)).map(MetaAnswer::Names),
+            Query::Pieces { ino, first, count } => {
+                self.ask(|view| query::file_map(view, ino, first, count)).map(MetaAnswer::Map)
+            }
+            Query::Seek { ino, offset, hole } => {
+                self.ask(|view| query::seek(view, ino, offset, hole)).map(MetaAnswer::Offset)
+            }
+            Query::StatFs => {
+                let inodes = self.view()?.counters().inodes;
+                Ok(MetaAnswer::StatFs(self.core.cluster.lock().space(inodes)))
+            }
+            Query::ClusterMap { have: _ } => Ok(MetaAnswer::ClusterMap(self.core.cluster.lock().map())),
+            Query::Parent { ino } => {
+                self.ask(|view| query::parent(view, ino)).map(|(parent, name)| MetaAnswer::Parent { parent, name })
+            }
+        }
+    }
+
+    fn open(&self, node: NodeName, session: SessionId, ino: Ino, chunks: u32) -> Answer {
+        self.check_session(session, node)?;
+        let view = self.view()?;
+        let ask = |step| settled(step).unwrap_or_else(|fault| Err(self.fault(fault)));
+        let attr = ask(query::attr(&*view, ino))?;
+        let mut sessions = self.core.sessions.lock();
+        if attr.nlink == 0 && !sessions.holds(session, ino) {
+            return Err(Refusal::NotFound);
+        }
+        sessions.hold(session, &[ino])?;
+        drop(sessions);
+        let wants_map = chunks > 0 && attr.kind == holdfast_common::Kind::File;
+        let map = match wants_map {
+            false => FileMap { data_version: attr.data_version, ..FileMap::default() },
+            true => settled(query::file_map(&*view, ino, holdfast_common::ChunkIndex(0), chunks))
+                .unwrap_or_else(|fault| Err(self.fault(fault)))?,
+        };
+        Ok(MetaAnswer::Opened { attr, map })
+    }
+
+    async fn session(&self, node: NodeName, request: SessionRequest) -> Answer {
+        let now = self.core.clock.monotonic();
+        match request {
+            SessionRequest::Open { instance, host, mountpoint } => {
+                let command =
+                    Command::OpenSession { node, instance, host: host.clone(), mountpoint: mountpoint.clone() };
+                let Reply::Session(session) = self.decree(command).await? else { return Err(Refusal::Fault) };
+                let now = self.core.clock.monotonic();
+                self.core.sessions.lock().opened(session, node, host, mountpoint, now);
+                tracing::info!(%session, peer = %node, "a mount opened a session");
+                let renew_every = self.session_timeout / 6;
+                return Ok(MetaAnswer::Session { session, renew_every_ms: super::cluster::millis(renew_every) });
+            }
+            SessionRequest::Renew { session, dirty_bytes, repairs } => {
+                self.check_session(session, node)?;
+                self.core.sessions.lock().renew(session, dirty_bytes, repairs, now);
+            }
+            SessionRequest::Reopen { session, opens } => {
+                self.check_session(session, node)?;
+                self.core.sessions.lock().reopen(session, bounded(&opens)?, now)?;
+            }
+            SessionRequest::Opens { session, opened, released } => {
+                self.check_session(session, node)?;
+                let mut sessions = self.core.sessions.lock();
+                sessions.hold(session, bounded(&opened)?)?;
+                sessions.release(session, bounded(&released)?);
+            }
+            SessionRequest::Close { session } => {
+                self.check_session(session, node)?;
+                self.proposer.propose(Command::EndSession { session }).await?.1?;
+                self.core.sessions.lock().end(session);
+                tracing::info!(%session, peer = %node, "a mount closed its session");
+            }
+        }
+        Ok(MetaAnswer::Done)
+    }
+
+    async fn storage(&self, node: NodeName, notice: StorageNotice) -> Answer {
+        match notice {
+            StorageNotice::Heartbeat { address, zone, boot, load } => {
+                self.heartbeat(ServerId(node.id), Heartbeat { address, zone, boot, load }).await?;
+            }
+            StorageNotice::BadCopy { block, server, fault, repaired } => {
+                tracing::warn!(%block, %server, ?fault, repaired, reporter = %node, "a reader met a bad copy");
+                self.proposer.propose(Command::BadCopy { server, block, fault, repaired }).await?.1?;
+                self.core.copies_wanted.notify_one();
+            }
+        }
+        Ok(MetaAnswer::Done)
+    }
+
+    async fn heartbeat(&self, server: ServerId, beat: Heartbeat) -> Result<(), Refusal> {
+        let is_news = self.core.cluster.lock().is_news(server, &beat);
+        if is_news {
+            let (address, zone) = (beat.address, beat.zone.clone());
+            tracing::info!(%server, %address, zone, "a storage server is registered");
+            self.proposer.propose(Command::RegisterServer { server, address, zone }).await?.1?;
+        }
+        let now = self.core.clock.monotonic();
+        let mut cluster = self.core.cluster.lock();
+        let was_up = cluster.is_up(server);
+        cluster.heard(server, beat, now);
+        drop(cluster);
+        if !was_up {
+            tracing::info!(%server, "a storage server is up");
+            self.core.copies_wanted.notify_one();
+        }
+        Ok(())
+    }
+
+    async fn admin(&self, request: AdminRequest) -> Answer {
+        match request {
+            AdminRequest::Status => self.status().map(|status| MetaAnswer::Status(Box::new(status))),
+            AdminRequest::IssueToken { role, valid_secs } => self.issue_token(role, valid_secs).await,
+            AdminRequest::Check => {
+                let view = self.view()?;
+                let checked = tokio::task::spawn_blocking(move || violations(&*view, VIOLATIONS_MAX)).await;
+                let found = checked.map_err(|_| Refusal::Fault)?.map_err(|fault| self.fault(fault))?;
+                Ok(MetaAnswer::Violations(found))
+            }
+        }
+    }
+
+    fn status(&self) -> Result<ClusterStatus, Refusal> {
+        let view = self.view()?;
+        let counters = view.counters();
+        let now = self.core.clock.monotonic();
+        let cluster = self.core.cluster.lock();
+        Ok(ClusterStatus {
+            cluster: self.core.cluster_id,
+            map_version: cluster.version(),
+            servers: cluster.status(now),
+            mounts: self.core.sessions.lock().status(now),
+            inodes: counters.inodes,
+            blocks: counters.blocks_by_copies.iter().sum(),
+            blocks_by_copies: counters.blocks_by_copies,
+            owed: counters.owed,
+            copies_made: counters.copies_made,
+            corrupt_copies_met: counters.corrupt_met,
+            missing_copies_met: counters.missing_met,
+            copies_repaired: counters.repaired,
+            log_position: self.core.applied(),
+            durable_through: self.core.durable(),
+        })
+    }
+
+    async fn issue_token(&self, role: Role, valid_secs: u64) -> Answer {
+        if self.ca.is_none() {
+            tracing::warn!("a token was asked for, but ca_dir is not set: nobody can enrol here");
+            return Err(Refusal::NotSupported);
+        }
+        let secret = (self.secrets)();
+        let now = self.core.clock.now();
+        let valid = valid_secs.min(TOKEN_VALIDITY_MAX).cast_signed();
+        let expires = Time { secs: now.secs.saturating_add(valid), ..now };
+        self.decree(Command::IssueToken { secret_hash: secret_hash(&secret), role, expires }).await?;
+        tracing::info!(%role, valid_secs, "a token was issued");
+        Ok(MetaAnswer::Token { secret, ca_fingerprint: self.ca_fingerprint.0 })
+    }
+
+    async fn certify(&self, request: EnrolRequest) -> Result<Enrolled, Refusal> {
+        let Some(ca) = &self.ca else {
+            tracing::warn!("somebody wants to enrol, but ca_dir is not set: nobody can enrol here");
+            return Err(Refusal::NotSupported);
+        };
+        let csr_hash = *blake3::hash(&request.csr).as_bytes();
+        let command = Command::UseToken { secret_hash: secret_hash(&request.secret), csr_hash };
+        let Reply::Enrolled { role, id } = self.decree(command).await? else { return Err(Refusal::Fault) };
+        let issued = ca.issue(NodeName { role, id }, &request.csr, self.core.clock.now(), NODE_VALIDITY);
+        let certificate = issued.map_err(|error| {
+            tracing::warn!(%error, "a certificate could not be issued");
+            Refusal::BadRequest
+        })?;
+        let cluster = self.core.cluster_id;
+        Ok(Enrolled { cluster, role, id, certificate, ca: ca.certificate().to_vec() })
+    }
+}
+
+impl Enrol for Service {
+    fn enrol(self: Arc<Self>, request: EnrolRequest) -> BoxFuture<'static, EnrolReply> {
+        Box::pin(async move { EnrolReply(self.certify(request).await) })
+    }
+}
+
+/// Only the hash is kept: whoever reads the tables cannot enrol.
+fn secret_hash(secret: &[u8; 32]) -> [u8; 32] {
+    *blake3::hash(secret).as_bytes()
+}
+
+fn bounded(inos: &[Ino]) -> Result<&[Ino], Refusal> {
+    if inos.len() <= OPENS_MAX { Ok(inos) } else { Err(Refusal::TooLarge) }
+}
+
+/// Who may send what. No `_` arm: a new request must say who may.
+fn check_role(role: Role, request: &MetaRequest) -> Result<(), Refusal> {
+    let is_client = matches!(role, Role::Client | Role::Admin);
+    let allowed = match request {
+        MetaRequest::Query(Query::ClusterMap { .. }) => is_client || role == Role::Storage,
+        MetaRequest::Session(_) | MetaRequest::Query(_) | MetaRequest::Mutate { .. } | MetaRequest::Barrier { .. } => {
+            is_client
+        }
+        MetaRequest::Storage(StorageNotice::Heartbeat { .. }) => role == Role::Storage,
+        MetaRequest::Storage(StorageNotice::BadCopy { .. }) => is_client,
+        MetaRequest::Admin(AdminRequest::Status) => is_client,
+        MetaRequest::Admin(AdminRequest::IssueToken { .. } | AdminRequest::Check) => role == Role::Admin,
+    };
+    if allowed { Ok(()) } else { Err(Refusal::WrongRole) }
+}

@@ -1,0 +1,211 @@
+//! Mounts as they are now: when last heard, and what they hold open. Pure: time comes in.
+//!
+//! This is memory, not state: after a restart the mounts say again what they hold open, and until all have
+//! (or have expired) nothing is reclaimed.
+
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    time::Duration,
+};
+
+use holdfast_common::{Ino, Refusal, SessionId, net::identity::NodeName, wire::meta::MountStatus};
+
+use super::{cluster::millis, state::rows::SessionRow};
+
+/// Inodes that one session may hold open.
+const OPENS_MAX: usize = 1 << 20;
+
+#[derive(Debug)]
+struct Mount {
+    node: NodeName,
+    host: String,
+    mountpoint: String,
+    heard: Duration,
+    dirty_bytes: u64,
+    repairs: u64,
+    opens: BTreeSet<Ino>,
+    /// It has said what it holds open in this life of the server.
+    confirmed: bool,
+}
+
+#[derive(Debug, Default)]
+pub struct Sessions {
+    mounts: BTreeMap<SessionId, Mount>,
+    /// By how many sessions an inode is held open.
+    holders: BTreeMap<Ino, u32>,
+}
+
+impl Sessions {
+    /// Those that were open when the server stopped have one timeout to say so again.
+    pub fn restored(rows: Vec<(SessionId, SessionRow)>, now: Duration) -> Self {
+        let mut sessions = Self::default();
+        for (id, row) in rows {
+            sessions.insert(id, row.node, row.host, row.mountpoint, now, false);
+        }
+        sessions
+    }
+
+    pub fn opened(&mut self, id: SessionId, node: NodeName, host: String, mountpoint: String, now: Duration) {
+        match self.mounts.get_mut(&id) {
+            Some(mount) => mount.heard = now,
+            None => self.insert(id, node, host, mountpoint, now, true),
+        }
+    }
+
+    fn insert(
+        &mut self,
+        id: SessionId,
+        node: NodeName,
+        host: String,
+        mountpoint: String,
+        heard: Duration,
+        confirmed: bool,
+    ) {
+        let opens = BTreeSet::new();
+        let mount = Mount { node, host, mountpoint, heard, dirty_bytes: 0, repairs: 0, opens, confirmed };
+        self.mounts.insert(id, mount);
+    }
+
+    /// A session belongs to the certificate that opened it.
+    pub fn check(&self, id: SessionId, node: NodeName) -> Result<(), Refusal> {
+        match self.mounts.get(&id) {
+            None => Err(Refusal::SessionExpired),
+            Some(mount) if mount.node != node => Err(Refusal::WrongRole),
+            Some(_) => Ok(()),
+        }
+    }
+
+    pub fn renew(&mut self, id: SessionId, dirty_bytes: u64, repairs: u64, now: Duration) {
+        if let Some(mount) = self.mounts.get_mut(&id) {
+            (mount.heard, mount.dirty_bytes, mount.repairs) = (now, dirty_bytes, repairs);
+        }
+    }
+
+    /// After a restart of the server: all that the session holds open.
+    pub fn reopen(&mut self, id: SessionId, inos: &[Ino], now: Duration) -> Result<(), Refusal> {
+        self.hold(id, inos)?;
+        if let Some(mount) = self.mounts.get_mut(&id) {
+            (mount.heard, mount.confirmed) = (now, true);
+        }
+        Ok(())
+    }
+
+    pub fn hold(&mut self, id: SessionId, inos: &[Ino]) -> Result<(), Refusal> {
+        let mount = self.mounts.get_mut(&id).ok_or(Refusal::SessionExpired)?;
+        if mount.opens.len() + inos.len() > OPENS_MAX {
+            return Err(Refusal::Unavailable);
+        }
+        for ino in inos {
+            if mount.opens.insert(*ino) {
+                *self.holders.entry(*ino).or_default() += 1;
+            }
+        }
+        Ok(())
+    }
+
+    pub fn release(&mut self, id: SessionId, inos: &[Ino]) {
+        let Some(mount) = self.mounts.get_mut(&id) else { return };
+        for ino in inos {
+            if mount.opens.remove(ino) {
+                let_go(&mut self.holders, *ino);
+            }
+        }
+    }
+
+    /// Forgets a session that has ended: what it held open is released.
+    pub fn end(&mut self, id: SessionId) {
+        if let Some(mount) = self.mounts.remove(&id) {
+            mount.opens.into_iter().for_each(|ino| let_go(&mut self.holders, ino));
+        }
+    }
+
+    pub fn holds(&self, id: SessionId, ino: Ino) -> bool {
+        self.mounts.get(&id).is_some_and(|mount| mount.opens.contains(&ino))
+    }
+
+    pub fn is_open(&self, ino: Ino) -> bool {
+        self.holders.contains_key(&ino)
+    }
+
+    /// Has every mount said what it holds open?
+    pub fn all_confirmed(&self) -> bool {
+        self.mounts.values().all(|mount| mount.confirmed)
+    }
+
+    pub fn expired(&self, now: Duration, timeout: Duration) -> Vec<SessionId> {
+        let silent = |mount: &Mount| now.saturating_sub(mount.heard) >= timeout;
+        self.mounts.iter().filter(|(_, mount)| silent(mount)).map(|(id, _)| *id).collect()
+    }
+
+    pub fn status(&self, now: Duration) -> Vec<MountStatus> {
+        let status = |(id, mount): (&SessionId, &Mount)| MountStatus {
+            session: *id,
+            host: mount.host.clone(),
+            mountpoint: mount.mountpoint.clone(),
+            silent_ms: millis(now.saturating_sub(mount.heard)),
+            open_files: mount.opens.len() as u64,
+            dirty_bytes: mount.dirty_bytes,
+            repairs: mount.repairs,
+        };
+        self.mounts.iter().map(status).collect()
+    }
+}
+
+fn let_go(holders: &mut BTreeMap<Ino, u32>, ino: Ino) {
+    if let Some(count) = holders.get_mut(&ino) {
+        *count -= 1;
+        if *count == 0 {
+            holders.remove(&ino);
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use holdfast_common::{Sequence, net::identity::Role};
+
+    use super::*;
+
+    const NODE: NodeName = NodeName { role: Role::Client, id: 4 };
+
+    fn row(node: NodeName) -> SessionRow {
+        let (host, mountpoint) = (String::new(), String::new());
+        SessionRow { node, instance: [0; 16], host, mountpoint, answered_below: Sequence(1) }
+    }
+
+    #[test]
+    fn an_inode_stays_open_until_the_last_mount_lets_it_go() {
+        let mut sessions = Sessions::default();
+        for id in [1, 2] {
+            sessions.opened(SessionId(id), NODE, String::new(), String::new(), Duration::ZERO);
+            sessions.hold(SessionId(id), &[Ino(7), Ino(7)]).unwrap();
+        }
+        sessions.hold(SessionId(1), &[Ino(7)]).unwrap();
+        sessions.release(SessionId(1), &[Ino(7), Ino(9)]);
+        assert!(sessions.is_open(Ino(7)) && !sessions.holds(SessionId(1), Ino(7)));
+        sessions.end(SessionId(2));
+        assert!(!sessions.is_open(Ino(7)));
+        assert_eq!(sessions.hold(SessionId(2), &[Ino(7)]), Err(Refusal::SessionExpired));
+    }
+
+    #[test]
+    fn a_restart_waits_for_every_mount_or_its_expiry() {
+        let timeout = Duration::from_secs(60);
+        let rows = vec![(SessionId(1), row(NODE)), (SessionId(2), row(NODE))];
+        let mut sessions = Sessions::restored(rows, Duration::ZERO);
+        assert!(!sessions.all_confirmed());
+        sessions.reopen(SessionId(1), &[Ino(3)], Duration::from_secs(5)).unwrap();
+        assert!(!sessions.all_confirmed());
+        assert_eq!(sessions.expired(Duration::from_secs(60), timeout), [SessionId(2)]);
+        sessions.end(SessionId(2));
+        assert!(sessions.all_confirmed() && sessions.is_open(Ino(3)));
+    }
+
+    #[test]
+    fn a_session_belongs_to_its_certificate() {
+        let sessions = Sessions::restored(vec![(SessionId(1), row(NODE))], Duration::ZERO);
+        assert_eq!(sessions.check(SessionId(1), NODE), Ok(()));
+        assert_eq!(sessions.check(SessionId(1), NodeName { id: 5, ..NODE }), Err(Refusal::WrongRole));
+        assert_eq!(sessions.check(SessionId(9), NODE), Err(Refusal::SessionExpired));
+    }
+}

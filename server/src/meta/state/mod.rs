@@ -1,0 +1,229 @@
+//! The metadata state machine: what an entry of the log does to the tables.
+//!
+//! Invariants of absence: nothing here reads a clock, draws a number, touches the environment or the order of a
+//! hash map (I6). Time comes in the entry, numbers are counted in the tables. The same entries make the same
+//! bytes, on every replica and at every replay.
+
+pub mod blocks;
+pub mod chunk;
+pub mod file;
+pub mod namespace;
+pub mod orphans;
+pub mod query;
+pub mod rows;
+pub mod servers;
+pub mod session;
+pub mod tables;
+pub mod tokens;
+pub mod violations;
+pub mod xattr;
+
+#[cfg(test)]
+pub(crate) mod tests;
+
+use holdfast_common::{
+    BlockHash, Ino, Position, Refusal, Sequence, ServerId, SessionId, Time,
+    net::identity::{NodeName, Role},
+    wire::meta::{CopyFault, Mutated, Op},
+};
+use serde::{Deserialize, Serialize};
+
+use rows::Inode;
+pub use tables::{Rows, StorageError, Tables, View};
+
+/// One step of the state machine, as the log keeps it.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Entry {
+    /// When it was proposed, by the proposing server's clock. Never before the entry before it.
+    pub time: Time,
+    pub command: Command,
+}
+
+/// What can be done to the tables. New ones go to the end: the number is on disk.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub enum Command {
+    Mutate {
+        session: SessionId,
+        sequence: Sequence,
+        answered_below: Sequence,
+        op: Op,
+    },
+    OpenSession {
+        node: NodeName,
+        instance: [u8; 16],
+        host: String,
+        mountpoint: String,
+    },
+    EndSession {
+        session: SessionId,
+    },
+    /// Deletes what is left of inodes that have no name and that nobody has open.
+    Reclaim {
+        inos: Vec<Ino>,
+    },
+    RegisterServer {
+        server: ServerId,
+        address: std::net::SocketAddr,
+        zone: String,
+    },
+    /// Copies that the system made.
+    HolderAdded {
+        server: ServerId,
+        blocks: Vec<BlockHash>,
+    },
+    /// Copies that turned out not to be there. The last holder of a block stays on record.
+    HolderLost {
+        server: ServerId,
+        blocks: Vec<BlockHash>,
+    },
+    BadCopy {
+        server: ServerId,
+        block: BlockHash,
+        fault: CopyFault,
+        repaired: bool,
+    },
+    IssueToken {
+        secret_hash: [u8; 32],
+        role: Role,
+        expires: Time,
+    },
+    UseToken {
+        secret_hash: [u8; 32],
+        csr_hash: [u8; 32],
+    },
+}
+
+/// An answer that every replica computes alike.
+pub type Outcome = Result<Reply, Refusal>;
+
+#[derive(Clone, Debug, PartialEq, Eq)]
+#[allow(
+    clippy::large_enum_variant,
+    reason = "nearly every answer is the large one: a box would be one more allocation"
+)]
+pub enum Reply {
+    Mutated(Mutated),
+    Session(SessionId),
+    /// `unfinished`: some of these inodes have rows left; propose them again.
+    Reclaimed {
+        unfinished: bool,
+    },
+    Enrolled {
+        role: Role,
+        id: u32,
+    },
+    Done,
+}
+
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Applied {
+    /// Of the entry, or, for a mutation that was answered before, of the first one.
+    pub position: Position,
+    /// False: the tables are as they were, and the entry has no place in the log.
+    pub changed: bool,
+    pub outcome: Outcome,
+}
+
+/// Why an operation went no further.
+#[derive(Debug)]
+pub enum Stop {
+    Refused(Refusal),
+    Fault(StorageError),
+}
+
+impl From<Refusal> for Stop {
+    fn from(refusal: Refusal) -> Self {
+        Self::Refused(refusal)
+    }
+}
+
+impl<E: Into<StorageError>> From<E> for Stop {
+    fn from(fault: E) -> Self {
+        Self::Fault(fault.into())
+    }
+}
+
+/// A step of an operation. Every refusal comes before the first change.
+pub type Step<T> = Result<T, Stop>;
+
+/// Parts an answer from a fault.
+pub(crate) fn settled<T>(step: Step<T>) -> Result<Result<T, Refusal>, StorageError> {
+    match step {
+        Ok(value) => Ok(Ok(value)),
+        Err(Stop::Refused(refusal)) => Ok(Err(refusal)),
+        Err(Stop::Fault(fault)) => Err(fault),
+    }
+}
+
+/// Makes the root directory, if there is none yet.
+pub fn initialize(tables: &mut Tables<'_>) -> Result<(), StorageError> {
+    if tables.inode(Ino::ROOT)?.is_none() {
+        tables.put_inode(Ino::ROOT, namespace::root(Time::default()));
+        tables.counters.inodes += 1;
+    }
+    Ok(())
+}
+
+/// Does what `entry` says. A refusal is an answer, and leaves the tree as it was.
+pub fn apply(tables: &mut Tables<'_>, entry: &Entry) -> Result<Applied, StorageError> {
+    let outcome = match &entry.command {
+        Command::Mutate { session, sequence, answered_below, op } => {
+            return session::once(tables, *session, *sequence, *answered_below, |tables| {
+                mutate(tables, op, entry.time)
+            });
+        }
+        Command::OpenSession { node, instance, host, mountpoint } => {
+            settled(session::open(tables, *node, instance, host, mountpoint))?
+        }
+        Command::EndSession { session } => settled(session::end(tables, *session))?,
+        Command::Reclaim { inos } => Ok(orphans::reclaim(tables, inos, entry.time)?),
+        Command::RegisterServer { server, address, zone } => {
+            settled(servers::register(tables, *server, *address, zone))?
+        }
+        Command::HolderAdded { server, blocks } => Ok(servers::holder_added(tables, *server, blocks, entry.time)?),
+        Command::HolderLost { server, blocks } => Ok(servers::holder_lost(tables, *server, blocks, entry.time)?),
+        Command::BadCopy { server, block, fault, repaired } => {
+            Ok(servers::bad_copy(tables, *server, *block, *fault, *repaired, entry.time)?)
+        }
+        Command::IssueToken { secret_hash, role, expires } => {
+            settled(tokens::issue(tables, secret_hash, *role, *expires, entry.time))?
+        }
+        Command::UseToken { secret_hash, csr_hash } => {
+            settled(tokens::redeem(tables, secret_hash, csr_hash, entry.time))?
+        }
+    };
+    Ok(Applied { position: advance(tables), changed: true, outcome })
+}
+
+/// The place of the entry that is being applied.
+pub(super) fn advance(tables: &mut Tables<'_>) -> Position {
+    tables.counters.position.0 += 1;
+    tables.counters.position
+}
+
+fn mutate(tables: &mut Tables<'_>, op: &Op, now: Time) -> Step<Mutated> {
+    match op {
+        Op::Make { parent, name, new, exclusive, open: _ } => {
+            namespace::make(tables, *parent, name, new, *exclusive, now)
+        }
+        Op::Link { ino, parent, name } => namespace::link(tables, *ino, *parent, name, now),
+        Op::Unlink { parent, name } => namespace::unlink(tables, *parent, name, now),
+        Op::Rmdir { parent, name } => namespace::rmdir(tables, *parent, name, now),
+        Op::Rename { from, from_name, to, to_name, mode } => {
+            namespace::rename(tables, (*from, from_name), (*to, to_name), *mode, now)
+        }
+        Op::SetAttr { ino, set } => file::set_attr(tables, *ino, set, now),
+        Op::SetXattr { ino, name, value, mode } => xattr::set(tables, *ino, name, value, *mode, now),
+        Op::RemoveXattr { ino, name } => xattr::remove(tables, *ino, name, now),
+        Op::Commit { files, blocks } => file::commit(tables, files, blocks, now),
+        Op::CopyRange { from, from_offset, to, to_offset, length } => {
+            file::copy_range(tables, (*from, *from_offset), (*to, *to_offset), *length, now)
+        }
+        Op::Punch { ino, offset, length, grow } => file::punch(tables, *ino, *offset, *length, *grow, now),
+    }
+}
+
+/// The inode, which may have lost its last name; `Stale` if it is gone.
+pub(crate) fn existing(rows: &impl Rows, ino: Ino) -> Step<Inode> {
+    Ok(rows.inode(ino)?.ok_or(Refusal::Stale)?)
+}

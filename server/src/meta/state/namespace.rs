@@ -1,0 +1,415 @@
+//! Names: make, link, unlink, rmdir, rename.
+//!
+//! Permissions are the kernel's matter. Everything that two mounts could race for is decided here. In each
+//! operation all refusals come before the first change.
+
+use holdfast_common::{
+    Ino, Kind, Refusal, Time,
+    limits::{LINK_COUNT_MAX, NAME_LENGTH_MAX, SYMLINK_LENGTH_MAX},
+    wire::meta::{Mutated, NewInode, RenameMode},
+};
+
+use super::{
+    Rows, Step, StorageError, Tables, existing, orphans,
+    rows::{Dentry, Inode},
+    tables::{Result, fetch, key},
+};
+
+const SETGID: u32 = 0o2000;
+
+/// A name in a directory.
+type Place<'a> = (Ino, &'a [u8]);
+
+/// The root of a new filesystem.
+pub(super) fn root(now: Time) -> Inode {
+    Inode { mode: 0o755, ..fresh(Kind::Directory, now) }
+}
+
+fn fresh(kind: Kind, now: Time) -> Inode {
+    Inode {
+        kind,
+        mode: 0,
+        uid: 0,
+        gid: 0,
+        nlink: if kind == Kind::Directory { 2 } else { 1 },
+        rdev: 0,
+        size: 0,
+        stored: 0,
+        data_version: 0,
+        atime: now,
+        mtime: now,
+        ctime: now,
+        btime: now,
+        parent: Ino(0),
+        parent_cookie: 0,
+        cookie_next: 1,
+    }
+}
+
+pub(super) fn check_name(name: &[u8]) -> Result<(), Refusal> {
+    match name {
+        [] | b"." | b".." => Err(Refusal::Invalid),
+        _ if name.len() > NAME_LENGTH_MAX => Err(Refusal::NameTooLong),
+        _ if name.contains(&b'/') || name.contains(&0) => Err(Refusal::Invalid),
+        _ => Ok(()),
+    }
+}
+
+/// A directory that still has a place in the tree.
+pub(super) fn directory(rows: &impl Rows, ino: Ino) -> Step<Inode> {
+    let inode = rows.inode(ino)?.ok_or(Refusal::NotFound)?;
+    match inode.is_directory() {
+        false => Err(Refusal::NotDirectory.into()),
+        true if inode.nlink == 0 => Err(Refusal::NotFound.into()),
+        true => Ok(inode),
+    }
+}
+
+pub fn dentry(rows: &impl Rows, parent: Ino, name: &[u8]) -> Result<Option<Dentry>> {
+    fetch(rows.tree(), &key::dentry(parent, name), Dentry::decode)
+}
+
+fn named(rows: &impl Rows, (parent, name): Place<'_>) -> Step<Dentry> {
+    Ok(dentry(rows, parent, name)?.ok_or(Refusal::NotFound)?)
+}
+
+/// The inode that a dentry names.
+fn target(rows: &impl Rows, dentry: &Dentry) -> Result<Inode> {
+    let inode = rows.inode(dentry.ino)?;
+    inode.ok_or_else(|| StorageError::Damaged(format!("a dentry names inode {}, which has no row", dentry.ino)))
+}
+
+pub(super) fn make(
+    tables: &mut Tables<'_>,
+    parent: Ino,
+    name: &[u8],
+    new: &NewInode,
+    exclusive: bool,
+    now: Time,
+) -> Step<Mutated> {
+    check_name(name)?;
+    let mut directory = directory(tables, parent)?;
+    if let Some(taken) = dentry(tables, parent, name)? {
+        if exclusive {
+            return Err(Refusal::Exists.into());
+        }
+        return Ok(Mutated::Inode { attr: target(tables, &taken)?.attr(taken.ino), created: false });
+    }
+    check_new(new)?;
+    let mut inode = child(new, &directory, now);
+    check_room(&directory, inode.kind)?;
+    let ino = Ino(tables.counters.ino_next);
+    tables.counters.ino_next += 1;
+    tables.counters.inodes += 1;
+    if inode.kind == Kind::Symlink {
+        tables.put_tree(&key::symlink(ino), &new.target)?;
+    }
+    enter(tables, (parent, name), &mut directory, ino, &mut inode, now)?;
+    let attr = inode.attr(ino);
+    tables.put_inode(ino, inode);
+    tables.put_inode(parent, directory);
+    Ok(Mutated::Inode { attr, created: true })
+}
+
+fn check_new(new: &NewInode) -> Result<(), Refusal> {
+    let is_symlink = new.kind == Kind::Symlink;
+    match new.target.len() {
+        _ if new.mode > 0o7777 => Err(Refusal::Invalid),
+        length if is_symlink && length > SYMLINK_LENGTH_MAX => Err(Refusal::NameTooLong),
+        length if is_symlink != (length > 0) || new.target.contains(&0) => Err(Refusal::Invalid),
+        _ => Ok(()),
+    }
+}
+
+/// A setgid directory gives its group to what is made in it, and its setgid bit to directories.
+fn child(new: &NewInode, directory: &Inode, now: Time) -> Inode {
+    let inherits = directory.mode & SETGID != 0;
+    let setgid = if inherits && new.kind == Kind::Directory { SETGID } else { 0 };
+    Inode {
+        mode: new.mode | setgid,
+        uid: new.uid,
+        gid: if inherits { directory.gid } else { new.gid },
+        rdev: if matches!(new.kind, Kind::CharDevice | Kind::BlockDevice) { new.rdev } else { 0 },
+        size: new.target.len() as u64,
+        ..fresh(new.kind, now)
+    }
+}
+
+/// Each subdirectory is a link to its parent, by its `..`.
+fn check_room(directory: &Inode, kind: Kind) -> Result<(), Refusal> {
+    let full = kind == Kind::Directory && directory.nlink >= LINK_COUNT_MAX;
+    if full { Err(Refusal::TooManyLinks) } else { Ok(()) }
+}
+
+/// Gives `inode` the name, with the next cookie of `directory`. The caller puts both inodes.
+fn enter(
+    tables: &mut Tables<'_>,
+    (parent, name): Place<'_>,
+    directory: &mut Inode,
+    ino: Ino,
+    inode: &mut Inode,
+    now: Time,
+) -> Result<()> {
+    let entry = Dentry { ino, kind: inode.kind, cookie: directory.cookie_next };
+    directory.cookie_next += 1;
+    directory.size += 1;
+    (directory.mtime, directory.ctime) = (now, now);
+    if inode.is_directory() {
+        directory.nlink += 1;
+        (inode.parent, inode.parent_cookie) = (parent, entry.cookie);
+    }
+    write(tables, (parent, name), &entry)
+}
+
+/// Both rows of a name: by name, and in the order of reading.
+fn write(tables: &mut Tables<'_>, (parent, name): Place<'_>, entry: &Dentry) -> Result<()> {
+    tables.put_tree(&key::dentry(parent, name), &entry.encode())?;
+    tables.put_tree(&key::cookie(parent, entry.cookie), &entry.encode_with(name))
+}
+
+/// Takes the name away. The caller puts `directory`.
+fn leave(
+    tables: &mut Tables<'_>,
+    (parent, name): Place<'_>,
+    directory: &mut Inode,
+    entry: &Dentry,
+    now: Time,
+) -> Result<()> {
+    directory.size -= 1;
+    (directory.mtime, directory.ctime) = (now, now);
+    if entry.kind == Kind::Directory {
+        directory.nlink -= 1;
+    }
+    tables.remove_tree(&key::dentry(parent, name))?;
+    tables.remove_tree(&key::cookie(parent, entry.cookie))
+}
+
+/// One name less. The last one makes an orphan, which stays for as long as somebody has it open.
+fn unlinked(tables: &mut Tables<'_>, ino: Ino, mut inode: Inode, now: Time) -> Result<Inode> {
+    inode.nlink = if inode.is_directory() { 0 } else { inode.nlink - 1 };
+    inode.ctime = now;
+    if inode.nlink == 0 {
+        orphans::add(tables, ino)?;
+    }
+    tables.put_inode(ino, inode.clone());
+    Ok(inode)
+}
+
+pub(super) fn link(tables: &mut Tables<'_>, ino: Ino, parent: Ino, name: &[u8], now: Time) -> Step<Mutated> {
+    check_name(name)?;
+    let mut directory = directory(tables, parent)?;
+    let mut inode = existing(tables, ino)?;
+    match inode.nlink {
+        _ if dentry(tables, parent, name)?.is_some() => return Err(Refusal::Exists.into()),
+        _ if inode.is_directory() => return Err(Refusal::NotPermitted.into()),
+        0 => return Err(Refusal::NotFound.into()),
+        LINK_COUNT_MAX.. => return Err(Refusal::TooManyLinks.into()),
+        _ => {}
+    }
+    enter(tables, (parent, name), &mut directory, ino, &mut inode, now)?;
+    inode.nlink += 1;
+    inode.ctime = now;
+    let attr = inode.attr(ino);
+    tables.put_inode(ino, inode);
+    tables.put_inode(parent, directory);
+    Ok(Mutated::Inode { attr, created: false })
+}
+
+pub(super) fn unlink(tables: &mut Tables<'_>, parent: Ino, name: &[u8], now: Time) -> Step<Mutated> {
+    check_name(name)?;
+    let directory = directory(tables, parent)?;
+    let entry = named(tables, (parent, name))?;
+    if entry.kind == Kind::Directory {
+        return Err(Refusal::IsDirectory.into());
+    }
+    remove(tables, (parent, name), directory, &entry, now)
+}
+
+pub(super) fn rmdir(tables: &mut Tables<'_>, parent: Ino, name: &[u8], now: Time) -> Step<Mutated> {
+    check_name(name)?;
+    let directory = directory(tables, parent)?;
+    let entry = named(tables, (parent, name))?;
+    check_empty(tables, &entry)?;
+    remove(tables, (parent, name), directory, &entry, now)
+}
+
+fn check_empty(tables: &Tables<'_>, entry: &Dentry) -> Step<()> {
+    if entry.kind != Kind::Directory {
+        return Err(Refusal::NotDirectory.into());
+    }
+    if target(tables, entry)?.size > 0 {
+        return Err(Refusal::NotEmpty.into());
+    }
+    Ok(())
+}
+
+fn remove(
+    tables: &mut Tables<'_>,
+    (parent, name): Place<'_>,
+    mut directory: Inode,
+    entry: &Dentry,
+    now: Time,
+) -> Step<Mutated> {
+    leave(tables, (parent, name), &mut directory, entry, now)?;
+    tables.put_inode(parent, directory);
+    let inode = target(tables, entry)?;
+    let inode = unlinked(tables, entry.ino, inode, now)?;
+    Ok(Mutated::Removed { attr: inode.attr(entry.ino) })
+}
+
+pub(super) fn rename(
+    tables: &mut Tables<'_>,
+    (from, from_name): (Ino, &[u8]),
+    (to, to_name): (Ino, &[u8]),
+    mode: RenameMode,
+    now: Time,
+) -> Step<Mutated> {
+    check_name(from_name)?;
+    check_name(to_name)?;
+    directory(tables, from)?;
+    directory(tables, to)?;
+    let moved = named(tables, (from, from_name))?;
+    let taken = dentry(tables, to, to_name)?;
+    match (mode, taken) {
+        (RenameMode::NoReplace, Some(_)) => Err(Refusal::Exists.into()),
+        (RenameMode::Exchange, None) => Err(Refusal::NotFound.into()),
+        // Two names of one inode: POSIX wants both kept.
+        (_, Some(taken)) if taken.ino == moved.ino => unmoved(tables, &moved),
+        (RenameMode::Exchange, Some(taken)) => {
+            exchange(tables, ((from, from_name), moved), ((to, to_name), taken), now)
+        }
+        (_, Some(taken)) => replace(tables, ((from, from_name), moved), ((to, to_name), taken), now),
+        (_, None) => relocate(tables, ((from, from_name), moved), (to, to_name), now),
+    }
+}
+
+fn unmoved(tables: &Tables<'_>, moved: &Dentry) -> Step<Mutated> {
+    Ok(Mutated::Renamed { moved: target(tables, moved)?.attr(moved.ino), replaced: None })
+}
+
+/// A directory cannot go into itself or below.
+fn check_not_below(tables: &Tables<'_>, moved: &Dentry, to: Ino) -> Step<()> {
+    if moved.kind == Kind::Directory && is_at_or_below(tables, to, moved.ino)? {
+        return Err(Refusal::Invalid.into());
+    }
+    Ok(())
+}
+
+fn is_at_or_below(rows: &impl Rows, ino: Ino, ancestor: Ino) -> Result<bool> {
+    let mut at = ino;
+    while at != Ino::ROOT {
+        if at == ancestor {
+            return Ok(true);
+        }
+        let inode = rows.inode(at)?;
+        at = inode
+            .ok_or_else(|| StorageError::Damaged(format!("directory {at} on the way to the root is gone")))?
+            .parent;
+    }
+    Ok(ancestor == Ino::ROOT)
+}
+
+/// Would `to` have one subdirectory too many if `moved` came from another directory?
+fn check_room_to_move(tables: &Tables<'_>, moved: &Dentry, (from, to): (Ino, Ino), taken: Option<Kind>) -> Step<()> {
+    if from != to && taken != Some(Kind::Directory) {
+        check_room(&directory(tables, to)?, moved.kind)?;
+    }
+    Ok(())
+}
+
+fn replace(
+    tables: &mut Tables<'_>,
+    (source, moved): (Place<'_>, Dentry),
+    (destination, taken): (Place<'_>, Dentry),
+    now: Time,
+) -> Step<Mutated> {
+    check_not_below(tables, &moved, destination.0)?;
+    match (moved.kind == Kind::Directory, taken.kind == Kind::Directory) {
+        (true, false) => return Err(Refusal::NotDirectory.into()),
+        (false, true) => return Err(Refusal::IsDirectory.into()),
+        (true, true) => check_empty(tables, &taken)?,
+        (false, false) => {}
+    }
+    check_room_to_move(tables, &moved, (source.0, destination.0), Some(taken.kind))?;
+    let mut directory = directory(tables, destination.0)?;
+    leave(tables, destination, &mut directory, &taken, now)?;
+    tables.put_inode(destination.0, directory);
+    let lost = target(tables, &taken)?;
+    let lost = unlinked(tables, taken.ino, lost, now)?;
+    let inode = carry(tables, (source, moved), destination, now)?;
+    Ok(Mutated::Renamed { moved: inode.attr(moved.ino), replaced: Some(lost.attr(taken.ino)) })
+}
+
+fn relocate(
+    tables: &mut Tables<'_>,
+    (source, moved): (Place<'_>, Dentry),
+    destination: Place<'_>,
+    now: Time,
+) -> Step<Mutated> {
+    check_not_below(tables, &moved, destination.0)?;
+    check_room_to_move(tables, &moved, (source.0, destination.0), None)?;
+    let inode = carry(tables, (source, moved), destination, now)?;
+    Ok(Mutated::Renamed { moved: inode.attr(moved.ino), replaced: None })
+}
+
+/// Moves a name to a place that is free. Nothing here refuses any more.
+fn carry(
+    tables: &mut Tables<'_>,
+    (source, moved): (Place<'_>, Dentry),
+    destination: Place<'_>,
+    now: Time,
+) -> Step<Inode> {
+    let mut inode = target(tables, &moved)?;
+    let mut left = directory(tables, source.0)?;
+    leave(tables, source, &mut left, &moved, now)?;
+    tables.put_inode(source.0, left);
+    let mut entered = directory(tables, destination.0)?;
+    enter(tables, destination, &mut entered, moved.ino, &mut inode, now)?;
+    tables.put_inode(destination.0, entered);
+    inode.ctime = now;
+    tables.put_inode(moved.ino, inode.clone());
+    Ok(inode)
+}
+
+/// Two names change places; each keeps its cookie.
+fn exchange(
+    tables: &mut Tables<'_>,
+    (one_place, one): (Place<'_>, Dentry),
+    (other_place, other): (Place<'_>, Dentry),
+    now: Time,
+) -> Step<Mutated> {
+    check_not_below(tables, &one, other_place.0)?;
+    check_not_below(tables, &other, one_place.0)?;
+    let between = (one_place.0, other_place.0);
+    check_room_to_move(tables, &one, between, Some(other.kind))?;
+    check_room_to_move(tables, &other, (between.1, between.0), Some(one.kind))?;
+    let moved = put_in(tables, one_place, &one, (other_place, &other), now)?;
+    let replaced = put_in(tables, other_place, &other, (one_place, &one), now)?;
+    Ok(Mutated::Renamed { moved: moved.attr(one.ino), replaced: Some(replaced.attr(other.ino)) })
+}
+
+/// Puts what `entry` names where `held` was, and counts the subdirectories of the new parent anew.
+fn put_in(
+    tables: &mut Tables<'_>,
+    (from, _): Place<'_>,
+    entry: &Dentry,
+    ((to, to_name), held): (Place<'_>, &Dentry),
+    now: Time,
+) -> Step<Inode> {
+    let mut parent = directory(tables, to)?;
+    if from != to {
+        parent.nlink += u32::from(entry.kind == Kind::Directory);
+        parent.nlink -= u32::from(held.kind == Kind::Directory);
+    }
+    (parent.mtime, parent.ctime) = (now, now);
+    tables.put_inode(to, parent);
+    let placed = Dentry { cookie: held.cookie, ..*entry };
+    write(tables, (to, to_name), &placed)?;
+    let mut inode = target(tables, entry)?;
+    if inode.is_directory() {
+        (inode.parent, inode.parent_cookie) = (to, held.cookie);
+    }
+    inode.ctime = now;
+    tables.put_inode(entry.ino, inode.clone());
+    Ok(inode)
+}

@@ -1,0 +1,477 @@
+//! The bytes of the rows: a version, then little-endian fields. Pure.
+
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
+
+use holdfast_common::{
+    Attr, BlockHash, Ino, Kind, Piece, Position, Sequence, ServerId, Time,
+    net::identity::{NodeName, Role},
+};
+
+use super::tables::{Result, StorageError, key};
+
+const VERSION: u8 = 1;
+
+/// What `inodes` knows of one.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Inode {
+    pub kind: Kind,
+    pub mode: u32,
+    pub uid: u32,
+    pub gid: u32,
+    pub nlink: u32,
+    pub rdev: u32,
+    /// Bytes; of a directory, entries; of a symlink, bytes of its target.
+    pub size: u64,
+    pub stored: u64,
+    pub data_version: u64,
+    pub atime: Time,
+    pub mtime: Time,
+    pub ctime: Time,
+    pub btime: Time,
+    /// Where a directory is. Zeroes for everything else and for the root.
+    pub parent: Ino,
+    /// The cookie of the dentry in `parent` that names this directory.
+    pub parent_cookie: u64,
+    /// The cookie that the next dentry of this directory gets, counted from 1.
+    pub cookie_next: u64,
+}
+
+impl Inode {
+    pub fn attr(&self, ino: Ino) -> Attr {
+        Attr {
+            ino,
+            kind: self.kind,
+            mode: self.mode,
+            uid: self.uid,
+            gid: self.gid,
+            nlink: self.nlink,
+            size: self.size,
+            stored: self.stored,
+            rdev: self.rdev,
+            atime: self.atime,
+            mtime: self.mtime,
+            ctime: self.ctime,
+            btime: self.btime,
+            data_version: self.data_version,
+        }
+    }
+
+    pub fn is_directory(&self) -> bool {
+        self.kind == Kind::Directory
+    }
+
+    pub fn encode(&self) -> Vec<u8> {
+        let mut out = Out::new(130);
+        out.u8(kind_byte(self.kind));
+        [self.mode, self.uid, self.gid, self.nlink, self.rdev].into_iter().for_each(|field| out.u32(field));
+        [self.size, self.stored, self.data_version].into_iter().for_each(|field| out.u64(field));
+        [self.atime, self.mtime, self.ctime, self.btime].into_iter().for_each(|time| out.time(time));
+        if self.is_directory() {
+            [self.parent.0, self.parent_cookie, self.cookie_next].into_iter().for_each(|field| out.u64(field));
+        }
+        out.0
+    }
+
+    pub fn decode(bytes: &[u8]) -> Result<Self> {
+        let mut row = In::new("inode", bytes)?;
+        let kind = kind_of(row.u8()?)?;
+        let mut inode = Self {
+            kind,
+            mode: row.u32()?,
+            uid: row.u32()?,
+            gid: row.u32()?,
+            nlink: row.u32()?,
+            rdev: row.u32()?,
+            size: row.u64()?,
+            stored: row.u64()?,
+            data_version: row.u64()?,
+            atime: row.time()?,
+            mtime: row.time()?,
+            ctime: row.time()?,
+            btime: row.time()?,
+            parent: Ino(0),
+            parent_cookie: 0,
+            cookie_next: 0,
+        };
+        if kind == Kind::Directory {
+            inode.parent = Ino(row.u64()?);
+            inode.parent_cookie = row.u64()?;
+            inode.cookie_next = row.u64()?;
+        }
+        row.end()?;
+        Ok(inode)
+    }
+}
+
+/// A name's row.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Dentry {
+    pub ino: Ino,
+    pub kind: Kind,
+    pub cookie: u64,
+}
+
+impl Dentry {
+    pub fn encode(self) -> Vec<u8> {
+        let mut out = Out::new(18);
+        out.u64(self.ino.0);
+        out.u8(kind_byte(self.kind));
+        out.u64(self.cookie);
+        out.0
+    }
+
+    pub fn decode(bytes: &[u8]) -> Result<Self> {
+        let (dentry, name) = Self::decode_with(bytes)?;
+        if name.is_empty() { Ok(dentry) } else { Err(StorageError::Damaged("dentry: too long".into())) }
+    }
+
+    /// The row under its cookie, which has the name as well: a page of a directory is one scan.
+    pub fn encode_with(self, name: &[u8]) -> Vec<u8> {
+        let mut row = self.encode();
+        row.extend_from_slice(name);
+        row
+    }
+
+    pub fn decode_with(bytes: &[u8]) -> Result<(Self, &[u8])> {
+        let mut row = In::new("dentry", bytes)?;
+        let dentry = Self { ino: Ino(row.u64()?), kind: kind_of(row.u8()?)?, cookie: row.u64()? };
+        Ok((dentry, row.bytes))
+    }
+}
+
+/// A block's row.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct BlockRow {
+    pub length: u32,
+    /// Pieces that name it.
+    pub refs: u64,
+    /// Sorted.
+    pub holders: Vec<ServerId>,
+}
+
+impl BlockRow {
+    pub fn encode(&self) -> Vec<u8> {
+        let mut out = Out::new(13 + 4 * self.holders.len());
+        out.u32(self.length);
+        out.u64(self.refs);
+        self.holders.iter().for_each(|holder| out.u32(holder.0));
+        out.0
+    }
+
+    pub fn decode(bytes: &[u8]) -> Result<Self> {
+        let mut row = In::new("block", bytes)?;
+        let (length, refs) = (row.u32()?, row.u64()?);
+        let mut holders = Vec::with_capacity(row.bytes.len() / 4);
+        while !row.bytes.is_empty() {
+            holders.push(ServerId(row.u32()?));
+        }
+        Ok(Self { length, refs, holders })
+    }
+}
+
+pub fn encode_pieces(pieces: &[Piece]) -> Vec<u8> {
+    let mut out = Out::new(1 + 44 * pieces.len());
+    for piece in pieces {
+        [piece.offset, piece.length, piece.block_offset].into_iter().for_each(|field| out.u32(field));
+        out.bytes(&piece.block.0);
+    }
+    out.0
+}
+
+pub fn decode_pieces(bytes: &[u8]) -> Result<Vec<Piece>> {
+    let mut row = In::new("pieces", bytes)?;
+    let mut pieces = Vec::with_capacity(row.bytes.len() / 44);
+    while !row.bytes.is_empty() {
+        let (offset, length, block_offset) = (row.u32()?, row.u32()?, row.u32()?);
+        pieces.push(Piece { offset, length, block_offset, block: BlockHash(row.array()?) });
+    }
+    Ok(pieces)
+}
+
+/// What a mount told when it opened its session.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct SessionRow {
+    pub node: NodeName,
+    pub instance: [u8; 16],
+    pub host: String,
+    pub mountpoint: String,
+    /// Replies below this have been dropped.
+    pub answered_below: Sequence,
+}
+
+impl SessionRow {
+    pub fn encode(&self) -> Vec<u8> {
+        let mut out = Out::new(64);
+        out.u8(key::role(self.node.role));
+        out.u32(self.node.id);
+        out.bytes(&self.instance);
+        out.text(&self.host);
+        out.text(&self.mountpoint);
+        out.u64(self.answered_below.0);
+        out.0
+    }
+
+    pub fn decode(bytes: &[u8]) -> Result<Self> {
+        let mut row = In::new("session", bytes)?;
+        let session = Self {
+            node: NodeName { role: role_of(row.u8()?)?, id: row.u32()? },
+            instance: row.array()?,
+            host: row.text()?,
+            mountpoint: row.text()?,
+            answered_below: Sequence(row.u64()?),
+        };
+        row.end()?;
+        Ok(session)
+    }
+}
+
+/// A storage server that has reported itself at least once.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct ServerRow {
+    pub address: SocketAddr,
+    pub zone: String,
+}
+
+impl ServerRow {
+    pub fn encode(&self) -> Vec<u8> {
+        let mut out = Out::new(32);
+        match self.address.ip() {
+            IpAddr::V4(ip) => {
+                out.u8(4);
+                out.bytes(&ip.octets());
+            }
+            IpAddr::V6(ip) => {
+                out.u8(6);
+                out.bytes(&ip.octets());
+            }
+        }
+        out.u32(u32::from(self.address.port()));
+        out.text(&self.zone);
+        out.0
+    }
+
+    pub fn decode(bytes: &[u8]) -> Result<Self> {
+        let mut row = In::new("server", bytes)?;
+        let ip: IpAddr = match row.u8()? {
+            4 => Ipv4Addr::from(row.array::<4>()?).into(),
+            6 => Ipv6Addr::from(row.array::<16>()?).into(),
+            _ => return Err(row.damaged("address family")),
+        };
+        let port = u16::try_from(row.u32()?).map_err(|_| row.damaged("port"))?;
+        let server = Self { address: (ip, port).into(), zone: row.text()? };
+        row.end()?;
+        Ok(server)
+    }
+}
+
+/// A right to one certificate.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct TokenRow {
+    pub role: Role,
+    pub expires: Time,
+    /// BLAKE3 of the signing request that used it up, and the id that it got.
+    pub used: Option<([u8; 32], u32)>,
+}
+
+impl TokenRow {
+    pub fn encode(&self) -> Vec<u8> {
+        let mut out = Out::new(50);
+        out.u8(key::role(self.role));
+        out.time(self.expires);
+        if let Some((csr, id)) = &self.used {
+            out.bytes(csr);
+            out.u32(*id);
+        }
+        out.0
+    }
+
+    pub fn decode(bytes: &[u8]) -> Result<Self> {
+        let mut row = In::new("token", bytes)?;
+        let (role, expires) = (role_of(row.u8()?)?, row.time()?);
+        let used = if row.bytes.is_empty() { None } else { Some((row.array()?, row.u32()?)) };
+        row.end()?;
+        Ok(Self { role, expires, used })
+    }
+}
+
+/// Everything that is counted.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Counters {
+    /// Entries applied.
+    pub position: Position,
+    pub ino_next: u64,
+    pub session_next: u64,
+    /// Next id of a certificate, by role's byte.
+    pub node_next: [u32; 4],
+    pub inodes: u64,
+    /// Blocks that a piece names, by number of copies: none, one, two, three or more.
+    pub blocks_by_copies: [u64; 4],
+    pub owed: u64,
+    /// Blocks that no piece names.
+    pub unnamed: u64,
+    pub copies_made: u64,
+    pub corrupt_met: u64,
+    pub missing_met: u64,
+    pub repaired: u64,
+}
+
+impl Default for Counters {
+    fn default() -> Self {
+        Self {
+            position: Position(0),
+            ino_next: Ino::ROOT.0 + 1,
+            session_next: 1,
+            // `holdfast init` has made the first metadata server's and the first admin's certificate.
+            node_next: [2, 1, 1, 2],
+            inodes: 0,
+            blocks_by_copies: [0; 4],
+            owed: 0,
+            unnamed: 0,
+            copies_made: 0,
+            corrupt_met: 0,
+            missing_met: 0,
+            repaired: 0,
+        }
+    }
+}
+
+impl Counters {
+    pub fn encode(&self) -> Vec<u8> {
+        let mut out = Out::new(140);
+        [self.position.0, self.ino_next, self.session_next].into_iter().for_each(|field| out.u64(field));
+        self.node_next.into_iter().for_each(|field| out.u32(field));
+        out.u64(self.inodes);
+        self.blocks_by_copies.into_iter().for_each(|field| out.u64(field));
+        [self.owed, self.unnamed, self.copies_made, self.corrupt_met, self.missing_met, self.repaired]
+            .into_iter()
+            .for_each(|field| out.u64(field));
+        out.0
+    }
+
+    pub fn decode(bytes: &[u8]) -> Result<Self> {
+        let mut row = In::new("counters", bytes)?;
+        let counters = Self {
+            position: Position(row.u64()?),
+            ino_next: row.u64()?,
+            session_next: row.u64()?,
+            node_next: [row.u32()?, row.u32()?, row.u32()?, row.u32()?],
+            inodes: row.u64()?,
+            blocks_by_copies: [row.u64()?, row.u64()?, row.u64()?, row.u64()?],
+            owed: row.u64()?,
+            unnamed: row.u64()?,
+            copies_made: row.u64()?,
+            corrupt_met: row.u64()?,
+            missing_met: row.u64()?,
+            repaired: row.u64()?,
+        };
+        row.end()?;
+        Ok(counters)
+    }
+}
+
+pub fn encode_time(time: Time) -> Vec<u8> {
+    let mut out = Out::new(13);
+    out.time(time);
+    out.0
+}
+
+fn kind_byte(kind: Kind) -> u8 {
+    match kind {
+        Kind::File => 0,
+        Kind::Directory => 1,
+        Kind::Symlink => 2,
+        Kind::Fifo => 3,
+        Kind::Socket => 4,
+        Kind::CharDevice => 5,
+        Kind::BlockDevice => 6,
+    }
+}
+
+fn kind_of(byte: u8) -> Result<Kind> {
+    const KINDS: [Kind; 7] =
+        [Kind::File, Kind::Directory, Kind::Symlink, Kind::Fifo, Kind::Socket, Kind::CharDevice, Kind::BlockDevice];
+    KINDS.get(usize::from(byte)).copied().ok_or_else(|| StorageError::Damaged(format!("there is no kind {byte}")))
+}
+
+fn role_of(byte: u8) -> Result<Role> {
+    const ROLES: [Role; 4] = [Role::Meta, Role::Storage, Role::Client, Role::Admin];
+    ROLES.get(usize::from(byte)).copied().ok_or_else(|| StorageError::Damaged(format!("there is no role {byte}")))
+}
+
+struct Out(Vec<u8>);
+
+impl Out {
+    fn new(capacity: usize) -> Self {
+        let mut bytes = Vec::with_capacity(capacity);
+        bytes.push(VERSION);
+        Self(bytes)
+    }
+    fn u8(&mut self, value: u8) {
+        self.0.push(value);
+    }
+    fn u32(&mut self, value: u32) {
+        self.bytes(&value.to_le_bytes());
+    }
+    fn u64(&mut self, value: u64) {
+        self.bytes(&value.to_le_bytes());
+    }
+    fn time(&mut self, time: Time) {
+        self.bytes(&time.secs.to_le_bytes());
+        self.u32(time.nanos);
+    }
+    fn bytes(&mut self, value: &[u8]) {
+        self.0.extend_from_slice(value);
+    }
+    /// At most 64 KiB, which every caller has checked; a longer one would be cut.
+    fn text(&mut self, text: &str) {
+        let length = u16::try_from(text.len()).unwrap_or(u16::MAX);
+        self.bytes(&length.to_le_bytes());
+        self.bytes(&text.as_bytes()[..usize::from(length)]);
+    }
+}
+
+struct In<'a> {
+    what: &'static str,
+    bytes: &'a [u8],
+}
+
+impl<'a> In<'a> {
+    fn new(what: &'static str, bytes: &'a [u8]) -> Result<Self> {
+        let mut row = Self { what, bytes };
+        match row.u8()? {
+            VERSION => Ok(row),
+            found => Err(StorageError::Damaged(format!("{what}: version {found}, newest known is {VERSION}"))),
+        }
+    }
+    fn damaged(&self, field: &str) -> StorageError {
+        StorageError::Damaged(format!("{}: {field}", self.what))
+    }
+    fn take(&mut self, length: usize) -> Result<&'a [u8]> {
+        let (head, tail) = self.bytes.split_at_checked(length).ok_or_else(|| self.damaged("too short"))?;
+        self.bytes = tail;
+        Ok(head)
+    }
+    fn array<const N: usize>(&mut self) -> Result<[u8; N]> {
+        self.take(N)?.try_into().map_err(|_| self.damaged("too short"))
+    }
+    fn u8(&mut self) -> Result<u8> {
+        Ok(u8::from_le_bytes(self.array()?))
+    }
+    fn u32(&mut self) -> Result<u32> {
+        Ok(u32::from_le_bytes(self.array()?))
+    }
+    fn u64(&mut self) -> Result<u64> {
+        Ok(u64::from_le_bytes(self.array()?))
+    }
+    fn time(&mut self) -> Result<Time> {
+        Ok(Time { secs: i64::from_le_bytes(self.array()?), nanos: self.u32()? })
+    }
+    fn text(&mut self) -> Result<String> {
+        let length = u16::from_le_bytes(self.array()?);
+        let bytes = self.take(usize::from(length))?;
+        String::from_utf8(bytes.to_vec()).map_err(|_| self.damaged("text"))
+    }
+    fn end(&self) -> Result<()> {
+        if self.bytes.is_empty() { Ok(()) } else { Err(self.damaged("too long")) }
+    }
+}

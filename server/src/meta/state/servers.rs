@@ -1,0 +1,86 @@
+//! Storage servers that have reported themselves, and what happens to their copies.
+
+use std::{net::SocketAddr, ops::ControlFlow};
+
+use holdfast_common::{BlockHash, Refusal, ServerId, Time, limits::STORAGE_SERVERS_MAX, wire::meta::CopyFault};
+
+use super::{
+    Reply, Rows, Step, StorageError, Tables, blocks,
+    rows::ServerRow,
+    tables::{Result, fetch, key, past, scan},
+};
+
+/// Bytes of the name of a zone.
+const ZONE_LENGTH_MAX: usize = 255;
+
+pub(super) fn register(tables: &mut Tables<'_>, id: ServerId, address: SocketAddr, zone: &str) -> Step<Reply> {
+    if zone.len() > ZONE_LENGTH_MAX {
+        return Err(Refusal::NameTooLong.into());
+    }
+    if !is_registered(tables, id)? && servers(tables)?.len() >= STORAGE_SERVERS_MAX {
+        return Err(Refusal::NoSpace.into());
+    }
+    tables.put_state(&key::server(id), &ServerRow { address, zone: zone.to_owned() }.encode())?;
+    Ok(Reply::Done)
+}
+
+pub(super) fn holder_added(
+    tables: &mut Tables<'_>,
+    server: ServerId,
+    hashes: &[BlockHash],
+    now: Time,
+) -> Result<Reply> {
+    if is_registered(tables, server)? {
+        for hash in hashes {
+            if blocks::hold(tables, *hash, server, now)? {
+                tables.counters.copies_made += 1;
+            }
+        }
+    }
+    Ok(Reply::Done)
+}
+
+pub(super) fn holder_lost(tables: &mut Tables<'_>, server: ServerId, hashes: &[BlockHash], now: Time) -> Result<Reply> {
+    for hash in hashes {
+        blocks::unhold(tables, *hash, server, now)?;
+    }
+    Ok(Reply::Done)
+}
+
+/// Counts a bad copy that a reader met. One that could not be replaced on the spot is off the record, and so owed.
+pub(super) fn bad_copy(
+    tables: &mut Tables<'_>,
+    server: ServerId,
+    hash: BlockHash,
+    fault: CopyFault,
+    repaired: bool,
+    now: Time,
+) -> Result<Reply> {
+    match fault {
+        CopyFault::Missing => tables.counters.missing_met += 1,
+        CopyFault::Damaged => tables.counters.corrupt_met += 1,
+    }
+    if repaired {
+        tables.counters.repaired += 1;
+        tables.counters.copies_made += 1;
+    } else {
+        blocks::unhold(tables, hash, server, now)?;
+    }
+    Ok(Reply::Done)
+}
+
+pub(super) fn is_registered(rows: &impl Rows, id: ServerId) -> Result<bool> {
+    Ok(fetch(rows.state(), &key::server(id), |_| Ok(()))?.is_some())
+}
+
+/// Every server that has ever reported itself, by id.
+pub fn servers(rows: &impl Rows) -> Result<Vec<(ServerId, ServerRow)>> {
+    let prefix = [key::SERVER];
+    let mut all = Vec::new();
+    scan(rows.state(), &prefix, &past(&prefix), |key, row| {
+        let id = key[1..].try_into().map_err(|_| StorageError::Damaged("server: key".into()))?;
+        all.push((ServerId(u32::from_be_bytes(id)), ServerRow::decode(row)?));
+        Ok(ControlFlow::Continue(()))
+    })?;
+    Ok(all)
+}

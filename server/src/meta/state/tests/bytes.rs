@@ -1,0 +1,105 @@
+//! The bytes of the rows are frozen.
+
+use holdfast_common::{Ino, Kind, Piece, Position, Sequence, ServerId, Time, net::identity::Role};
+
+use super::super::rows::{
+    BlockRow, Counters, Dentry, Inode, ServerRow, SessionRow, TokenRow, decode_pieces, encode_pieces,
+};
+use super::{MOUNT, hash};
+
+fn hex(bytes: &[u8]) -> String {
+    bytes.iter().map(|byte| format!("{byte:02x}")).collect()
+}
+
+fn time(secs: i64) -> Time {
+    Time { secs, nanos: 7 }
+}
+
+fn directory() -> Inode {
+    Inode {
+        kind: Kind::Directory,
+        mode: 0o755,
+        uid: 1,
+        gid: 2,
+        nlink: 3,
+        rdev: 4,
+        size: 5,
+        stored: 6,
+        data_version: 7,
+        atime: time(-1),
+        mtime: time(2),
+        ctime: time(3),
+        btime: time(4),
+        parent: Ino(8),
+        parent_cookie: 9,
+        cookie_next: 10,
+    }
+}
+
+#[test]
+fn rows_have_their_golden_bytes_and_come_back() {
+    let inode = directory();
+    assert_eq!(
+        hex(&inode.encode()),
+        "0101ed0100000100000002000000030000000400000005000000000000000600000000000000070000000000000\
+         0ffffffffffffffff0700000002000000000000000700000003000000000000000700000004000000000000000700000\
+         008000000000000000900000000000000\
+         0a00000000000000"
+            .replace(' ', "")
+    );
+    assert_eq!(Inode::decode(&inode.encode()).unwrap(), inode);
+
+    let dentry = Dentry { ino: Ino(2), kind: Kind::Symlink, cookie: 3 };
+    assert_eq!(hex(&dentry.encode()), "010200000000000000020300000000000000");
+    assert_eq!(Dentry::decode(&dentry.encode()).unwrap(), dentry);
+    assert_eq!(Dentry::decode_with(&dentry.encode_with(b"name")).unwrap(), (dentry, b"name".as_slice()));
+
+    let block = BlockRow { length: 4096, refs: 2, holders: vec![ServerId(1), ServerId(3)] };
+    assert_eq!(hex(&block.encode()), "010010000002000000000000000100000003000000");
+    assert_eq!(BlockRow::decode(&block.encode()).unwrap(), block);
+
+    let pieces = vec![Piece { offset: 1, length: 2, block: hash(0xab), block_offset: 3 }];
+    assert_eq!(hex(&encode_pieces(&pieces)), format!("01010000000200000003000000{}", "ab".repeat(32)));
+    assert_eq!(decode_pieces(&encode_pieces(&pieces)).unwrap(), pieces);
+
+    let session = SessionRow {
+        node: MOUNT,
+        instance: [0xcd; 16],
+        host: "h".into(),
+        mountpoint: "/m".into(),
+        answered_below: Sequence(9),
+    };
+    let expected = format!("010201000000{}01006802002f6d0900000000000000", "cd".repeat(16));
+    assert_eq!(hex(&session.encode()), expected);
+    assert_eq!(SessionRow::decode(&session.encode()).unwrap(), session);
+
+    let server = ServerRow { address: ([10, 0, 0, 1], 7000).into(), zone: "z".into() };
+    assert_eq!(hex(&server.encode()), "01040a000001581b000001007a");
+    assert_eq!(ServerRow::decode(&server.encode()).unwrap(), server);
+
+    let token = TokenRow { role: Role::Storage, expires: time(5), used: Some(([0xef; 32], 6)) };
+    assert_eq!(hex(&token.encode()), format!("0101050000000000000007000000{}06000000", "ef".repeat(32)));
+    assert_eq!(TokenRow::decode(&token.encode()).unwrap(), token);
+
+    let counters = Counters { position: Position(1), blocks_by_copies: [1, 2, 3, 4], ..Counters::default() };
+    let decoded = Counters::decode(&counters.encode()).unwrap();
+    assert_eq!((decoded, counters.encode().len()), (counters, 129));
+}
+
+#[test]
+fn damaged_rows_are_faults_and_never_panics() {
+    let rows = [directory().encode(), Dentry { ino: Ino(2), kind: Kind::File, cookie: 3 }.encode()];
+    for row in rows {
+        for length in 0..row.len() {
+            assert!(Inode::decode(&row[..length]).is_err());
+            let _ = Dentry::decode(&row[..length]).is_ok();
+            let _ = SessionRow::decode(&row[..length]).is_ok();
+            let _ = Counters::decode(&row[..length]).is_ok();
+            let _ = TokenRow::decode(&row[..length]).is_ok();
+            let _ = ServerRow::decode(&row[..length]).is_ok();
+            let _ = decode_pieces(&row[..length]).is_ok();
+            let _ = BlockRow::decode(&row[..length]).is_ok();
+        }
+    }
+    assert!(Inode::decode(&[2; 130]).unwrap_err().to_string().contains("version 2"));
+}

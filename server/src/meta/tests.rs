@@ -1,0 +1,588 @@
+//! A whole metadata server on a disk that forgets and beside storage servers that fail.
+
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    path::Path,
+    sync::Arc,
+    time::Duration,
+};
+
+use holdfast_common::{
+    BlockHash, BootId, ClusterId, Ino, Kind, Position, Refusal, Sequence, ServerId, SessionId, Time,
+    clock::Clock,
+    disk::Disk,
+    net::{
+        BoxFuture, CallError, Endpoint, Frame, Peers, Serve,
+        enrol::Enrol,
+        identity::{NodeName, PeerIdentity, Role},
+        tls::{Ca, NodeKey},
+    },
+    wire::{
+        codec,
+        enrol::EnrolRequest,
+        meta::{
+            AdminRequest, FileCommit, Holder, MetaAnswer, MetaReply, MetaRequest, Mutated, NewBlock, Op, Query,
+            SessionRequest, StorageLoad, StorageNotice,
+        },
+        storage::{StorageAnswer, StorageReply, StorageRequest},
+    },
+};
+use parking_lot::Mutex;
+
+use super::{
+    core::{Core, Fault},
+    memory_disk::MemoryDisk,
+    server::{Authority, Options, Running, recover},
+    state::{Rows, blocks, tests as words, violations::violations},
+};
+
+const CLUSTER: ClusterId = ClusterId([9; 16]);
+const MOUNT: NodeName = NodeName { role: Role::Client, id: 1 };
+const ADMIN: NodeName = NodeName { role: Role::Admin, id: 1 };
+
+/// A clock that tests move.
+#[derive(Debug, Default)]
+struct TestClock(Mutex<Duration>);
+
+impl TestClock {
+    fn advance(&self, by: Duration) {
+        *self.0.lock() += by;
+    }
+}
+
+impl Clock for TestClock {
+    fn now(&self) -> Time {
+        Time { secs: 1_700_000_000 + self.monotonic().as_secs().cast_signed(), nanos: 0 }
+    }
+    fn monotonic(&self) -> Duration {
+        *self.0.lock()
+    }
+}
+
+#[derive(Debug, Clone, Default)]
+struct Storage {
+    boot: u64,
+    dead: bool,
+    visible: BTreeSet<BlockHash>,
+    durable: BTreeSet<BlockHash>,
+    syncs: u32,
+}
+
+/// Storage servers 1 to 4, by what they answer to the metadata server.
+#[derive(Debug, Clone, Default)]
+struct Storages(Arc<Mutex<BTreeMap<u32, Storage>>>);
+
+impl Storages {
+    fn with<T>(&self, id: u32, change: impl FnOnce(&mut Storage) -> T) -> T {
+        change(self.0.lock().entry(id).or_insert_with(|| Storage { boot: 1, ..Storage::default() }))
+    }
+
+    fn answer(&self, id: u32, request: StorageRequest) -> Option<Result<StorageAnswer, Refusal>> {
+        self.with(id, |storage| {
+            if storage.dead {
+                return None;
+            }
+            let boot = BootId(storage.boot);
+            Some(match request {
+                StorageRequest::Sync => {
+                    storage.syncs += 1;
+                    storage.durable = storage.visible.clone();
+                    Ok(StorageAnswer::Sync { boot })
+                }
+                StorageRequest::Has { blocks } => {
+                    let present = blocks.iter().map(|hash| storage.visible.contains(hash)).collect();
+                    Ok(StorageAnswer::Has { boot, present })
+                }
+                StorageRequest::Obtain { block, sources } => {
+                    assert!(sources.iter().all(|source| source.server.0 != id));
+                    storage.visible.insert(block);
+                    storage.durable.insert(block);
+                    Ok(StorageAnswer::Obtained { boot })
+                }
+                other => panic!("{other:?}"),
+            })
+        })
+    }
+
+    /// Loses what was not synced.
+    fn reboot(&self, id: u32) {
+        self.with(id, |storage| {
+            storage.boot += 1;
+            storage.visible = storage.durable.clone();
+        });
+    }
+}
+
+impl Peers for Storages {
+    fn call(&self, to: Endpoint, request: Frame, _: Duration) -> BoxFuture<'_, Result<Frame, CallError>> {
+        Box::pin(async move {
+            let request = codec::decode(&request.header).unwrap();
+            match self.answer(to.name.id, request) {
+                None => Err(CallError::Connect(to.address, "dead".into())),
+                Some(answer) => {
+                    Ok(Frame { header: codec::encode(&StorageReply(answer)).unwrap(), payload: Vec::new() })
+                }
+            }
+        })
+    }
+}
+
+fn options() -> Options {
+    Options {
+        cluster: CLUSTER,
+        cache_bytes: 4 << 20,
+        checkpoint_log_bytes: 1 << 40,
+        session_timeout: Duration::from_secs(60),
+        suspect_after: Duration::from_secs(2),
+        down_after: Duration::from_secs(10),
+    }
+}
+
+/// A server, and one mount that talks to it.
+struct Cluster {
+    disk: MemoryDisk,
+    storages: Storages,
+    clock: Arc<TestClock>,
+    options: Options,
+    running: Running,
+    session: SessionId,
+    sequence: u64,
+}
+
+fn start(disk: &MemoryDisk, storages: &Storages, clock: &Arc<TestClock>, options: &Options) -> Result<Running, String> {
+    let shared: Arc<dyn Disk> = Arc::new(disk.clone());
+    let clock = Arc::clone(clock) as Arc<dyn Clock>;
+    let core = recover(&shared, Path::new("/data"), clock, options).map_err(|error| error.to_string())?;
+    let ca = Ca::create(CLUSTER, Time { secs: 1_600_000_000, nanos: 0 }).unwrap();
+    let authority = Authority { ca_fingerprint: ca.fingerprint(), ca: Some(ca), secrets: Box::new(rand::random) };
+    Ok(Running::start(core, Arc::new(storages.clone()), authority, options))
+}
+
+impl Cluster {
+    async fn new() -> Self {
+        Self::on(MemoryDisk::new(), options()).await
+    }
+
+    async fn on(disk: MemoryDisk, options: Options) -> Self {
+        let (storages, clock) = (Storages::default(), Arc::new(TestClock::default()));
+        let running = start(&disk, &storages, &clock, &options).unwrap();
+        let mut cluster = Self { disk, storages, clock, options, running, session: SessionId(0), sequence: 0 };
+        for server in 1..=3 {
+            cluster.heartbeat(server).await;
+        }
+        cluster.session = cluster.open_session().await;
+        cluster
+    }
+
+    /// The same cluster after its metadata server came up again on `disk`.
+    fn restarted(self, disk: MemoryDisk) -> Self {
+        let running = start(&disk, &self.storages, &self.clock, &self.options).unwrap();
+        Self { disk, running, ..self }
+    }
+
+    fn core(&self) -> &Core {
+        &self.running.service.core
+    }
+
+    async fn ask(&self, node: NodeName, request: MetaRequest) -> Result<MetaAnswer, Refusal> {
+        let frame = Frame { header: codec::encode(&request).unwrap(), payload: Vec::new() };
+        let identity = PeerIdentity { cluster: CLUSTER, node };
+        let answer = Arc::clone(&self.running.service).serve(identity, frame).await;
+        codec::decode::<MetaReply>(&answer.header).unwrap().result
+    }
+
+    async fn heartbeat(&self, server: u32) {
+        let load = StorageLoad { capacity_bytes: 1 << 40, free_bytes: 1 << 39, ..StorageLoad::default() };
+        let boot = BootId(self.storages.with(server, |storage| storage.boot));
+        let address = ([127, 0, 0, 1], 7000 + u16::try_from(server).unwrap()).into();
+        let beat = StorageNotice::Heartbeat { address, zone: String::new(), boot, load };
+        let node = NodeName { role: Role::Storage, id: server };
+        assert_eq!(self.ask(node, MetaRequest::Storage(beat)).await, Ok(MetaAnswer::Done));
+    }
+
+    async fn open_session(&self) -> SessionId {
+        let (host, mountpoint) = ("host".into(), "/mnt".into());
+        let open = SessionRequest::Open { instance: [1; 16], host, mountpoint };
+        match self.ask(MOUNT, MetaRequest::Session(open)).await {
+            Ok(MetaAnswer::Session { session, .. }) => session,
+            other => panic!("{other:?}"),
+        }
+    }
+
+    async fn mutate(&mut self, durable: bool, op: Op) -> Result<Mutated, Refusal> {
+        self.sequence += 1;
+        self.mutate_as(self.sequence, durable, op).await
+    }
+
+    async fn mutate_as(&self, sequence: u64, durable: bool, op: Op) -> Result<Mutated, Refusal> {
+        let (session, sequence, answered_below) = (self.session, Sequence(sequence), Sequence(1));
+        match self.ask(MOUNT, MetaRequest::Mutate { session, sequence, answered_below, durable, op }).await? {
+            MetaAnswer::Mutated { outcome, .. } => Ok(outcome),
+            other => panic!("{other:?}"),
+        }
+    }
+
+    async fn create(&mut self, name: &str, durable: bool) -> Result<Ino, Refusal> {
+        match self.mutate(durable, words::make(Ino::ROOT, name, Kind::File)).await? {
+            Mutated::Inode { attr, .. } => Ok(attr.ino),
+            other => panic!("{other:?}"),
+        }
+    }
+
+    /// Puts a block on `servers`, without a sync, and commits it as all of `ino`.
+    async fn write(&mut self, ino: Ino, seed: u8, servers: &[u32], durable: bool) -> Result<Mutated, Refusal> {
+        let op = self.put(ino, seed, servers);
+        self.mutate(durable, op).await
+    }
+
+    fn put(&self, ino: Ino, seed: u8, servers: &[u32]) -> Op {
+        let holder = |id: &u32| {
+            let boot = self.storages.with(*id, |storage| {
+                storage.visible.insert(words::hash(seed));
+                storage.boot
+            });
+            Holder { server: ServerId(*id), boot: BootId(boot), durable: false }
+        };
+        let block = NewBlock { hash: words::hash(seed), length: 8, holders: servers.iter().map(holder).collect() };
+        let file: FileCommit = words::file(ino, vec![(0, words::piece(seed, 0, 8, 0))], 8);
+        Op::Commit { files: vec![file], blocks: vec![block] }
+    }
+
+    fn names(&self) -> BTreeSet<String> {
+        let view = self.core().store.view().unwrap();
+        let page = super::state::settled(super::state::query::read_directory(&*view, Ino::ROOT, 0, 4096, false));
+        page.unwrap().unwrap().0.into_iter().map(|entry| String::from_utf8(entry.name).unwrap()).collect()
+    }
+
+    fn holders(&self, seed: u8) -> Vec<u32> {
+        let row = blocks::block(&*self.core().store.view().unwrap(), words::hash(seed)).unwrap();
+        row.map_or(Vec::new(), |row| row.holders.iter().map(|id| id.0).collect())
+    }
+
+    fn check(&self) {
+        assert_eq!(violations(&*self.core().store.view().unwrap(), 100).unwrap(), Vec::<String>::new());
+    }
+
+    /// Waits for what the server does unasked.
+    async fn until(&self, what: &str, condition: impl Fn(&Self) -> bool) {
+        let waited = tokio::time::timeout(Duration::from_secs(20), async {
+            while !condition(self) {
+                tokio::time::sleep(Duration::from_millis(5)).await;
+            }
+        });
+        assert!(waited.await.is_ok(), "waited in vain until {what}");
+    }
+}
+
+#[tokio::test]
+async fn what_is_visible_survives_the_process_and_what_is_durable_the_power() {
+    let mut cluster = Cluster::new().await;
+    cluster.create("durable", true).await.unwrap();
+    let before = cluster.disk.power_cut(0);
+    cluster.create("visible", false).await.unwrap();
+    let after_death = cluster.disk.process_death();
+    let cluster = cluster.restarted(before);
+    assert_eq!(cluster.names(), ["durable".to_owned()].into());
+    cluster.check();
+    let mut cluster = cluster.restarted(after_death);
+    assert_eq!(cluster.names(), ["durable".to_owned(), "visible".to_owned()].into());
+    // I5 across the restart: the same answer, not Exists.
+    let again = cluster.mutate_as(2, true, words::make(Ino::ROOT, "visible", Kind::File)).await;
+    assert!(matches!(again, Ok(Mutated::Inode { created: true, .. })), "{again:?}");
+    let cut = cluster.disk.power_cut(0);
+    cluster = cluster.restarted(cut);
+    assert_eq!(cluster.names().len(), 2, "a retry can ask for more durability than the first");
+    cluster.check();
+}
+
+#[tokio::test]
+async fn a_barrier_syncs_every_server_that_was_named_and_only_once_for_all() {
+    let mut cluster = Cluster::new().await;
+    let inos = [cluster.create("a", false).await.unwrap(), cluster.create("b", false).await.unwrap()];
+    cluster.write(inos[0], 1, &[1, 2, 3], false).await.unwrap();
+    cluster.write(inos[1], 2, &[1, 2], true).await.unwrap();
+    for (server, durable) in [(1, vec![1, 2]), (2, vec![1, 2]), (3, vec![1])] {
+        let synced = cluster.storages.with(server, |storage| storage.durable.clone());
+        assert_eq!(synced, durable.into_iter().map(words::hash).collect(), "on {server}");
+    }
+    let cut = cluster.disk.power_cut(0);
+    let cluster = cluster.restarted(cut);
+    assert_eq!(cluster.holders(1), [1, 2, 3]);
+    cluster.check();
+}
+
+#[tokio::test]
+async fn unsynced_copies_are_remembered_when_the_process_dies() {
+    let mut cluster = Cluster::new().await;
+    let ino = cluster.create("a", true).await.unwrap();
+    cluster.write(ino, 1, &[1, 2, 3], false).await.unwrap();
+    let disk = cluster.disk.process_death();
+    // Before the first barrier of this life can have run.
+    assert!(cluster.storages.with(1, |storage| storage.durable.is_empty()));
+    let mut cluster = cluster.restarted(disk);
+    cluster.mutate(true, words::make(Ino::ROOT, "b", Kind::File)).await.unwrap();
+    assert!(cluster.storages.with(1, |storage| storage.durable.contains(&words::hash(1))));
+}
+
+#[tokio::test]
+async fn a_server_that_dies_before_its_sync_is_given_up_and_owed() {
+    let mut cluster = Cluster::new().await;
+    let ino = cluster.create("a", true).await.unwrap();
+    cluster.storages.with(3, |storage| storage.dead = true);
+    cluster.write(ino, 1, &[1, 2, 3], true).await.unwrap();
+    assert_eq!(cluster.holders(1), [1, 2]);
+    assert_eq!(cluster.core().store.view().unwrap().counters().owed, 1);
+    cluster.check();
+    let cut = cluster.disk.power_cut(0);
+    let cluster = cluster.restarted(cut);
+    assert_eq!(cluster.holders(1), [1, 2], "what is durable names no copy that is not");
+    // It comes back, and gets its third copy.
+    cluster.storages.with(3, |storage| storage.dead = false);
+    cluster.heartbeat(3).await;
+    for server in [1, 2] {
+        cluster.heartbeat(server).await;
+    }
+    cluster.until("the debt is paid", |cluster| cluster.holders(1) == [1, 2, 3]).await;
+    cluster.check();
+}
+
+#[tokio::test]
+async fn a_server_that_lost_its_unsynced_data_is_asked_what_it_still_has() {
+    let mut cluster = Cluster::new().await;
+    let ino = cluster.create("a", true).await.unwrap();
+    cluster.write(ino, 1, &[1, 2, 3], true).await.unwrap();
+    let op = cluster.put(ino, 2, &[1, 2, 3]);
+    cluster.storages.reboot(2);
+    cluster.mutate(true, op).await.unwrap();
+    assert_eq!((cluster.holders(1), cluster.holders(2)), (vec![1, 2, 3], vec![1, 3]));
+    cluster.until("the lost copy is made again", |cluster| cluster.holders(2) == [1, 2, 3]).await;
+    cluster.check();
+}
+
+#[tokio::test]
+async fn with_too_few_durable_copies_others_are_made_before_anything_is_durable() {
+    let mut cluster = Cluster::new().await;
+    cluster.heartbeat(4).await;
+    let ino = cluster.create("a", true).await.unwrap();
+    let op = cluster.put(ino, 1, &[1, 2]);
+    cluster.storages.with(2, |storage| storage.dead = true);
+    cluster.mutate(true, op).await.unwrap();
+    let holders = cluster.holders(1);
+    assert!(holders.contains(&1) && holders.len() >= 2 && !holders.contains(&2), "{holders:?}");
+    cluster.check();
+}
+
+#[tokio::test]
+async fn unlinked_and_open_stays_until_it_is_released() {
+    let mut cluster = Cluster::new().await;
+    let ino = cluster.create("a", true).await.unwrap();
+    let session = cluster.session;
+    let open = Query::Open { session, ino, chunks: 1 };
+    assert!(cluster.ask(MOUNT, MetaRequest::Query(open.clone())).await.is_ok());
+    cluster.mutate(true, Op::Unlink { parent: Ino::ROOT, name: b"a".to_vec() }).await.unwrap();
+    cluster.create("b", true).await.unwrap();
+    cluster.mutate(true, Op::Unlink { parent: Ino::ROOT, name: b"b".to_vec() }).await.unwrap();
+    let inodes = |cluster: &Cluster| cluster.core().store.view().unwrap().counters().inodes;
+    cluster.until("b is reclaimed", |cluster| inodes(cluster) == 2).await;
+    assert!(cluster.ask(MOUNT, MetaRequest::Query(open.clone())).await.is_ok(), "held open by this session");
+    // A restart: nothing goes before the mount has said what it holds.
+    let disk = cluster.disk.process_death();
+    let cluster = cluster.restarted(disk);
+    tokio::time::sleep(Duration::from_millis(500)).await;
+    assert_eq!(inodes(&cluster), 2);
+    let reopen = SessionRequest::Reopen { session, opens: vec![ino] };
+    cluster.ask(MOUNT, MetaRequest::Session(reopen)).await.unwrap();
+    assert!(cluster.ask(MOUNT, MetaRequest::Query(open.clone())).await.is_ok());
+    let release = SessionRequest::Opens { session, opened: vec![], released: vec![ino] };
+    cluster.ask(MOUNT, MetaRequest::Session(release)).await.unwrap();
+    cluster.until("a is reclaimed", |cluster| inodes(cluster) == 1).await;
+    assert!(cluster.ask(MOUNT, MetaRequest::Query(open)).await.is_err());
+    cluster.check();
+}
+
+#[tokio::test]
+async fn a_silent_mount_expires_with_all_that_it_held() {
+    let mut cluster = Cluster::new().await;
+    let op = match words::make(Ino::ROOT, "a", Kind::File) {
+        Op::Make { parent, name, new, exclusive, .. } => Op::Make { parent, name, new, exclusive, open: true },
+        other => other,
+    };
+    cluster.mutate(false, op).await.unwrap();
+    cluster.mutate(true, Op::Unlink { parent: Ino::ROOT, name: b"a".to_vec() }).await.unwrap();
+    cluster.clock.advance(Duration::from_secs(61));
+    let inodes = |cluster: &Cluster| cluster.core().store.view().unwrap().counters().inodes;
+    cluster.until("what it held is reclaimed", |cluster| inodes(cluster) == 1).await;
+    assert_eq!(cluster.create("b", false).await, Err(Refusal::SessionExpired));
+    cluster.check();
+}
+
+#[tokio::test]
+async fn every_request_is_answered_only_to_the_right_role() {
+    let cluster = Cluster::new().await;
+    let storage = NodeName { role: Role::Storage, id: 1 };
+    let meta = NodeName { role: Role::Meta, id: 2 };
+    let stat = || MetaRequest::Query(Query::GetAttr { ino: Ino::ROOT });
+    let beat = MetaRequest::Storage(StorageNotice::Heartbeat {
+        address: ([127, 0, 0, 1], 1).into(),
+        zone: String::new(),
+        boot: BootId(1),
+        load: StorageLoad::default(),
+    });
+    let token = MetaRequest::Admin(AdminRequest::IssueToken { role: Role::Admin, valid_secs: 10 });
+    for (node, request) in [
+        (storage, stat()),
+        (meta, stat()),
+        (MOUNT, beat.clone()),
+        (ADMIN, beat),
+        (MOUNT, token.clone()),
+        (storage, token),
+        (MOUNT, MetaRequest::Admin(AdminRequest::Check)),
+        (storage, MetaRequest::Admin(AdminRequest::Status)),
+        (NodeName { id: 2, ..MOUNT }, MetaRequest::Barrier { session: cluster.session }),
+    ] {
+        assert_eq!(cluster.ask(node, request.clone()).await, Err(Refusal::WrongRole), "{node}: {request:?}");
+    }
+    assert!(cluster.ask(ADMIN, stat()).await.is_ok());
+    assert!(cluster.ask(MOUNT, MetaRequest::Admin(AdminRequest::Status)).await.is_ok());
+    assert_eq!(cluster.ask(ADMIN, MetaRequest::Admin(AdminRequest::Check)).await, Ok(MetaAnswer::Violations(vec![])));
+    let foreign = PeerIdentity { cluster: ClusterId([1; 16]), node: ADMIN };
+    let frame = Frame { header: codec::encode(&stat()).unwrap(), payload: Vec::new() };
+    let answer = Arc::clone(&cluster.running.service).serve(foreign, frame).await;
+    assert_eq!(codec::decode::<MetaReply>(&answer.header).unwrap().result, Err(Refusal::WrongCluster));
+    let garbage = Frame { header: vec![0xff; 40], payload: Vec::new() };
+    let identity = PeerIdentity { cluster: CLUSTER, node: MOUNT };
+    let answer = Arc::clone(&cluster.running.service).serve(identity, garbage).await;
+    assert_eq!(codec::decode::<MetaReply>(&answer.header).unwrap().result, Err(Refusal::BadRequest));
+}
+
+#[tokio::test]
+async fn a_token_becomes_one_certificate() {
+    let cluster = Cluster::new().await;
+    let issue = MetaRequest::Admin(AdminRequest::IssueToken { role: Role::Storage, valid_secs: 60 });
+    let Ok(MetaAnswer::Token { secret, .. }) = cluster.ask(ADMIN, issue).await else { panic!("no token") };
+    let csr = NodeKey::generate().unwrap().csr().unwrap();
+    let enrol = |csr: Vec<u8>, secret| Arc::clone(&cluster.running.service).enrol(EnrolRequest { secret, csr });
+    let enrolled = enrol(csr.clone(), secret).await.0.unwrap();
+    assert_eq!((enrolled.role, enrolled.id, enrolled.cluster), (Role::Storage, 1, CLUSTER));
+    assert_eq!(enrol(csr.clone(), secret).await.0.unwrap().id, 1, "the answer was lost");
+    let other = NodeKey::generate().unwrap().csr().unwrap();
+    assert_eq!(enrol(other, secret).await.0, Err(Refusal::BadToken));
+    assert_eq!(enrol(csr, [0; 32]).await.0, Err(Refusal::BadToken));
+}
+
+#[tokio::test]
+async fn duplicates_in_one_batch_are_applied_once() {
+    let cluster = Cluster::new().await;
+    let op = || words::make(Ino::ROOT, "a", Kind::File);
+    let (one, two, three) = tokio::join!(
+        cluster.mutate_as(1, false, op()),
+        cluster.mutate_as(1, true, op()),
+        cluster.mutate_as(1, false, op())
+    );
+    assert!(matches!(one, Ok(Mutated::Inode { created: true, .. })));
+    assert_eq!((&one, &one), (&two, &three));
+    cluster.check();
+}
+
+#[tokio::test]
+async fn a_stop_leaves_a_checkpoint_and_an_empty_log() {
+    let mut cluster = Cluster::new().await;
+    cluster.create("a", false).await.unwrap();
+    let applied = cluster.core().applied();
+    let Cluster { running, disk, storages, clock, options, .. } = cluster;
+    running.stop().await.unwrap();
+    let logs = disk.list(Path::new("/data/log")).unwrap();
+    assert_eq!(logs, [Path::new("/data/log").join(format!("{:020}.log", applied.0 + 1))]);
+    let again = start(&disk.power_cut(0), &storages, &clock, &options).unwrap();
+    assert_eq!((again.service.core.applied(), again.service.core.durable()), (applied, applied));
+}
+
+/// The answer, unless the disk fails first.
+async fn in_time<T>(disk: &MemoryDisk, answer: impl Future<Output = Result<T, Refusal>>) -> Option<T> {
+    let failure = async {
+        while !disk.stopped() {
+            tokio::time::sleep(Duration::from_millis(1)).await;
+        }
+        tokio::time::sleep(Duration::from_millis(20)).await;
+    };
+    tokio::select! {
+        answer = answer => answer.ok(),
+        () = failure => None,
+    }
+}
+
+/// Does things until the disk fails. Returns which names were acknowledged as durable, and how it ended.
+async fn work(disk: &MemoryDisk, stop_at: u64) -> (BTreeSet<String>, BTreeSet<u8>, bool) {
+    let mut cluster = Cluster::on(disk.clone(), Options { checkpoint_log_bytes: 1500, ..options() }).await;
+    let (mut names, mut blocks) = (BTreeSet::new(), BTreeSet::new());
+    disk.stop_at(stop_at);
+    for round in 0..12u8 {
+        let (name, durable) = (format!("file-{round}"), round % 3 == 0);
+        let Some(ino) = in_time(disk, cluster.create(&name, durable)).await else { break };
+        if durable {
+            names.insert(name);
+        }
+        let durable = round % 4 == 1;
+        if in_time(disk, cluster.write(ino, round, &[1, 2, 3], durable)).await.is_none() {
+            break;
+        }
+        if durable {
+            names.extend((0..=round).map(|n| format!("file-{n}")));
+            blocks.extend(0..=round);
+        }
+    }
+    if disk.stopped() {
+        let fault = tokio::time::timeout(Duration::from_secs(5), cluster.running.failed()).await;
+        assert!(matches!(fault, Ok(Fault::Storage(_) | Fault::Log(_) | Fault::Sync(_))), "{fault:?}");
+    }
+    (names, blocks, disk.stopped())
+}
+
+#[tokio::test]
+async fn whatever_write_is_the_last_what_was_acknowledged_as_durable_is_there() {
+    let mut stop_at = 1;
+    loop {
+        let disk = MemoryDisk::new();
+        let (names, blocks, stopped) = work(&disk, stop_at).await;
+        for after in [disk.power_cut(0), disk.power_cut(37), disk.process_death()] {
+            let (storages, clock) = (Storages::default(), Arc::new(TestClock::default()));
+            let running = start(&after, &storages, &clock, &options());
+            let running = running.unwrap_or_else(|error| panic!("after write {stop_at}: {error}"));
+            let cluster = Cluster {
+                disk: after,
+                storages,
+                clock,
+                options: options(),
+                running,
+                session: SessionId(1),
+                sequence: 0,
+            };
+            assert!(names.is_subset(&cluster.names()), "after write {stop_at}: {names:?} of {:?}", cluster.names());
+            for seed in &blocks {
+                assert_eq!(cluster.holders(*seed), [1, 2, 3], "after write {stop_at}");
+            }
+            cluster.check();
+        }
+        if !stopped {
+            break;
+        }
+        stop_at += 1;
+    }
+    assert!(stop_at > 50, "the work had only {stop_at} writes");
+}
+
+#[tokio::test]
+async fn a_status_tells_what_is() {
+    let mut cluster = Cluster::new().await;
+    let ino = cluster.create("a", false).await.unwrap();
+    cluster.write(ino, 1, &[1, 2], true).await.unwrap();
+    cluster.until("the third copy is made", |cluster| cluster.holders(1).len() == 3).await;
+    let Ok(MetaAnswer::Status(status)) = cluster.ask(ADMIN, MetaRequest::Admin(AdminRequest::Status)).await else {
+        panic!("no status")
+    };
+    assert_eq!((status.inodes, status.blocks, status.blocks_by_copies), (2, 1, [0, 0, 0, 1]));
+    assert_eq!((status.owed, status.copies_made, status.servers.len(), status.mounts.len()), (0, 1, 3, 1));
+    assert!(status.log_position >= status.durable_through && status.durable_through > Position(0));
+    let space = cluster.ask(MOUNT, MetaRequest::Query(Query::StatFs)).await;
+    assert!(matches!(space, Ok(MetaAnswer::StatFs(space)) if space.capacity_bytes == 1 << 40 && space.inodes == 2));
+}

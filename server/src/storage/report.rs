@@ -1,0 +1,123 @@
+//! Tells the metadata server, every second, that this server lives and how loaded it is.
+
+use std::{fs, net::SocketAddr, sync::Arc, time::Duration};
+
+use holdfast_common::{
+    net::{
+        CallError, Endpoint, Frame, Peers,
+        identity::{NodeName, Role},
+    },
+    refusal::Refusal,
+    wire::{
+        codec::{self, CodecError},
+        meta::{MetaReply, MetaRequest, StorageLoad, StorageNotice},
+    },
+};
+
+use super::{service::StorageService, store::Store};
+
+const EVERY: Duration = Duration::from_secs(1);
+const DEADLINE: Duration = Duration::from_secs(2);
+/// Number of the metadata server in its certificate, as `holdfast init` gives it.
+const META_ID: u32 = 1;
+
+pub(super) struct Reporter {
+    pub(super) peers: Arc<dyn Peers>,
+    pub(super) meta: SocketAddr,
+    pub(super) address: SocketAddr,
+    pub(super) zone: String,
+    pub(super) store: Arc<Store>,
+    pub(super) service: Arc<StorageService>,
+}
+
+#[derive(Debug, thiserror::Error)]
+enum ReportError {
+    #[error(transparent)]
+    Call(#[from] CallError),
+    #[error(transparent)]
+    Codec(#[from] CodecError),
+    #[error("it refused: {0}")]
+    Refused(Refusal),
+}
+
+impl Reporter {
+    /// Reports until it is dropped; a metadata server that does not answer is tried again.
+    pub(super) async fn run(self) {
+        let mut ticks = tokio::time::interval(EVERY);
+        ticks.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
+        let mut was_heard = None;
+        loop {
+            ticks.tick().await;
+            let result = self.report().await;
+            let is_heard = result.is_ok();
+            match result {
+                Ok(()) if was_heard != Some(true) => {
+                    tracing::info!(meta = %self.meta, "registered with the metadata server")
+                }
+                Err(error) if was_heard != Some(false) => {
+                    tracing::warn!(meta = %self.meta, %error, "the metadata server does not hear this server; trying on");
+                }
+                _ => {}
+            }
+            was_heard = Some(is_heard);
+        }
+    }
+
+    async fn report(&self) -> Result<(), ReportError> {
+        let notice = StorageNotice::Heartbeat {
+            address: self.address,
+            zone: self.zone.clone(),
+            boot: self.store.boot(),
+            load: self.load(),
+        };
+        let header = codec::encode(&MetaRequest::Storage(notice))?;
+        let to = Endpoint { address: self.meta, name: NodeName { role: Role::Meta, id: META_ID } };
+        let answer = self.peers.call(to, Frame { header, payload: Vec::new() }, DEADLINE).await?;
+        codec::decode::<MetaReply>(&answer.header)?.result.map(drop).map_err(ReportError::Refused)
+    }
+
+    fn load(&self) -> StorageLoad {
+        let statistics = self.store.statistics();
+        let space = self.store.space().unwrap_or_else(|error| {
+            tracing::warn!(%error, "cannot tell how much space is left");
+            holdfast_common::disk::Space { capacity: 0, free: 0 }
+        });
+        StorageLoad {
+            capacity_bytes: space.capacity,
+            free_bytes: space.free,
+            stored_bytes: statistics.stored_bytes,
+            blocks: statistics.blocks,
+            corrupt_found: statistics.corrupt_found,
+            repaired: statistics.repaired,
+            quarantined: statistics.quarantined,
+            load_percent: fs::read_to_string("/proc/loadavg").ok().and_then(|text| load_percent(&text)).unwrap_or(0),
+            memory_bytes: fs::read_to_string("/proc/self/status").ok().and_then(|text| resident(&text)).unwrap_or(0),
+            queue_depth: u32::try_from(self.service.in_flight()).unwrap_or(u32::MAX),
+        }
+    }
+}
+
+/// The one-minute load average × 100, from /proc/loadavg.
+fn load_percent(text: &str) -> Option<u32> {
+    let (whole, hundredths) = text.split_whitespace().next()?.split_once('.')?;
+    whole.parse::<u32>().ok()?.checked_mul(100)?.checked_add(hundredths.parse().ok()?)
+}
+
+/// Resident bytes, from /proc/self/status.
+fn resident(text: &str) -> Option<u64> {
+    let line = text.lines().find_map(|line| line.strip_prefix("VmRSS:"))?;
+    line.trim().strip_suffix("kB")?.trim().parse::<u64>().ok()?.checked_mul(1024)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn load_and_memory_are_read_from_proc() {
+        assert_eq!(load_percent("1.25 0.80 0.50 2/345 678\n"), Some(125));
+        assert_eq!(load_percent(""), None);
+        assert_eq!(resident("Name:\tx\nVmRSS:\t    2048 kB\nThreads:\t1\n"), Some(2 << 20));
+        assert_eq!(resident("Name:\tx\n"), None);
+    }
+}

@@ -1,0 +1,258 @@
+//! Answers requests to a storage server: who may ask, what is asked, what comes back.
+
+use std::sync::{
+    Arc,
+    atomic::{AtomicUsize, Ordering::Relaxed},
+};
+
+use bytes::Bytes;
+use holdfast_common::{
+    BlockHash, Epoch, Refusal,
+    limits::{BLOCK_SIZE_MAX, HASH_LIST_MAX, PAYLOAD_SIZE_MAX, PUT_BATCH_MAX},
+    net::{
+        BoxFuture, Frame, Serve,
+        identity::{PeerIdentity, Role},
+    },
+    wire::{
+        codec,
+        storage::{ByteRange, PutBlock, Source, StorageAnswer, StorageReply, StorageRequest},
+    },
+};
+use tokio::sync::Mutex;
+
+use super::{
+    replicate::{Fetcher, SOURCES_MAX, joined},
+    store::{CheckedBlock, Store, StoreError, Ticket},
+    workers::{WorkError, Workers},
+};
+
+/// A put of at most so many bytes is hashed and written where it arrives, if no other work waits: handing it to a
+/// thread costs more than doing it.
+const INLINE_BYTES_MAX: usize = 64 << 10;
+/// Repairs of blocks whose hashes start alike are done one after the other, so that none is done twice.
+const REPAIR_LANES: usize = 64;
+
+pub struct StorageService {
+    store: Arc<Store>,
+    workers: Workers,
+    fetcher: Fetcher,
+    repairs: Vec<Mutex<()>>,
+    in_flight: AtomicUsize,
+}
+
+type Answer = Result<(StorageAnswer, Vec<Bytes>), Refusal>;
+
+impl Serve for StorageService {
+    fn serve(self: Arc<Self>, from: PeerIdentity, request: Frame) -> BoxFuture<'static, Frame> {
+        Box::pin(async move {
+            self.in_flight.fetch_add(1, Relaxed);
+            let (reply, payload) = match self.answer(from, request).await {
+                Ok((answer, payload)) => (Ok(answer), payload),
+                Err(refusal) => (Err(refusal), Vec::new()),
+            };
+            self.in_flight.fetch_sub(1, Relaxed);
+            encode_reply(reply, payload)
+        })
+    }
+}
+
+fn encode_reply(reply: Result<StorageAnswer, Refusal>, payload: Vec<Bytes>) -> Frame {
+    match codec::encode(&StorageReply(reply)) {
+        Ok(header) => Frame { header, payload },
+        Err(error) => {
+            tracing::error!(%error, "an answer does not fit its frame");
+            Frame::default()
+        }
+    }
+}
+
+/// See the table at [`StorageRequest`].
+fn may(role: Role, request: &StorageRequest) -> bool {
+    match request {
+        StorageRequest::Put { .. } | StorageRequest::Get { .. } | StorageRequest::Repair { .. } => {
+            matches!(role, Role::Client | Role::Storage)
+        }
+        StorageRequest::Has { .. } => matches!(role, Role::Meta | Role::Storage),
+        StorageRequest::Sync
+        | StorageRequest::Obtain { .. }
+        | StorageRequest::Delete { .. }
+        | StorageRequest::List { .. } => role == Role::Meta,
+    }
+}
+
+impl StorageService {
+    pub(super) fn new(store: Arc<Store>, workers: Workers, fetcher: Fetcher) -> Self {
+        let repairs = (0..REPAIR_LANES).map(|_| Mutex::new(())).collect();
+        Self { store, workers, fetcher, repairs, in_flight: AtomicUsize::new(0) }
+    }
+
+    /// Requests being served, waiting ones included.
+    pub fn in_flight(&self) -> usize {
+        self.in_flight.load(Relaxed)
+    }
+
+    async fn answer(&self, from: PeerIdentity, frame: Frame) -> Answer {
+        let request = codec::decode::<StorageRequest>(&frame.header).map_err(|error| {
+            tracing::warn!(peer = %from.node, %error, "a request does not decode");
+            Refusal::BadRequest
+        })?;
+        if !may(from.node.role, &request) {
+            tracing::warn!(peer = %from.node, "a request that this role may not send");
+            return Err(Refusal::WrongRole);
+        }
+        match request {
+            StorageRequest::Put { blocks, durable } => self.put(blocks, durable, joined(frame.payload)).await,
+            StorageRequest::Get { block, range } => self.get(block, range).await,
+            StorageRequest::Sync => self.sync().await,
+            StorageRequest::Has { blocks } => self.has(blocks).await,
+            StorageRequest::Repair { block, sources } => self.repair(block, &sources).await,
+            StorageRequest::Obtain { block, sources } => self.obtain(block, &sources).await,
+            StorageRequest::Delete { blocks, epoch } => self.delete(blocks, epoch).await,
+            StorageRequest::List { after } => self.list(after).await,
+        }
+    }
+
+    /// Runs `work` on a worker's thread.
+    async fn blocking<T: Send + 'static>(
+        &self,
+        work: impl FnOnce(&Store) -> Result<T, StoreError> + Send + 'static,
+    ) -> Result<T, StoreError> {
+        let store = Arc::clone(&self.store);
+        match self.workers.run(move || work(&store)).await {
+            Ok(result) => result,
+            Err(WorkError::Full) => Err(StoreError::Busy),
+            Err(WorkError::Died) => Err(std::io::Error::other(WorkError::Died).into()),
+        }
+    }
+
+    async fn put(&self, blocks: Vec<PutBlock>, durable: bool, payload: Bytes) -> Answer {
+        check_batch(&blocks, payload.len())?;
+        let ticket = if payload.len() <= INLINE_BYTES_MAX && self.workers.is_idle() {
+            put_batch(&self.store, &blocks, &payload)?
+        } else {
+            let store = Arc::clone(&self.store);
+            self.workers.run(move || put_batch(&store, &blocks, &payload)).await.map_err(work_refusal)??
+        };
+        if durable {
+            self.store.durable(ticket).await.map_err(logged)?;
+        }
+        Ok((StorageAnswer::Put { boot: self.store.boot(), durable }, Vec::new()))
+    }
+
+    async fn get(&self, block: BlockHash, range: Option<ByteRange>) -> Answer {
+        let read = move |store: &Store| match range {
+            None => store.get(&block).map(|bytes| (u32::try_from(bytes.len()).unwrap_or(u32::MAX), bytes)),
+            Some(range) => store.get_range(&block, range).map(|(bytes, length)| (length, bytes)),
+        };
+        let is_small = range.is_some_and(|range| range.length as usize <= INLINE_BYTES_MAX);
+        let result = if is_small && self.workers.is_idle() { read(&self.store) } else { self.blocking(read).await };
+        let (block_length, bytes) = result.map_err(|error| error.refusal())?;
+        Ok((StorageAnswer::Get { block_length }, vec![bytes]))
+    }
+
+    async fn sync(&self) -> Answer {
+        self.store.durable(self.store.ticket()).await.map_err(logged)?;
+        Ok((StorageAnswer::Sync { boot: self.store.boot() }, Vec::new()))
+    }
+
+    async fn has(&self, blocks: Vec<BlockHash>) -> Answer {
+        check_list(&blocks)?;
+        let present = self.blocking(move |store| store.has(&blocks)).await.map_err(logged)?;
+        Ok((StorageAnswer::Has { boot: self.store.boot(), present }, Vec::new()))
+    }
+
+    async fn delete(&self, blocks: Vec<BlockHash>, epoch: Epoch) -> Answer {
+        check_list(&blocks)?;
+        let count = self.blocking(move |store| store.delete(&blocks, epoch)).await.map_err(logged)?;
+        Ok((StorageAnswer::Deleted { count }, Vec::new()))
+    }
+
+    async fn list(&self, after: Option<BlockHash>) -> Answer {
+        let (blocks, end) = self.blocking(move |store| store.list(after, HASH_LIST_MAX)).await.map_err(logged)?;
+        Ok((StorageAnswer::List { blocks, end }, Vec::new()))
+    }
+
+    async fn obtain(&self, hash: BlockHash, sources: &[Source]) -> Answer {
+        check_sources(sources)?;
+        let _one_at_a_time = self.lane(&hash).lock().await;
+        let here = self.store.has(&[hash]).map_err(logged)?;
+        if here != [true] {
+            self.fetch_and_store(hash, Epoch(0), sources).await?;
+        } else {
+            self.store.durable(self.store.ticket()).await.map_err(logged)?;
+        }
+        Ok((StorageAnswer::Obtained { boot: self.store.boot() }, Vec::new()))
+    }
+
+    async fn repair(&self, hash: BlockHash, sources: &[Source]) -> Answer {
+        check_sources(sources)?;
+        let _one_at_a_time = self.lane(&hash).lock().await;
+        let epoch = match self.blocking(move |store| store.verify(&hash)).await {
+            Ok(()) => return Ok((StorageAnswer::Repaired { replaced: false }, Vec::new())),
+            Err(StoreError::Missing) => Epoch(0),
+            Err(StoreError::Damaged(reason)) => {
+                tracing::error!(block = %hash, reason, "a copy is bad; it goes into quarantine");
+                self.blocking(move |store| store.quarantine(&hash)).await.map_err(logged)?.unwrap_or_default()
+            }
+            Err(error) => return Err(logged(error)),
+        };
+        self.fetch_and_store(hash, epoch, sources).await?;
+        self.store.note_repaired();
+        tracing::info!(block = %hash, "a good copy is here again");
+        Ok((StorageAnswer::Repaired { replaced: true }, Vec::new()))
+    }
+
+    async fn fetch_and_store(&self, hash: BlockHash, epoch: Epoch, sources: &[Source]) -> Result<(), Refusal> {
+        let block = self.fetcher.fetch(hash, sources).await.ok_or(Refusal::Unavailable)?;
+        let put = move |store: &Store| store.put(&[CheckedBlock::from_block(&block, epoch)]);
+        let ticket = self.blocking(put).await.map_err(logged)?;
+        self.store.durable(ticket).await.map_err(logged)
+    }
+
+    fn lane(&self, hash: &BlockHash) -> &Mutex<()> {
+        &self.repairs[usize::from(hash.0[0]) % REPAIR_LANES]
+    }
+}
+
+fn check_batch(blocks: &[PutBlock], payload: usize) -> Result<(), Refusal> {
+    let lengths_fit = blocks.iter().all(|block| (1..=BLOCK_SIZE_MAX).contains(&block.length));
+    let sum: u64 = blocks.iter().map(|block| u64::from(block.length)).sum();
+    let fits = (1..=PUT_BATCH_MAX).contains(&blocks.len()) && payload <= PAYLOAD_SIZE_MAX && sum == payload as u64;
+    if lengths_fit && fits { Ok(()) } else { Err(Refusal::BadRequest) }
+}
+
+fn check_list(blocks: &[BlockHash]) -> Result<(), Refusal> {
+    if blocks.len() <= HASH_LIST_MAX { Ok(()) } else { Err(Refusal::BadRequest) }
+}
+
+fn check_sources(sources: &[Source]) -> Result<(), Refusal> {
+    if sources.len() <= SOURCES_MAX { Ok(()) } else { Err(Refusal::BadRequest) }
+}
+
+/// Checks each block of a batch whose lengths were checked, and stores all or none.
+fn put_batch(store: &Store, blocks: &[PutBlock], payload: &Bytes) -> Result<Ticket, Refusal> {
+    let mut start = 0;
+    let mut checked = Vec::with_capacity(blocks.len());
+    for block in blocks {
+        let end = start + block.length as usize;
+        let bytes = payload.slice(start..end);
+        checked.push(CheckedBlock::verify(block.hash, bytes, block.epoch).map_err(|_| Refusal::HashMismatch)?);
+        start = end;
+    }
+    store.put(&checked).map_err(logged)
+}
+
+fn work_refusal(error: WorkError) -> Refusal {
+    match error {
+        WorkError::Full => Refusal::Unavailable,
+        WorkError::Died => Refusal::Fault,
+    }
+}
+
+/// The refusal for `error`, which is logged if it is the server's own fault.
+fn logged(error: StoreError) -> Refusal {
+    if matches!(error, StoreError::Io(_) | StoreError::Failed(_)) {
+        tracing::error!(%error, "a request failed");
+    }
+    error.refusal()
+}
