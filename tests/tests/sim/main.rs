@@ -1,3 +1,5 @@
-//! Servers on a simulated disk that loses, tears and fails.
+//! Servers on simulated disks that lose, tear and fail.
 
+mod cluster;
+mod node;
 mod store;
