@@ -5,6 +5,8 @@ mod convert;
 mod dispatch;
 mod notify;
 mod session;
+#[cfg(test)]
+mod tests;
 
 pub use notify::KernelNotifier;
 pub(crate) use session::check_device;
