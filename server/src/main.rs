@@ -54,6 +54,10 @@ fn main() -> ExitCode {
 /// new process takes over from there.
 fn abort_on_panic() {
     std::panic::set_hook(Box::new(|panic| {
+        // redb may panic on a damaged file; where that is expected it is caught, and the file set aside.
+        if holdfast_server::redb_file::is_guarded() {
+            return;
+        }
         tracing::error!(%panic, "a bug: the process ends");
         eprintln!("holdfastd: a bug: {panic}");
         std::process::abort();
