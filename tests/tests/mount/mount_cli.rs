@@ -54,9 +54,9 @@ fn a_mount_point_that_cannot_be_one_is_refused_with_a_sentence() {
         mount(&full, &[text(&full), "not empty"]);
         mount(&missing, &[text(&missing)]);
     }
-    assert_refused(&["mount", "/no/such/config", text(&full)], &["/no/such/config"]);
     let empty = cluster.path().join("empty");
     fs::create_dir(&empty).expect("mkdir");
+    assert_refused(&["mount", "/no/such/config", text(&empty)], &["/no/such/config"]);
     assert_refused(&["mount", text(&config), text(&empty), "-o", "surprise"], &["surprise"]);
 }
 

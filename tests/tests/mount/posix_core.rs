@@ -7,7 +7,7 @@ use std::{
     io::{Read, Write},
     os::unix::{
         ffi::OsStrExt,
-        fs::{FileExt, FileTypeExt, MetadataExt, OpenOptionsExt, symlink},
+        fs::{FileExt, FileTypeExt, MetadataExt, OpenOptionsExt, PermissionsExt, symlink},
         net::UnixListener,
     },
     thread,
@@ -172,7 +172,7 @@ fn appends_of_several_mounts_and_descriptors_never_overwrite_each_other() {
     for round in 0..10 {
         for (who, mount) in mounts.iter().enumerate() {
             let mut file = OpenOptions::new().append(true).open(mount.join("log")).expect("open");
-            writeln!(file, "{who} {round}").expect("append");
+            file.write_all(format!("{who} {round}\n").as_bytes()).expect("append");
         }
     }
     thread::scope(|scope| {
@@ -180,7 +180,7 @@ fn appends_of_several_mounts_and_descriptors_never_overwrite_each_other() {
             let path = mounts[0].join("log");
             scope.spawn(move || {
                 let mut file = OpenOptions::new().append(true).open(path).expect("open");
-                (0..200).for_each(|round| writeln!(file, "{who} {round}").expect("append"));
+                (0..200).for_each(|round| file.write_all(format!("{who} {round}\n").as_bytes()).expect("append"));
             });
         }
     });
@@ -213,6 +213,7 @@ fn special_files_are_what_they_were_made() {
     sys::mknod(&mount.join("fifo"), libc::S_IFIFO | 0o640, 0).expect("mkfifo");
     sys::mknod(&mount.join("null"), libc::S_IFCHR | 0o666, libc::makedev(1, 3)).expect("a device node");
     sys::mknod(&mount.join("disk"), libc::S_IFBLK | 0o600, libc::makedev(7, 200)).expect("a block device node");
+    fs::set_permissions(mount.join("null"), fs::Permissions::from_mode(0o666)).expect("chmod");
     drop(UnixListener::bind(mount.join("socket")).expect("a socket"));
     symlink("no/where", mount.join("link")).expect("symlink");
     mount.remount();

@@ -38,7 +38,7 @@ fn tar_unpacks_a_source_tree_and_every_hash_is_right_after_a_remount() {
     let (cluster, outside) = (Cluster::start(), cluster::temp_dir());
     let mount = cluster.mount();
     source_tree(outside.path());
-    shell::run(mount.path(), &format!("tar -C {} -cf - . | tar -xpf -", outside.path().display()));
+    shell::run(mount.path(), &format!("tar -C {} --format=posix -cf - . | tar -xpf -", outside.path().display()));
     tree::assert_same(outside.path(), mount.path());
     mount.remount();
     tree::assert_same(outside.path(), mount.path());
@@ -46,7 +46,7 @@ fn tar_unpacks_a_source_tree_and_every_hash_is_right_after_a_remount() {
     assert!(copied.starts_with("2001-02-03 04:05:06.789"), "{copied}");
     shell::run(
         mount.path(),
-        "tar -cf ../again.tar . && rm -rf src large.bin && test ! -e src && tar -xpf ../again.tar",
+        "tar --format=posix -cf ../again.tar . && rm -rf src large.bin && test ! -e src && tar -xpf ../again.tar",
     );
     tree::assert_same(outside.path(), mount.path());
 }
@@ -101,7 +101,7 @@ fn rsync_copies_finds_nothing_to_do_and_sees_one_changed_byte() {
         "printf x | dd of=large.bin bs=1 seek=3000000 conv=notrunc status=none; rm -r src/module05",
     );
     let changes = shell::run(mount.path(), &sync);
-    assert!(changes.contains("large.bin") && changes.contains("deleting src/module05"), "{changes}");
+    assert!(changes.contains("large.bin") && changes.contains("src/module05/detail/part00.c"), "{changes}");
     tree::assert_same(outside.path(), mount.path());
     shell::run(mount.path(), &sync.replace(" -acH", " -aH --inplace --no-whole-file -c"));
 }

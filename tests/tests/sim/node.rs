@@ -116,7 +116,15 @@ impl Life {
             down_after: Duration::from_secs(60),
         };
         let clock: Arc<dyn Clock> = Arc::new(SystemClock::default());
-        let core = recover(&disk, Path::new("/meta"), clock, &options).ok()?;
+        // As a data directory does, which is opened before.
+        for path in ["/", "/meta"] {
+            disk.create_directory(Path::new(path)).and_then(|()| disk.sync_directory(Path::new(path))).ok()?;
+        }
+        let core = match recover(&disk, Path::new("/meta"), clock, &options) {
+            Ok(core) => core,
+            Err(_) if disks[0].has_struck() => return None,
+            Err(error) => panic!("the metadata does not recover: {error}"),
+        };
         let authority = Authority { ca: None, ca_fingerprint: Fingerprint([0; 32]), secrets: Box::new(|| [9; 32]) };
         let meta = Running::start(core, calls(Role::Meta, 1), authority, &options);
         let service: Arc<dyn Serve> = Arc::clone(&meta.service) as Arc<dyn Serve>;
