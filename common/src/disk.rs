@@ -15,6 +15,10 @@ use std::{
 pub trait DiskFile: Send + Sync + std::fmt::Debug {
     /// Fills all of `buffer`, or fails (`UnexpectedEof` past the end).
     fn read_exact_at(&self, buffer: &mut [u8], offset: u64) -> io::Result<()>;
+    /// As `read_exact_at`, but only from memory: `WouldBlock` if the disk must be asked, or might have to be.
+    fn read_cached_at(&self, _buffer: &mut [u8], _offset: u64) -> io::Result<()> {
+        Err(io::ErrorKind::WouldBlock.into())
+    }
     /// Writes all of `bytes`, growing the file as needed. Visible at once, durable after `sync_data`.
     fn write_all_at(&self, bytes: &[u8], offset: u64) -> io::Result<()>;
     fn length(&self) -> io::Result<u64>;
@@ -99,6 +103,14 @@ impl DiskFile for RealFile {
         self.0.read_exact_at(buffer, offset)
     }
 
+    fn read_cached_at(&self, buffer: &mut [u8], offset: u64) -> io::Result<()> {
+        match sys::read_nowait(&self.0, buffer, offset) {
+            Ok(length) if length == buffer.len() => Ok(()),
+            // A part, the end of the file, or a filesystem that cannot tell: who may wait will find out.
+            Ok(_) | Err(_) => Err(io::ErrorKind::WouldBlock.into()),
+        }
+    }
+
     fn write_all_at(&self, bytes: &[u8], offset: u64) -> io::Result<()> {
         self.0.write_all_at(bytes, offset)
     }
@@ -124,7 +136,7 @@ impl DiskFile for RealFile {
     }
 }
 
-#[allow(unsafe_code, reason = "three system calls that std does not offer")]
+#[allow(unsafe_code, reason = "four system calls that std does not offer")]
 mod sys {
     use std::{ffi::CString, fs::File, io, mem::MaybeUninit, os::fd::AsRawFd, os::unix::ffi::OsStrExt, path::Path};
 
@@ -142,6 +154,15 @@ mod sys {
         let stat = unsafe { stat.assume_init() };
         let unit = stat.f_frsize as u64;
         Ok(Space { capacity: stat.f_blocks as u64 * unit, free: stat.f_bavail as u64 * unit })
+    }
+
+    pub(super) fn read_nowait(file: &File, buffer: &mut [u8], offset: u64) -> io::Result<usize> {
+        let part = libc::iovec { iov_base: buffer.as_mut_ptr().cast(), iov_len: buffer.len() };
+        // SAFETY: the descriptor is open for as long as `file` is borrowed, and the one part is `buffer`, which
+        // is borrowed for writing until the call returns.
+        let read =
+            unsafe { libc::preadv2(file.as_raw_fd(), &raw const part, 1, offset.cast_signed(), libc::RWF_NOWAIT) };
+        usize::try_from(read).map_err(|_| io::Error::last_os_error())
     }
 
     pub(super) fn start_writeback(file: &File, offset: u64, length: u64) {
@@ -164,5 +185,24 @@ mod sys {
             0 => Ok(()),
             _ => Err(io::Error::last_os_error()),
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_was_just_written_is_read_from_memory_and_nothing_else_pretends_to_be() {
+        let directory = tempfile::tempdir().unwrap();
+        let file = RealDisk.open(&directory.path().join("f"), true).unwrap();
+        file.write_all_at(b"0123456789", 0).unwrap();
+        let mut buffer = [0; 4];
+        match file.read_cached_at(&mut buffer, 3) {
+            Ok(()) => assert_eq!(&buffer, b"3456"),
+            // tmpfs and others cannot tell.
+            Err(error) => assert_eq!(error.kind(), io::ErrorKind::WouldBlock),
+        }
+        assert_eq!(file.read_cached_at(&mut buffer, 8).unwrap_err().kind(), io::ErrorKind::WouldBlock);
     }
 }

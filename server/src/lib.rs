@@ -4,3 +4,6 @@ pub mod datadir;
 pub mod meta;
 pub mod redb_file;
 pub mod storage;
+
+#[cfg(test)]
+mod together;

@@ -6,11 +6,11 @@ use anyhow::Context;
 use clap::{Args, Parser, Subcommand};
 use holdfast_common::{
     clock::SystemClock,
-    config::{MetaConfig, MetaOptions},
+    config::{MetaConfig, MetaOptions, StorageConfig, StorageOptions},
     disk::RealDisk,
     telemetry,
 };
-use holdfast_server::meta;
+use holdfast_server::{meta, storage};
 use tokio::signal::unix::{SignalKind, signal};
 
 /// The daemons of Holdfast, a distributed filesystem.
@@ -25,6 +25,8 @@ struct Cli {
 enum Role {
     /// Run a metadata server: names, inodes, and the map from inodes to blocks
     Meta(Daemon<MetaOptions>),
+    /// Run a storage server: blocks, each under its hash
+    Storage(Daemon<StorageOptions>),
 }
 
 #[derive(Args)]
@@ -52,6 +54,10 @@ fn main() -> ExitCode {
 /// new process takes over from there.
 fn abort_on_panic() {
     std::panic::set_hook(Box::new(|panic| {
+        // redb may panic on a damaged file; where that is expected it is caught, and the file set aside.
+        if holdfast_server::redb_file::is_guarded() {
+            return;
+        }
         tracing::error!(%panic, "a bug: the process ends");
         eprintln!("holdfastd: a bug: {panic}");
         std::process::abort();
@@ -68,6 +74,14 @@ fn run(role: Role) -> anyhow::Result<()> {
             runtime.block_on(async {
                 let (disk, clock) = (Arc::new(RealDisk), Arc::new(SystemClock::default()));
                 Ok(meta::run(config, disk, clock, notify_ready, stop_signal()?).await?)
+            })
+        }
+        Role::Storage(daemon) => {
+            let config = StorageConfig::load(daemon.config.as_deref(), daemon.options)?;
+            telemetry::init(config.log_level, config.log_format)?;
+            runtime.block_on(async {
+                let (disk, clock) = (Arc::new(RealDisk), Arc::new(SystemClock::default()));
+                Ok(storage::run(config, disk, clock, notify_ready, stop_signal()?).await?)
             })
         }
     }

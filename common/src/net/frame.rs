@@ -12,6 +12,8 @@ use super::Frame;
 use crate::limits::{HEADER_SIZE_MAX, PAYLOAD_SIZE_MAX};
 
 const PREAMBLE_SIZE: usize = 8;
+/// Bytes of a frame that overtakes longer ones on the same connection: a question need not wait for blocks before it.
+const URGENT_SIZE_MAX: usize = 16 << 10;
 /// Chunks taken from a stream under one lock of its connection.
 const READ_BATCH: usize = 32;
 
@@ -119,6 +121,9 @@ fn preamble(frame: &Frame, limits: FrameLimits) -> Result<[u8; PREAMBLE_SIZE], F
 /// Sends `frame` and ends the stream. The payload's parts are handed over, not copied.
 pub(super) async fn write(send: &mut SendStream, frame: Frame, limits: FrameLimits) -> Result<(), FrameError> {
     let preamble = preamble(&frame, limits)?;
+    if frame.header.len() + payload_length(&frame) <= URGENT_SIZE_MAX {
+        send.set_priority(1).map_err(|e| FrameError::Stream(e.to_string()))?;
+    }
     let mut chunks = Vec::with_capacity(2 + frame.payload.len());
     chunks.push(Bytes::copy_from_slice(&preamble));
     chunks.push(Bytes::from(frame.header));

@@ -211,6 +211,8 @@ pub(super) fn transport(options: &NetOptions, local: bool) -> Arc<TransportConfi
         .max_concurrent_bidi_streams(VarInt::from_u32(STREAMS_PER_CONNECTION))
         .max_concurrent_uni_streams(VarInt::from_u32(0))
         .datagram_receive_buffer_size(None)
+        // First come, first served: interleaved blocks would all arrive last, and cost more. See `frame::write`.
+        .send_fairness(false)
         // A lost first packet is sent again well within `connect_timeout`.
         .initial_rtt(Duration::from_millis(50))
         .keep_alive_interval(Some(options.keep_alive))

@@ -267,7 +267,7 @@ async fn the_longest_frame_passes_and_a_longer_one_is_not_sent() {
     let Pair { client, to, .. } = pair(Arc::new(Echo), NetOptions::default());
     let longest = Bytes::from(vec![1; PAYLOAD_SIZE_MAX]);
     let request = Frame { header: vec![2; HEADER_SIZE_MAX - 64], payload: vec![longest.clone()] };
-    assert_eq!(client.call(to, request, LONG).await.unwrap().payload, [longest.clone()]);
+    assert_eq!(client.call(to, request, LONG).await.unwrap().payload.concat(), longest);
     for request in [
         Frame { header: vec![0; HEADER_SIZE_MAX + 1], payload: Vec::new() },
         Frame { header: Vec::new(), payload: vec![longest, Bytes::from_static(b"1")] },

@@ -29,6 +29,8 @@ use super::{
 /// A put of at most so many bytes is hashed and written where it arrives, if no other work waits: handing it to a
 /// thread costs more than doing it.
 const INLINE_BYTES_MAX: usize = 64 << 10;
+/// Bytes that are read where they are asked for, if they are in memory.
+const INLINE_READ_MAX: u32 = 64 << 10;
 /// Repairs of blocks whose hashes start alike are done one after the other, so that none is done twice.
 const REPAIR_LANES: usize = 64;
 
@@ -139,14 +141,24 @@ impl StorageService {
         Ok((StorageAnswer::Put { boot: self.store.boot(), durable }, Vec::new()))
     }
 
+    /// What is small and in memory is answered where it was asked; everything else may wait for the disk, elsewhere.
     async fn get(&self, block: BlockHash, range: Option<ByteRange>) -> Answer {
-        let read = move |store: &Store| match range {
-            None => store.get(&block).map(|bytes| (u32::try_from(bytes.len()).unwrap_or(u32::MAX), bytes)),
-            Some(range) => store.get_range(&block, range).map(|(bytes, length)| (length, bytes)),
+        let cached = match range {
+            None => with_length(self.store.get_cached(&block, INLINE_READ_MAX)),
+            Some(range) if range.length <= INLINE_READ_MAX => self.store.get_range_cached(&block, range),
+            Some(_) => Err(StoreError::NotCached),
         };
-        let is_small = range.is_some_and(|range| range.length as usize <= INLINE_BYTES_MAX);
-        let result = if is_small && self.workers.is_idle() { read(&self.store) } else { self.blocking(read).await };
-        let (block_length, bytes) = result.map_err(|error| error.refusal())?;
+        let read = match cached {
+            Err(StoreError::NotCached) => {
+                let read = move |store: &Store| match range {
+                    None => with_length(store.get(&block)),
+                    Some(range) => store.get_range(&block, range),
+                };
+                self.blocking(read).await
+            }
+            cached => cached,
+        };
+        let (bytes, block_length) = read.map_err(logged)?;
         Ok((StorageAnswer::Get { block_length }, vec![bytes]))
     }
 
@@ -212,6 +224,10 @@ impl StorageService {
     fn lane(&self, hash: &BlockHash) -> &Mutex<()> {
         &self.repairs[usize::from(hash.0[0]) % REPAIR_LANES]
     }
+}
+
+fn with_length(block: Result<Bytes, StoreError>) -> Result<(Bytes, u32), StoreError> {
+    block.map(|bytes| (bytes.clone(), u32::try_from(bytes.len()).unwrap_or(u32::MAX)))
 }
 
 fn check_batch(blocks: &[PutBlock], payload: usize) -> Result<(), Refusal> {

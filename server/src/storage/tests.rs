@@ -92,7 +92,7 @@ impl Server {
 }
 
 fn block(n: u8, length: usize) -> Block {
-    let bytes: Vec<u8> = (0..length).map(|i| (i / 7 + i % 5) as u8 ^ n).collect();
+    let bytes: Vec<u8> = (0..length).map(|i| u8::try_from((i / 7 + i % 5) % 256).unwrap() ^ n).collect();
     Block::seal(bytes.into()).unwrap()
 }
 

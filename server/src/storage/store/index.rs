@@ -190,11 +190,16 @@ impl Index {
     /// The caller holds the lock of the tail: changes are in the order of the records.
     pub(super) fn set(&self, hash: BlockHash, entry: Option<Entry>) -> Result<Option<Entry>, IndexError> {
         let before = self.get(&hash)?;
+        self.replace(hash, before, entry);
+        Ok(before)
+    }
+
+    /// As `set`, by who knows that `hash` points to `before`.
+    pub(super) fn replace(&self, hash: BlockHash, before: Option<Entry>, entry: Option<Entry>) {
         let mut usage = self.usage.lock();
         before.iter().for_each(|entry| usage.subtract(entry));
         entry.iter().for_each(|entry| usage.add(entry));
         self.overlay.write().active.insert(hash, entry);
-        Ok(before)
     }
 
     /// Hashes after `after`, in order, at most `count`.

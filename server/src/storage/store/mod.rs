@@ -109,6 +109,8 @@ pub enum StoreError {
     Full,
     #[error("the index cannot keep up; try again")]
     Busy,
+    #[error("the disk would have to be asked")]
+    NotCached,
     #[error("the disk failed: {0}")]
     Io(#[from] io::Error),
     /// The store has stopped for good.
@@ -123,7 +125,7 @@ impl StoreError {
             Self::Damaged(_) => Refusal::BlockDamaged,
             Self::Range => Refusal::BadRequest,
             Self::Full => Refusal::ServerFull,
-            Self::Busy => Refusal::Unavailable,
+            Self::Busy | Self::NotCached => Refusal::Unavailable,
             Self::Io(_) | Self::Failed(_) => Refusal::Fault,
         }
     }
@@ -270,14 +272,26 @@ impl Store {
 
     /// The block's bytes. Their hash is *not* checked here: who reads checks, and has `verify` called when it is wrong.
     pub fn get(&self, hash: &BlockHash) -> Result<Bytes, StoreError> {
-        self.inner.located(hash, |entry| self.inner.read_payload(hash, entry))
+        self.inner.located(hash, |entry| self.inner.read_payload(hash, entry, Patience::Wait))
+    }
+
+    /// As `get`, for blocks of at most `length_max` bytes whose bytes are in memory; else `NotCached`.
+    pub fn get_cached(&self, hash: &BlockHash, length_max: u32) -> Result<Bytes, StoreError> {
+        self.inner.located(hash, |entry| match entry.length <= length_max {
+            true => self.inner.read_payload(hash, entry, Patience::CachedOnly),
+            false => Err(StoreError::NotCached),
+        })
     }
 
     /// The bao encoding (groups of `HASH_GROUP_SIZE`, no length prefix) of the groups that `range` touches, and the
     /// block's length.
     pub fn get_range(&self, hash: &BlockHash, range: ByteRange) -> Result<(Bytes, u32), StoreError> {
-        self.inner
-            .located(hash, |entry| self.inner.read_range(hash, entry, range).map(|encoding| (encoding, entry.length)))
+        self.inner.range(hash, range, Patience::Wait)
+    }
+
+    /// As `get_range`, if the bytes are in memory; else `NotCached`.
+    pub fn get_range_cached(&self, hash: &BlockHash, range: ByteRange) -> Result<(Bytes, u32), StoreError> {
+        self.inner.range(hash, range, Patience::CachedOnly)
     }
 
     /// Which of `hashes` are indexed, in segments that are long enough.
@@ -488,17 +502,15 @@ impl Inner {
     }
 
     /// Those of `blocks` that have to be written, once each.
-    fn new_among<'a>(&self, blocks: &'a [CheckedBlock]) -> Result<Vec<(&'a CheckedBlock, Epoch)>, StoreError> {
+    fn new_among<'a>(&self, blocks: &'a [CheckedBlock]) -> Result<Vec<NewBlock<'a>>, StoreError> {
         let mut seen: BTreeMap<BlockHash, usize> = BTreeMap::new();
-        let mut new: Vec<(&CheckedBlock, Epoch)> = Vec::new();
+        let mut new: Vec<NewBlock<'_>> = Vec::new();
         for block in blocks {
             if let Some(position) = seen.get(&block.hash()) {
-                new[*position].1 = new[*position].1.max(block.epoch());
-                continue;
-            }
-            if let Some(epoch) = self.epoch_to_write(block)? {
+                new[*position].epoch = new[*position].epoch.max(block.epoch());
+            } else if let Some(needed) = self.needed(block)? {
                 seen.insert(block.hash(), new.len());
-                new.push((block, epoch));
+                new.push(needed);
             }
         }
         Ok(new)
@@ -506,15 +518,15 @@ impl Inner {
 
     /// `None` if the block is here, good as far as its header tells, and stamped late enough. A later stamp is written
     /// with the whole block: changing a header in place could tear it.
-    fn epoch_to_write(&self, block: &CheckedBlock) -> Result<Option<Epoch>, StoreError> {
+    fn needed<'a>(&self, block: &'a CheckedBlock) -> Result<Option<NewBlock<'a>>, StoreError> {
         let hash = block.hash();
         let Some(entry) = self.index.get(&hash).map_err(|error| self.index_failed(&error))? else {
-            return Ok(Some(block.epoch()));
+            return Ok(Some(NewBlock { block, epoch: block.epoch(), before: None }));
         };
         let epoch = entry.epoch.max(block.epoch());
         let is_good =
             entry.epoch == epoch && !self.suspects.lock().contains(&hash) && self.header_of(&hash, &entry).is_some();
-        Ok((!is_good).then_some(epoch))
+        Ok((!is_good).then_some(NewBlock { block, epoch, before: Some(entry) }))
     }
 
     /// The header of the block's record, if that is what stands there.
@@ -523,32 +535,17 @@ impl Inner {
         (header.kind == Kind::Block && header.hash == *hash && header.length == entry.length).then_some(header)
     }
 
-    fn append_blocks(&self, tail: &mut Tail, new: &[(&CheckedBlock, Epoch)]) -> Result<(), StoreError> {
-        let bytes: u64 = new.iter().map(|(block, _)| u64::from(block.length())).sum();
-        self.take_room(bytes)?;
-        let records: Vec<NewRecord<'_>> = new
-            .iter()
-            .map(|(block, epoch)| NewRecord {
-                kind: Kind::Block,
-                hash: block.hash(),
-                value: epoch.0,
-                tree: block.tree(),
-                payload: block.bytes(),
-            })
-            .collect();
+    fn append_blocks(&self, tail: &mut Tail, new: &[NewBlock<'_>]) -> Result<(), StoreError> {
+        self.take_room(new.iter().map(|new| u64::from(new.block.length())).sum())?;
+        let records: Vec<NewRecord<'_>> = new.iter().map(NewBlock::record).collect();
         let places = tail.append(&self.segments, &records).map_err(write_error)?;
-        for ((block, epoch), place) in new.iter().zip(places) {
-            let entry = Entry { place, length: block.length(), epoch: *epoch };
-            self.point(tail, block.hash(), entry)?;
-        }
-        Ok(())
-    }
-
-    fn point(&self, tail: &Tail, hash: BlockHash, entry: Entry) -> Result<(), StoreError> {
-        let before = self.index.set(hash, Some(entry)).map_err(|error| self.index_failed(&error))?;
-        if let Some(before) = before {
-            self.suspects.lock().remove(&hash);
-            self.graves.lock().push((tail.sequence(), hash, before));
+        for (new, place) in new.iter().zip(places) {
+            let (hash, length) = (new.block.hash(), new.block.length());
+            self.index.replace(hash, new.before, Some(Entry { place, length, epoch: new.epoch }));
+            if let Some(before) = new.before {
+                self.suspects.lock().remove(&hash);
+                self.graves.lock().push((tail.sequence(), hash, before));
+            }
         }
         if self.index.pending() >= FLUSH_AT {
             self.hurry();
@@ -604,9 +601,7 @@ impl Inner {
             return Ok(());
         }
         tail.append(&self.segments, &dead.iter().map(tombstone).collect::<Vec<_>>()).map_err(write_error)?;
-        for (hash, _) in dead {
-            self.index.set(*hash, None).map_err(|error| self.index_failed(&error))?;
-        }
+        dead.iter().for_each(|(hash, entry)| self.index.replace(*hash, Some(*entry), None));
         let sequence = tail.sequence();
         self.graves.lock().extend(dead.iter().map(|(hash, entry)| (sequence, *hash, *entry)));
         Ok(())
@@ -659,6 +654,26 @@ impl Inner {
     }
 }
 
+/// A block that has to be written.
+struct NewBlock<'a> {
+    block: &'a CheckedBlock,
+    epoch: Epoch,
+    /// The copy that it replaces.
+    before: Option<Entry>,
+}
+
+impl NewBlock<'_> {
+    fn record(&self) -> NewRecord<'_> {
+        NewRecord {
+            kind: Kind::Block,
+            hash: self.block.hash(),
+            value: self.epoch.0,
+            tree: self.block.tree(),
+            payload: self.block.bytes(),
+        }
+    }
+}
+
 fn write_error(error: io::Error) -> StoreError {
     match error.kind() {
         io::ErrorKind::StorageFull | io::ErrorKind::QuotaExceeded | io::ErrorKind::FileTooLarge => StoreError::Full,
@@ -669,11 +684,22 @@ fn write_error(error: io::Error) -> StoreError {
     }
 }
 
+/// Whether a read may ask the disk.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Patience {
+    Wait,
+    CachedOnly,
+}
+
 /// What says that the copy is bad; anything else (no descriptors, no memory) says nothing about the copy.
 fn read_error(error: io::Error) -> StoreError {
     let is_damage = matches!(error.kind(), io::ErrorKind::NotFound | io::ErrorKind::UnexpectedEof)
         || matches!(error.raw_os_error(), Some(libc::EIO | libc::EUCLEAN | libc::EBADMSG));
-    if is_damage { StoreError::Damaged(format!("it cannot be read: {error}")) } else { StoreError::Io(error) }
+    match error.kind() {
+        io::ErrorKind::WouldBlock => StoreError::NotCached,
+        _ if is_damage => StoreError::Damaged(format!("it cannot be read: {error}")),
+        _ => StoreError::Io(error),
+    }
 }
 
 /// Reading.
@@ -705,12 +731,30 @@ impl Inner {
         suspects.insert(hash);
     }
 
-    /// The first `length` bytes of a record, whose header is checked.
-    fn read_checked(&self, hash: &BlockHash, entry: &Entry, length: usize) -> Result<Vec<u8>, StoreError> {
+    fn range(&self, hash: &BlockHash, range: ByteRange, patience: Patience) -> Result<(Bytes, u32), StoreError> {
+        self.located(hash, |entry| {
+            self.read_range(hash, entry, range, patience).map(|encoding| (encoding, entry.length))
+        })
+    }
+
+    fn read(&self, segment: u64, offset: u64, length: usize, patience: Patience) -> Result<Vec<u8>, StoreError> {
         let mut bytes = vec![0; length];
-        let read =
-            self.segments.file(entry.place.segment).and_then(|file| file.read_exact_at(&mut bytes, entry.place.offset));
-        read.map_err(read_error)?;
+        let read = self.segments.file(segment).and_then(|file| match patience {
+            Patience::Wait => file.read_exact_at(&mut bytes, offset),
+            Patience::CachedOnly => file.read_cached_at(&mut bytes, offset),
+        });
+        read.map(|()| bytes).map_err(read_error)
+    }
+
+    /// The first `length` bytes of a record, whose header is checked.
+    fn read_checked(
+        &self,
+        hash: &BlockHash,
+        entry: &Entry,
+        length: usize,
+        patience: Patience,
+    ) -> Result<Vec<u8>, StoreError> {
+        let bytes = self.read(entry.place.segment, entry.place.offset, length, patience)?;
         let header = bytes.first_chunk().map(|header| RecordHeader::decode(header, &self.segments.key, entry.place));
         match header {
             Some(Ok(RecordHeader { kind: Kind::Block, hash: found, length, .. }))
@@ -723,15 +767,15 @@ impl Inner {
         }
     }
 
-    fn read_payload(&self, hash: &BlockHash, entry: &Entry) -> Result<Bytes, StoreError> {
+    fn read_payload(&self, hash: &BlockHash, entry: &Entry, patience: Patience) -> Result<Bytes, StoreError> {
         let skip = RECORD_HEADER_LENGTH + tree_length(entry.length) as usize;
-        let bytes = self.read_checked(hash, entry, skip + entry.length as usize)?;
+        let bytes = self.read_checked(hash, entry, skip + entry.length as usize, patience)?;
         Ok(Bytes::from(bytes).slice(skip..))
     }
 
     fn verify_record(&self, hash: &BlockHash, entry: &Entry) -> Result<(), StoreError> {
         let skip = RECORD_HEADER_LENGTH + tree_length(entry.length) as usize;
-        let bytes = Bytes::from(self.read_checked(hash, entry, skip + entry.length as usize)?);
+        let bytes = Bytes::from(self.read_checked(hash, entry, skip + entry.length as usize, Patience::Wait)?);
         let damaged = |what: &dyn std::fmt::Display| StoreError::Damaged(what.to_string());
         let block = CheckedBlock::verify(*hash, bytes.slice(skip..), entry.epoch).map_err(|error| damaged(&error))?;
         if block.tree() == &bytes[RECORD_HEADER_LENGTH..skip] {
@@ -741,19 +785,21 @@ impl Inner {
         }
     }
 
-    fn read_range(&self, hash: &BlockHash, entry: &Entry, range: ByteRange) -> Result<Bytes, StoreError> {
+    fn read_range(
+        &self,
+        hash: &BlockHash,
+        entry: &Entry,
+        range: ByteRange,
+        patience: Patience,
+    ) -> Result<Bytes, StoreError> {
         let end = range.offset.checked_add(range.length).filter(|end| range.length > 0 && *end <= entry.length);
         let end = end.ok_or(StoreError::Range)?;
         let skip = RECORD_HEADER_LENGTH + tree_length(entry.length) as usize;
-        let head = self.read_checked(hash, entry, skip)?;
+        let head = self.read_checked(hash, entry, skip, patience)?;
         let start = range.offset / HASH_GROUP_SIZE * HASH_GROUP_SIZE;
         let end = end.next_multiple_of(HASH_GROUP_SIZE).min(entry.length);
-        let mut groups = vec![0; (end - start) as usize];
         let offset = entry.place.offset + skip as u64 + u64::from(start);
-        self.segments
-            .file(entry.place.segment)
-            .and_then(|file| file.read_exact_at(&mut groups, offset))
-            .map_err(read_error)?;
+        let groups = self.read(entry.place.segment, offset, (end - start) as usize, patience)?;
         encode(hash, entry.length, &head[RECORD_HEADER_LENGTH..], &Groups { start: u64::from(start), bytes: &groups })
     }
 

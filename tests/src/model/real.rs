@@ -1,0 +1,179 @@
+//! A directory of a real filesystem, through the system calls that programs use.
+
+use std::{
+    fs::{self, File, OpenOptions},
+    io::{self, Write},
+    os::unix::fs::{DirBuilderExt, FileExt, MetadataExt, OpenOptionsExt, PermissionsExt, symlink},
+    path::PathBuf,
+};
+
+use super::{Answer, Op, RenameKind, Shape, System, payload};
+use crate::sys;
+
+#[derive(Clone, Debug)]
+pub struct RealTree {
+    root: PathBuf,
+}
+
+impl RealTree {
+    /// `root` is made, and must not exist yet.
+    pub fn new(root: PathBuf) -> Self {
+        fs::create_dir(&root).expect("make the root of the comparison");
+        Self { root }
+    }
+
+    fn at(&self, path: &str) -> PathBuf {
+        if path.is_empty() { self.root.clone() } else { self.root.join(path) }
+    }
+
+    fn open(&self, path: &str, options: &mut OpenOptions) -> io::Result<File> {
+        options.custom_flags(libc::O_NOFOLLOW | libc::O_CLOEXEC).open(self.at(path))
+    }
+
+    fn writer(&self, path: &str) -> io::Result<File> {
+        self.open(path, OpenOptions::new().write(true))
+    }
+
+    fn reader(&self, path: &str) -> io::Result<File> {
+        self.open(path, OpenOptions::new().read(true))
+    }
+
+    fn create(&self, path: &str, mode: u32) -> io::Result<Answer> {
+        let file = self.open(path, OpenOptions::new().write(true).create_new(true).mode(mode))?;
+        file.set_permissions(fs::Permissions::from_mode(mode))?;
+        Ok(Answer::Done)
+    }
+
+    fn append(&self, path: &str, bytes: &[u8]) -> io::Result<Answer> {
+        self.open(path, OpenOptions::new().append(true))?.write_all(bytes)?;
+        Ok(Answer::Count(bytes.len() as u64))
+    }
+
+    fn read(&self, path: &str, offset: u64, length: usize) -> io::Result<Answer> {
+        let (file, mut bytes, mut done) = (self.reader(path)?, vec![0; length], 0);
+        loop {
+            match file.read_at(&mut bytes[done..], offset + done as u64)? {
+                0 => break,
+                count => done += count,
+            }
+        }
+        bytes.truncate(done);
+        Ok(Answer::Bytes(bytes))
+    }
+
+    fn punch(&self, path: &str, offset: u64, length: u64) -> io::Result<Answer> {
+        let mode = libc::FALLOC_FL_PUNCH_HOLE | libc::FALLOC_FL_KEEP_SIZE;
+        sys::fallocate(&self.writer(path)?, mode, offset.cast_signed(), length.cast_signed())?;
+        Ok(Answer::Done)
+    }
+
+    fn copy(&self, from: (&str, u64), to: (&str, u64), length: usize) -> io::Result<Answer> {
+        // The model looks at both names before it looks at what they are.
+        let source = self.reader(from.0)?;
+        if source.metadata()?.is_dir() {
+            return Err(io::Error::from_raw_os_error(libc::EISDIR));
+        }
+        let target = self.writer(to.0)?;
+        let mut done = 0;
+        while done < length {
+            let (from_offset, to_offset) = (from.1 + done as u64, to.1 + done as u64);
+            match sys::copy_range(&source, from_offset.cast_signed(), &target, to_offset.cast_signed(), length - done)?
+            {
+                0 => break,
+                count => done += count,
+            }
+        }
+        Ok(Answer::Count(done as u64))
+    }
+
+    fn chmod(&self, path: &str, mode: u32) -> io::Result<Answer> {
+        if fs::symlink_metadata(self.at(path))?.is_symlink() {
+            return Err(io::Error::from_raw_os_error(libc::EOPNOTSUPP));
+        }
+        fs::set_permissions(self.at(path), fs::Permissions::from_mode(mode))?;
+        Ok(Answer::Done)
+    }
+
+    fn stat(&self, path: &str) -> io::Result<Answer> {
+        let meta = fs::symlink_metadata(self.at(path))?;
+        let mode = if path.is_empty() { 0 } else { meta.mode() & 0o7777 };
+        Ok(match meta.file_type() {
+            kind if kind.is_dir() => Answer::Stat { shape: Shape::Directory, mode, size: 0, nlink: 0 },
+            kind if kind.is_symlink() => stat(Shape::Symlink, mode, &meta),
+            _ => stat(Shape::File, mode, &meta),
+        })
+    }
+
+    fn list(&self, path: &str) -> io::Result<Answer> {
+        let directory = self.at(path);
+        if fs::symlink_metadata(&directory)?.is_symlink() {
+            return Err(io::Error::from_raw_os_error(libc::ENOTDIR));
+        }
+        let mut names = Vec::new();
+        for entry in fs::read_dir(directory)? {
+            names.push(entry?.file_name().into_string().expect("test names are UTF-8"));
+        }
+        names.sort();
+        Ok(Answer::Names(names))
+    }
+
+    fn mkdir(&self, path: &str, mode: u32) -> io::Result<Answer> {
+        fs::DirBuilder::new().mode(mode).create(self.at(path))?;
+        fs::set_permissions(self.at(path), fs::Permissions::from_mode(mode))?;
+        Ok(Answer::Done)
+    }
+
+    fn perform(&self, op: &Op) -> io::Result<Answer> {
+        match op {
+            Op::Create { path, mode } => self.create(path, *mode),
+            Op::Write { path, offset, length, seed } => {
+                self.writer(path)?.write_all_at(&payload(*seed, *length), *offset)?;
+                Ok(Answer::Count(*length as u64))
+            }
+            Op::Append { path, length, seed } => self.append(path, &payload(*seed, *length)),
+            Op::Truncate { path, size } => done(self.writer(path)?.set_len(*size)),
+            Op::Read { path, offset, length } => self.read(path, *offset, *length),
+            Op::Punch { path, offset, length } => self.punch(path, *offset, *length),
+            Op::Copy { from, from_offset, to, to_offset, length } => {
+                self.copy((from, *from_offset), (to, *to_offset), *length)
+            }
+            Op::Fsync { path } => done(self.reader(path)?.sync_all()),
+            Op::Mkdir { path, mode } => self.mkdir(path, *mode),
+            Op::Rmdir { path } => done(fs::remove_dir(self.at(path))),
+            Op::Unlink { path } => done(fs::remove_file(self.at(path))),
+            Op::Rename { from, to, kind } => done(sys::rename(&self.at(from), &self.at(to), flags(*kind))),
+            Op::Link { from, to } => done(fs::hard_link(self.at(from), self.at(to))),
+            Op::Symlink { target, path } => done(symlink(target, self.at(path))),
+            Op::Readlink { path } => {
+                let target = fs::read_link(self.at(path))?;
+                Ok(Answer::Target(target.into_os_string().into_string().expect("test targets are UTF-8")))
+            }
+            Op::Chmod { path, mode } => self.chmod(path, *mode),
+            Op::Stat { path } => self.stat(path),
+            Op::List { path } => self.list(path),
+        }
+    }
+}
+
+fn stat(shape: Shape, mode: u32, meta: &fs::Metadata) -> Answer {
+    let nlink = u32::try_from(meta.nlink()).expect("few links");
+    Answer::Stat { shape, mode, size: meta.len(), nlink }
+}
+
+fn done(result: io::Result<()>) -> io::Result<Answer> {
+    result.map(|()| Answer::Done)
+}
+
+fn flags(kind: RenameKind) -> libc::c_uint {
+    match kind {
+        RenameKind::Replace => 0,
+        RenameKind::NoReplace => libc::RENAME_NOREPLACE,
+        RenameKind::Exchange => libc::RENAME_EXCHANGE,
+    }
+}
+
+impl System for RealTree {
+    fn apply(&mut self, op: &Op) -> Result<Answer, i32> {
+        self.perform(op).map_err(|error| error.raw_os_error().unwrap_or(libc::EIO))
+    }
+}

@@ -1,0 +1,193 @@
+//! Daemons that are started wrongly say one sentence and end; daemons that are hurt lose nothing.
+
+use std::{
+    fs::{self, File},
+    io::Write,
+    net::UdpSocket,
+    os::unix::fs::PermissionsExt,
+    path::Path,
+    process::Output,
+    time::Duration,
+};
+
+use holdfast_tests::{
+    cluster::{Cluster, Options, free_address},
+    fault::random_bytes,
+    mount, process, shell, sys,
+};
+
+/// A daemon that cannot run says so within this.
+const REFUSAL_LIMIT: Duration = Duration::from_secs(15);
+
+fn daemon(cluster: &Cluster, role: &str, config: &str, more: &[&str]) -> Output {
+    let mut command = process::binary("holdfastd");
+    command.arg(role).arg("--config").arg(cluster.path().join(config)).args(more);
+    shell::complete(command, REFUSAL_LIMIT)
+}
+
+/// It ended with an error, and what it said is short, whole and contains each of `words`.
+fn assert_refused(output: &Output, words: &[&str]) {
+    let said = format!("{}{}", String::from_utf8_lossy(&output.stdout), String::from_utf8_lossy(&output.stderr));
+    assert!(!output.status.success(), "it must not succeed: {said}");
+    assert!(output.status.code().is_some(), "it must end by itself: {}", output.status);
+    for word in words {
+        assert!(said.contains(word), "{word:?} is missing in: {said}");
+    }
+    for noise in ["panicked", "stack backtrace", "RUST_BACKTRACE"] {
+        assert!(!said.contains(noise), "{said}");
+    }
+}
+
+#[test]
+fn a_second_process_on_a_data_directory_is_refused() {
+    let cluster = Cluster::start();
+    for (role, config) in [("meta", "meta/meta.toml"), ("storage", "storage-1/storage.toml")] {
+        let elsewhere = free_address().to_string();
+        let output = daemon(&cluster, role, config, &["--listen", &elsewhere]);
+        assert_refused(&output, &["data"]);
+    }
+    cluster.wait_until_up();
+}
+
+#[test]
+fn the_data_directory_of_another_cluster_or_another_node_is_refused() {
+    let (cluster, other) = (Cluster::start(), Cluster::start());
+    for process in cluster.storage_servers().iter().chain(other.storage_servers()) {
+        process.terminate(REFUSAL_LIMIT);
+    }
+    let foreign = other.storage_data(1);
+    let foreign = foreign.to_str().expect("test paths are UTF-8");
+    assert_refused(&daemon(&cluster, "storage", "storage-1/storage.toml", &["--data-dir", foreign]), &["cluster"]);
+    let neighbour = cluster.storage_data(2);
+    let neighbour = neighbour.to_str().expect("test paths are UTF-8");
+    assert_refused(&daemon(&cluster, "storage", "storage-1/storage.toml", &["--data-dir", neighbour]), &[neighbour]);
+}
+
+#[test]
+fn an_unknown_key_is_named_with_its_line() {
+    let cluster = Cluster::prepare(&Options::default());
+    for (role, file) in [("meta", "meta/meta.toml"), ("storage", "storage-1/storage.toml")] {
+        let path = cluster.path().join(file);
+        let text = fs::read_to_string(&path).expect("read");
+        fs::write(&path, format!("# a comment\nsurprise = 1\n{text}")).expect("write");
+        assert_refused(&daemon(&cluster, role, file, &[]), &["surprise", "line 2"]);
+        fs::write(&path, "listen = [broken").expect("write");
+        assert_refused(&daemon(&cluster, role, file, &[]), &["line 1"]);
+        fs::remove_file(&path).expect("remove");
+        assert_refused(&daemon(&cluster, role, file, &[]), &[file]);
+    }
+}
+
+#[test]
+fn a_port_that_is_taken_is_named() {
+    let cluster = Cluster::prepare(&Options::default());
+    for (role, file) in [("meta", "meta/meta.toml"), ("storage", "storage-1/storage.toml")] {
+        let address = cluster.get(file, "listen");
+        let taken = UdpSocket::bind(&address).expect("the port is free");
+        assert_refused(&daemon(&cluster, role, file, &[]), &[&address, "in use"]);
+        drop(taken);
+    }
+}
+
+#[test]
+fn a_key_that_is_broken_or_missing_is_named() {
+    let cluster = Cluster::prepare(&Options::default());
+    for (role, file) in [("meta", "meta/meta.toml"), ("storage", "storage-1/storage.toml")] {
+        let key = find_key(&cluster.path().join(file).with_file_name(""));
+        let name = key.file_name().expect("a key has a name").to_string_lossy().into_owned();
+        let mode = fs::metadata(&key).expect("stat").permissions().mode() & 0o777;
+        assert_eq!(mode, 0o600, "{}", key.display());
+        fs::write(&key, "not a key").expect("write");
+        assert_refused(&daemon(&cluster, role, file, &[]), &[&name]);
+        fs::remove_file(&key).expect("remove");
+        assert_refused(&daemon(&cluster, role, file, &[]), &[&name]);
+    }
+}
+
+fn find_key(directory: &Path) -> std::path::PathBuf {
+    let files = holdfast_tests::fault::files(directory);
+    files.into_iter().find(|file| file.to_string_lossy().contains("key")).expect("a node has a private key")
+}
+
+#[test]
+fn sigterm_ends_every_daemon_well_and_the_data_are_there_again() {
+    let cluster = Cluster::start();
+    let mount = cluster.mount();
+    fs::write(mount.join("file"), random_bytes(1, 3 << 20)).expect("write");
+    mount.unmount();
+    for process in std::iter::once(cluster.meta()).chain(cluster.storage_servers()) {
+        let status = process.terminate(Duration::from_secs(20));
+        assert!(status.success(), "{} ended with {status}:\n{}", process.name(), process.log());
+    }
+    cluster.start_daemons();
+    mount.start_again();
+    assert!(fs::read(mount.join("file")).expect("read") == random_bytes(1, 3 << 20));
+}
+
+/// A small filesystem of its own, gone with its guard.
+struct SmallDisk<'a>(&'a Path);
+
+impl<'a> SmallDisk<'a> {
+    fn mount(path: &'a Path, mebibytes: u32) -> Self {
+        fs::create_dir_all(path).expect("make a mount point");
+        shell::run(Path::new("/"), &format!("mount -t tmpfs -o size={mebibytes}m tmpfs {}", path.display()));
+        Self(path)
+    }
+}
+
+impl Drop for SmallDisk<'_> {
+    fn drop(&mut self) {
+        mount::detach(self.0);
+    }
+}
+
+#[test]
+fn full_disks_are_no_space_left_and_nothing_else() {
+    if !sys::is_root() {
+        eprintln!("SKIPPED: only root can mount small filesystems");
+        return;
+    }
+    let cluster = Cluster::prepare(&Options::default());
+    let paths: Vec<_> = (1..=3).map(|n| cluster.path().join(format!("disk-{n}"))).collect();
+    let disks: Vec<_> = paths.iter().map(|path| SmallDisk::mount(path, 160)).collect();
+    for (n, path) in (1..).zip(&paths) {
+        let data = path.join("data").to_str().expect("test paths are UTF-8").to_owned();
+        let config = format!("storage-{n}/storage.toml");
+        cluster.set(&config, "data_dir", data);
+        cluster.set(&config, "reserve_bytes", "16MiB");
+        cluster.set(&config, "segment_bytes", "16MiB");
+    }
+    cluster.start_daemons();
+    let mount = cluster.mount_with(&["io_timeout=5s"]);
+    let early = random_bytes(1, 4 << 20);
+    fs::write(mount.join("early"), &early).expect("there is room");
+    File::open(mount.join("early")).expect("open").sync_all().expect("fsync");
+
+    let mut file = File::create(mount.join("large")).expect("create");
+    let mut fill = || -> std::io::Result<()> {
+        for number in 2..400 {
+            file.write_all(&random_bytes(number, 1 << 20))?;
+        }
+        file.sync_all()
+    };
+    let error = fill().expect_err("400 MiB do not fit into 160");
+    assert_eq!(error.raw_os_error(), Some(libc::ENOSPC), "{error}");
+    drop(file);
+    mount.kill();
+    mount.start_again();
+    assert!(fs::read(mount.join("early")).expect("read") == early, "what was there stays readable");
+    for process in std::iter::once(cluster.meta()).chain(cluster.storage_servers()) {
+        assert!(!process.has_ended(), "{} has ended:\n{}", process.name(), process.log());
+        assert!(!process.log().contains("panicked"), "{}", process.log());
+    }
+    mount.unmount();
+    for server in cluster.storage_servers() {
+        server.kill();
+    }
+    cluster.start_daemons();
+    mount.start_again();
+    assert!(fs::read(mount.join("early")).expect("read") == early, "also after a restart on the full disk");
+    mount.unmount();
+    cluster.storage_servers().iter().for_each(process::Process::kill);
+    drop(disks);
+}

@@ -1,0 +1,12 @@
+//! Real clusters of real processes behind real mounts, hurt in every way that the promises name.
+
+mod bounded;
+mod daemons;
+mod dying;
+mod identity;
+mod model;
+mod mount_cli;
+mod pjdfstest;
+mod posix_core;
+mod repair;
+mod shell;

@@ -1,0 +1,326 @@
+//! The core of POSIX, where shell tools do not reach.
+
+use std::{
+    collections::BTreeSet,
+    ffi::OsStr,
+    fs::{self, File, OpenOptions},
+    io::{Read, Write},
+    os::unix::{
+        ffi::OsStrExt,
+        fs::{FileExt, FileTypeExt, MetadataExt, OpenOptionsExt, symlink},
+        net::UnixListener,
+    },
+    thread,
+};
+
+use holdfast_tests::{
+    cluster::{Cluster, PATIENCE},
+    fault::random_bytes,
+    sys, wait,
+};
+
+fn errno<T: std::fmt::Debug>(result: std::io::Result<T>) -> i32 {
+    result.expect_err("it must be refused").raw_os_error().expect("the kernel said so")
+}
+
+#[test]
+fn names_of_255_bytes_and_names_that_are_not_text_work_and_longer_ones_do_not() {
+    let cluster = Cluster::start();
+    let mount = cluster.mount();
+    let long = "n".repeat(255);
+    let odd = OsStr::from_bytes(b"\xff\xfe \n\t*\\'\"");
+    for name in [OsStr::new(&long), odd, OsStr::new("..."), OsStr::new(" ")] {
+        fs::write(mount.join(name), name.as_bytes()).expect("write under a strange name");
+    }
+    mount.remount();
+    let listed: BTreeSet<_> =
+        fs::read_dir(mount.path()).expect("list").map(|entry| entry.expect("list").file_name()).collect();
+    assert_eq!(listed.len(), 4);
+    assert!(listed.contains(odd) && listed.contains(OsStr::new(&long)));
+    assert_eq!(fs::read(mount.join(odd)).expect("read"), odd.as_bytes());
+    assert_eq!(errno(File::create(mount.join("n".repeat(256)))), libc::ENAMETOOLONG);
+    assert_eq!(errno(fs::metadata(mount.join("n".repeat(256)))), libc::ENAMETOOLONG);
+}
+
+#[test]
+fn a_directory_of_many_entries_lists_each_of_them_once() {
+    let entries = if std::env::var_os("HOLDFAST_LONG_TESTS").is_some() { 100_000 } else { 20_000 };
+    let cluster = Cluster::start();
+    let mount = cluster.mount();
+    fs::create_dir(mount.join("many")).expect("mkdir");
+    thread::scope(|scope| {
+        for part in 0..4 {
+            let folder = mount.join("many");
+            scope.spawn(move || {
+                for number in (part..entries).step_by(4) {
+                    File::create(folder.join(format!("entry-{number}"))).expect("create");
+                }
+            });
+        }
+    });
+    mount.remount();
+    let mut seen = BTreeSet::new();
+    for entry in fs::read_dir(mount.join("many")).expect("list") {
+        assert!(seen.insert(entry.expect("list").file_name()), "listed twice");
+    }
+    assert_eq!(seen.len(), entries);
+    assert!(fs::metadata(mount.join("many/entry-17")).expect("stat").is_file());
+    assert_eq!(errno(fs::remove_dir(mount.join("many"))), libc::ENOTEMPTY);
+}
+
+#[test]
+fn a_directory_that_changes_while_it_is_listed_shows_every_entry_that_stays() {
+    let cluster = Cluster::start();
+    let (mount, other) = (cluster.mount(), cluster.mount());
+    for number in 0..3000 {
+        File::create(mount.join(format!("stays-{number:04}"))).expect("create");
+        File::create(mount.join(format!("goes-{number:04}"))).expect("create");
+    }
+    let mut seen = Vec::new();
+    let mut changed = 0;
+    for (count, entry) in fs::read_dir(mount.path()).expect("list").enumerate() {
+        let name = entry.expect("list").file_name().into_string().expect("UTF-8");
+        if name.starts_with("stays-") {
+            seen.push(name);
+        }
+        if count % 7 == 0 && changed < 3000 {
+            fs::remove_file(other.join(format!("goes-{changed:04}"))).expect("unlink");
+            File::create(other.join(format!("new-{changed:04}"))).expect("create");
+            changed += 1;
+        }
+    }
+    let unique: BTreeSet<_> = seen.iter().collect();
+    assert_eq!((unique.len(), seen.len()), (3000, 3000), "an entry that was there throughout is listed exactly once");
+}
+
+#[test]
+fn a_sparse_file_of_a_tebibyte_costs_what_was_written_and_reads_zeroes() {
+    let cluster = Cluster::start();
+    let mount = cluster.mount();
+    let path = mount.join("sparse");
+    let file = OpenOptions::new().create_new(true).read(true).write(true).open(&path).expect("create");
+    file.set_len(1 << 40).expect("truncate to a tebibyte");
+    file.write_all_at(b"middle", 500 << 30).expect("write");
+    file.write_all_at(b"end", (1 << 40) - 3).expect("write");
+    file.sync_all().expect("fsync");
+    drop(file);
+    mount.remount();
+    let file = File::open(&path).expect("open");
+    let meta = file.metadata().expect("stat");
+    assert_eq!(meta.len(), 1 << 40);
+    assert!(meta.blocks() * 512 <= 4 << 20, "{} bytes for nine", meta.blocks() * 512);
+    let mut bytes = [1; 8];
+    file.read_exact_at(&mut bytes, (500 << 30) - 2).expect("read");
+    assert_eq!(&bytes, b"\0\0middle");
+    file.read_exact_at(&mut bytes, 300 << 30).expect("read a hole");
+    assert_eq!(bytes, [0; 8]);
+    let data = sys::seek(&file, 0, libc::SEEK_DATA).expect("seek to data");
+    assert!(data > 499 << 30 && data <= 500 << 30, "data begin at {data}");
+    assert!(sys::seek(&file, 500 << 30, libc::SEEK_HOLE).expect("seek to a hole") < 501 << 30);
+}
+
+#[test]
+fn an_unlinked_file_lives_until_its_last_close_on_any_mount() {
+    let cluster = Cluster::start();
+    let (one, two) = (cluster.mount(), cluster.mount());
+    let content = random_bytes(3, 2 << 20);
+    fs::write(one.join("file"), &content).expect("write");
+    let open_here = OpenOptions::new().read(true).write(true).open(one.join("file")).expect("open");
+    let open_there = File::open(two.join("file")).expect("open on the other mount");
+    fs::remove_file(one.join("file")).expect("unlink");
+    assert_eq!(errno(File::open(one.join("file"))), libc::ENOENT);
+    open_here.write_all_at(b"still writable", 100).expect("write after unlink");
+    open_here.sync_all().expect("fsync after unlink");
+    assert_eq!(open_here.metadata().expect("stat").nlink(), 0);
+    drop(open_here);
+    let mut bytes = vec![0; 4096];
+    open_there.read_exact_at(&mut bytes, 1 << 20).expect("read on the other mount");
+    assert_eq!(bytes, content[1 << 20..][..4096]);
+    cluster.meta().kill();
+    cluster.start_daemons();
+    sys::drop_pages(&open_there).expect("drop the pages");
+    open_there.read_exact_at(&mut bytes, 0).expect("read after the metadata server restarted");
+    assert_eq!(bytes[..100], content[..100]);
+    let inodes = cluster.status().number("inodes");
+    drop(open_there);
+    wait::until("the orphan is reclaimed", PATIENCE, || cluster.status().number("inodes") < inodes);
+}
+
+#[test]
+fn what_one_mount_has_closed_the_other_opens_and_sees() {
+    let cluster = Cluster::start();
+    let (one, two) = (cluster.mount(), cluster.mount());
+    for round in 0..20u64 {
+        let content = random_bytes(round, 10_000 + usize::try_from(round).expect("small") * 150_000);
+        fs::write(one.join("shared"), &content).expect("write");
+        assert!(fs::read(two.join("shared")).expect("read") == content, "round {round}: the other mount sees old data");
+        fs::write(two.join("back"), &content[..5000]).expect("write");
+        assert!(fs::read(one.join("back")).expect("read") == content[..5000]);
+    }
+    fs::create_dir(one.join("dir")).expect("mkdir");
+    fs::rename(two.join("shared"), two.join("dir/moved")).expect("rename");
+    wait::until("the first mount sees the move", PATIENCE, || {
+        one.join("dir/moved").exists() && !one.join("shared").exists()
+    });
+}
+
+#[test]
+fn appends_of_several_mounts_and_descriptors_never_overwrite_each_other() {
+    let cluster = Cluster::start();
+    let mounts = [cluster.mount(), cluster.mount()];
+    File::create(mounts[0].join("log")).expect("create");
+    for round in 0..10 {
+        for (who, mount) in mounts.iter().enumerate() {
+            let mut file = OpenOptions::new().append(true).open(mount.join("log")).expect("open");
+            writeln!(file, "{who} {round}").expect("append");
+        }
+    }
+    thread::scope(|scope| {
+        for who in 2..6 {
+            let path = mounts[0].join("log");
+            scope.spawn(move || {
+                let mut file = OpenOptions::new().append(true).open(path).expect("open");
+                (0..200).for_each(|round| writeln!(file, "{who} {round}").expect("append"));
+            });
+        }
+    });
+    let text = fs::read_to_string(mounts[1].join("log")).expect("read");
+    let lines: BTreeSet<_> = text.lines().collect();
+    assert_eq!((text.lines().count(), lines.len()), (820, 820));
+}
+
+#[test]
+fn rename_can_refuse_to_replace_and_can_exchange() {
+    let cluster = Cluster::start();
+    let mount = cluster.mount();
+    let (a, b) = (mount.join("a"), mount.join("b"));
+    fs::write(&a, "a").expect("write");
+    fs::create_dir(&b).expect("mkdir");
+    fs::write(b.join("inside"), "b").expect("write");
+    assert_eq!(errno(sys::rename(&a, &b, libc::RENAME_NOREPLACE)), libc::EEXIST);
+    sys::rename(&a, &b, libc::RENAME_EXCHANGE).expect("exchange a file and a directory");
+    assert_eq!(fs::read_to_string(&b).expect("read"), "a");
+    assert_eq!(fs::read_to_string(a.join("inside")).expect("read"), "b");
+    sys::rename(&b, &mount.join("c"), libc::RENAME_NOREPLACE).expect("the name is free");
+    assert_eq!(errno(sys::rename(&b, &a, libc::RENAME_EXCHANGE)), libc::ENOENT);
+    assert_eq!(errno(fs::rename(&a, a.join("below"))), libc::EINVAL);
+}
+
+#[test]
+fn special_files_are_what_they_were_made() {
+    let cluster = Cluster::start();
+    let mount = cluster.mount();
+    sys::mknod(&mount.join("fifo"), libc::S_IFIFO | 0o640, 0).expect("mkfifo");
+    sys::mknod(&mount.join("null"), libc::S_IFCHR | 0o666, libc::makedev(1, 3)).expect("a device node");
+    sys::mknod(&mount.join("disk"), libc::S_IFBLK | 0o600, libc::makedev(7, 200)).expect("a block device node");
+    drop(UnixListener::bind(mount.join("socket")).expect("a socket"));
+    symlink("no/where", mount.join("link")).expect("symlink");
+    mount.remount();
+    let kind = |name: &str| fs::symlink_metadata(mount.join(name)).expect("stat").file_type();
+    assert!(kind("fifo").is_fifo() && kind("null").is_char_device() && kind("disk").is_block_device());
+    assert!(kind("socket").is_socket() && kind("link").is_symlink());
+    assert_eq!(fs::metadata(mount.join("disk")).expect("stat").rdev(), libc::makedev(7, 200));
+    assert_eq!(fs::metadata(mount.join("null")).expect("stat").mode() & 0o7777, 0o666);
+    assert_eq!(fs::read_link(mount.join("link")).expect("readlink").as_os_str(), "no/where");
+}
+
+#[test]
+fn user_attributes_are_kept_replaced_listed_and_removed() {
+    let cluster = Cluster::start();
+    let mount = cluster.mount();
+    let file = mount.join("file");
+    fs::write(&file, "").expect("write");
+    sys::set_xattr(&file, "user.a", b"one", libc::XATTR_CREATE).expect("create");
+    assert_eq!(errno(sys::set_xattr(&file, "user.a", b"x", libc::XATTR_CREATE)), libc::EEXIST);
+    assert_eq!(errno(sys::set_xattr(&file, "user.b", b"x", libc::XATTR_REPLACE)), libc::ENODATA);
+    sys::set_xattr(&file, "user.b", &[0xff; 60_000], 0).expect("a large value");
+    sys::set_xattr(&file, "user.a", b"two", libc::XATTR_REPLACE).expect("replace");
+    mount.remount();
+    assert_eq!(sys::get_xattr(&file, "user.a").expect("get"), b"two");
+    assert_eq!(sys::get_xattr(&file, "user.b").expect("get"), [0xff; 60_000]);
+    assert_eq!(sys::list_xattrs(&file).expect("list"), b"user.a\0user.b\0");
+    sys::remove_xattr(&file, "user.a").expect("remove");
+    assert_eq!(errno(sys::get_xattr(&file, "user.a")), libc::ENODATA);
+    assert_eq!(errno(sys::remove_xattr(&file, "user.a")), libc::ENODATA);
+}
+
+#[test]
+fn open_flags_mean_what_open_2_says() {
+    let cluster = Cluster::start();
+    let mount = cluster.mount();
+    let path = mount.join("file");
+    let exclusive = || OpenOptions::new().write(true).create_new(true).open(&path);
+    exclusive().expect("the name is free");
+    assert_eq!(errno(exclusive()), libc::EEXIST);
+    fs::write(&path, "0123456789").expect("write");
+    let truncated = OpenOptions::new().write(true).truncate(true).open(&path).expect("O_TRUNC");
+    assert_eq!(truncated.metadata().expect("stat").len(), 0);
+    truncated.write_all_at(b"abc", 5).expect("write");
+    assert_eq!(fs::read(&path).expect("read"), b"\0\0\0\0\0abc");
+    let synced = OpenOptions::new().write(true).custom_flags(libc::O_SYNC).open(&path).expect("O_SYNC");
+    synced.write_all_at(b"synced", 0).expect("write");
+    assert_eq!(errno(OpenOptions::new().write(true).open(mount.path())), libc::EISDIR);
+    let directory = OpenOptions::new().read(true).custom_flags(libc::O_DIRECTORY).open(&path);
+    assert_eq!(errno(directory), libc::ENOTDIR);
+    symlink("file", mount.join("link")).expect("symlink");
+    let not_followed = OpenOptions::new().read(true).custom_flags(libc::O_NOFOLLOW).open(mount.join("link"));
+    assert_eq!(errno(not_followed), libc::ELOOP);
+}
+
+#[test]
+fn times_are_kept_to_the_nanosecond_also_before_1970() {
+    let cluster = Cluster::start();
+    let mount = cluster.mount();
+    let path = mount.join("file");
+    fs::write(&path, "x").expect("write");
+    for (atime, mtime) in [((1, 1), (2, 999_999_999)), ((-5, 7), (-1, 0)), ((5_000_000_000, 3), (4_102_444_800, 4))] {
+        sys::set_times(&path, atime, mtime).expect("utimensat");
+        mount.remount();
+        let meta = fs::metadata(&path).expect("stat");
+        assert_eq!(((meta.atime(), meta.atime_nsec()), (meta.mtime(), meta.mtime_nsec())), (atime, mtime));
+    }
+    let before = fs::metadata(&path).expect("stat");
+    fs::write(&path, "y").expect("write");
+    let after = fs::metadata(&path).expect("stat");
+    assert!((after.mtime(), after.mtime_nsec()) != (before.mtime(), before.mtime_nsec()), "a write changes mtime");
+    assert!((after.ctime(), after.ctime_nsec()) > (before.ctime(), before.ctime_nsec()), "and ctime");
+}
+
+#[test]
+fn statfs_tells_true_figures() {
+    let cluster = Cluster::start();
+    let mount = cluster.mount();
+    let said = holdfast_tests::shell::run(mount.path(), "stat -f -c '%S %b %f %l' .");
+    let numbers: Vec<u64> = said.split_whitespace().map(|number| number.parse().expect("a number")).collect();
+    let (capacity, free) = (numbers[0] * numbers[1], numbers[0] * numbers[2]);
+    assert!(capacity > 0 && free > 0 && free <= capacity, "{said}");
+    assert_eq!(numbers[3], 255);
+    let servers = cluster.status().storage_sum("capacity_bytes");
+    assert!(capacity <= servers / 2, "three copies of everything fit in {servers}, but {capacity} is promised");
+}
+
+#[test]
+fn a_mapped_file_is_read_and_written_through_memory() {
+    let cluster = Cluster::start();
+    let mount = cluster.mount();
+    let said = holdfast_tests::shell::run(
+        mount.path(),
+        "python3 - <<'EOF'
+import mmap, os
+with open('mapped', 'w+b') as f:
+    f.truncate(3 << 20)
+    with mmap.mmap(f.fileno(), 3 << 20) as m:
+        m[0:5] = b'first'
+        m[(1 << 20) - 3:(1 << 20) + 3] = b'across'
+        m.flush()
+with open('mapped', 'rb') as f:
+    data = f.read()
+print(data[:5].decode(), data[(1 << 20) - 3:(1 << 20) + 3].decode(), len(data), data.count(0))
+EOF",
+    );
+    assert_eq!(said, format!("first across {} {}\n", 3 << 20, (3 << 20) - 11));
+    mount.remount();
+    let mut bytes = Vec::new();
+    File::open(mount.join("mapped")).expect("open").read_to_end(&mut bytes).expect("read");
+    assert_eq!(&bytes[(1 << 20) - 3..][..6], b"across");
+}

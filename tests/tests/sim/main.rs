@@ -1,0 +1,5 @@
+//! Servers on simulated disks that lose, tear and fail.
+
+mod cluster;
+mod node;
+mod store;

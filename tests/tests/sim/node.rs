@@ -1,0 +1,204 @@
+//! The servers of a simulated cluster: real services on simulated disks, with function calls for a network.
+
+use std::{
+    collections::BTreeMap,
+    future::Future,
+    ops::RangeInclusive,
+    path::Path,
+    sync::{Arc, Weak},
+    time::Duration,
+};
+
+use bytes::Bytes;
+use holdfast_common::{
+    ClusterId, Refusal,
+    clock::{Clock, SystemClock},
+    disk::Disk,
+    net::{
+        BoxFuture, CallError, Endpoint, Frame, Peers, Serve,
+        identity::{NodeName, PeerIdentity, Role},
+        tls::Fingerprint,
+    },
+    wire::{
+        codec::{decode, encode},
+        meta::{MetaAnswer, MetaReply, MetaRequest, StorageLoad, StorageNotice},
+        storage::{StorageAnswer, StorageReply, StorageRequest},
+    },
+};
+use holdfast_server::{
+    meta::server::{Authority, Options, Running, recover},
+    storage::{
+        start_service,
+        store::{Store, StoreOptions},
+    },
+};
+use holdfast_tests::sim_disk::SimDisk;
+use parking_lot::Mutex;
+
+pub(crate) const STORAGE_SERVERS: RangeInclusive<u32> = 1..=3;
+const CLUSTER: ClusterId = ClusterId([7; 16]);
+/// How often a caller looks whether there still is power.
+const POWER_POLL: Duration = Duration::from_millis(2);
+
+/// Runs `future` on a runtime of its own; what it left running ends with it.
+pub(crate) fn run<T>(future: impl Future<Output = T>) -> T {
+    tokio::runtime::Builder::new_current_thread().enable_all().build().expect("a runtime").block_on(future)
+}
+
+type Services = Arc<Mutex<BTreeMap<NodeName, Weak<dyn Serve>>>>;
+
+/// The network as one node has it.
+#[derive(Clone)]
+struct Calls {
+    from: PeerIdentity,
+    services: Services,
+}
+
+impl Peers for Calls {
+    fn call(&self, to: Endpoint, request: Frame, deadline: Duration) -> BoxFuture<'_, Result<Frame, CallError>> {
+        Box::pin(async move {
+            let service = self.services.lock().get(&to.name).and_then(Weak::upgrade);
+            let Some(service) = service else {
+                return Err(CallError::Connect(to.address, "nobody is there".into()));
+            };
+            let answer = service.serve(self.from, in_one_part(request));
+            let answer = tokio::time::timeout(deadline, answer).await;
+            answer.map(in_one_part).map_err(|_| CallError::Deadline(to.address, deadline))
+        })
+    }
+}
+
+/// As the payload of a frame arrives from a network.
+fn in_one_part(frame: Frame) -> Frame {
+    let payload: Vec<u8> = frame.payload.concat();
+    Frame { header: frame.header, payload: if payload.is_empty() { Vec::new() } else { vec![payload.into()] } }
+}
+
+fn identity(role: Role, id: u32) -> PeerIdentity {
+    PeerIdentity { cluster: CLUSTER, node: NodeName { role, id } }
+}
+
+fn endpoint(role: Role, id: u32) -> Endpoint {
+    Endpoint {
+        address: ([127, 0, 0, 1], 7000 + u16::try_from(id).expect("few servers")).into(),
+        name: NodeName { role, id },
+    }
+}
+
+/// A cluster from its start to its end.
+pub(crate) struct Life {
+    disk: SimDisk,
+    services: Services,
+    _meta: Running,
+    _storage: Vec<Arc<dyn Serve>>,
+}
+
+impl Life {
+    /// `disks`: the metadata server's, then one for each storage server. `None`: the power is gone.
+    pub(crate) async fn start(disks: Vec<SimDisk>) -> Option<Self> {
+        let services = Services::default();
+        let calls = |role, id| Arc::new(Calls { from: identity(role, id), services: Arc::clone(&services) });
+        let mut storage: Vec<Arc<dyn Serve>> = Vec::new();
+        for id in STORAGE_SERVERS {
+            let disk = Arc::new(disks[id as usize].clone());
+            let service = start_storage(disk, id, calls(Role::Storage, id))?;
+            services.lock().insert(NodeName { role: Role::Storage, id }, Arc::downgrade(&service));
+            storage.push(service);
+        }
+        let disk: Arc<dyn Disk> = Arc::new(disks[0].clone());
+        let options = Options {
+            cluster: CLUSTER,
+            cache_bytes: 1 << 20,
+            // Small, so that a short history has checkpoints.
+            checkpoint_log_bytes: 4096,
+            session_timeout: Duration::from_secs(60),
+            suspect_after: Duration::from_secs(20),
+            down_after: Duration::from_secs(60),
+        };
+        let clock: Arc<dyn Clock> = Arc::new(SystemClock::default());
+        let core = recover(&disk, Path::new("/meta"), clock, &options).ok()?;
+        let authority = Authority { ca: None, ca_fingerprint: Fingerprint([0; 32]), secrets: Box::new(|| [9; 32]) };
+        let meta = Running::start(core, calls(Role::Meta, 1), authority, &options);
+        let service: Arc<dyn Serve> = Arc::clone(&meta.service) as Arc<dyn Serve>;
+        services.lock().insert(NodeName { role: Role::Meta, id: 1 }, Arc::downgrade(&service));
+        let life = Self { disk: disks[0].clone(), services, _meta: meta, _storage: storage };
+        life.introduce().await.then_some(life)
+    }
+
+    /// Every storage server tells that it is there.
+    async fn introduce(&self) -> bool {
+        for id in STORAGE_SERVERS {
+            let has = StorageRequest::Has { blocks: Vec::new() };
+            let Some((Ok(StorageAnswer::Has { boot, .. }), _)) = self.storage(id, has, Bytes::new()).await else {
+                return false;
+            };
+            let address = endpoint(Role::Storage, id).address;
+            let beat = StorageNotice::Heartbeat { address, zone: String::new(), boot, load: StorageLoad::default() };
+            let request = MetaRequest::Storage(beat);
+            if !matches!(self.ask_meta(Role::Storage, id, request).await, Some(Ok(_))) {
+                return false;
+            }
+        }
+        true
+    }
+
+    /// `None`: the power went before an answer came.
+    async fn call(&self, from: PeerIdentity, to: Endpoint, frame: Frame) -> Option<Frame> {
+        let calls = Calls { from, services: Arc::clone(&self.services) };
+        let answer = calls.call(to, frame, Duration::from_secs(20));
+        tokio::select! {
+            answer = answer => answer.ok(),
+            () = self.power_cut() => None,
+        }
+    }
+
+    async fn power_cut(&self) {
+        while !self.disk.has_struck() {
+            tokio::time::sleep(POWER_POLL).await;
+        }
+        // What was answered in the same moment may still arrive.
+        tokio::time::sleep(POWER_POLL).await;
+    }
+
+    async fn ask_meta(&self, role: Role, id: u32, request: MetaRequest) -> Option<Result<MetaAnswer, Refusal>> {
+        let header = encode(&request).expect("a short request");
+        let frame = Frame { header, payload: Vec::new() };
+        let answer = self.call(identity(role, id), endpoint(Role::Meta, 1), frame).await?;
+        Some(decode::<MetaReply>(&answer.header).expect("a metadata server's answer").result)
+    }
+
+    pub(crate) async fn meta(&self, request: MetaRequest) -> Option<Result<MetaAnswer, Refusal>> {
+        let role = if matches!(request, MetaRequest::Admin(_)) { Role::Admin } else { Role::Client };
+        self.ask_meta(role, 1, request).await
+    }
+
+    pub(crate) async fn storage(
+        &self,
+        server: u32,
+        request: StorageRequest,
+        payload: Bytes,
+    ) -> Option<(Result<StorageAnswer, Refusal>, Bytes)> {
+        let role = match request {
+            StorageRequest::Has { .. } => Role::Meta,
+            _ => Role::Client,
+        };
+        let payload = if payload.is_empty() { Vec::new() } else { vec![payload] };
+        let frame = Frame { header: encode(&request).expect("a short request"), payload };
+        let answer = self.call(identity(role, 1), endpoint(Role::Storage, server), frame).await?;
+        let reply: StorageReply = decode(&answer.header).expect("a storage server's answer");
+        Some((reply.0, answer.payload.concat().into()))
+    }
+}
+
+/// `None`: the power is gone.
+fn start_storage(disk: Arc<dyn Disk>, id: u32, peers: Arc<dyn Peers>) -> Option<Arc<dyn Serve>> {
+    let options = StoreOptions {
+        segment_bytes: 64 << 10,
+        reserve_bytes: 0,
+        flush_every: Duration::from_millis(1),
+        flushes_per_checkpoint: 3,
+        ..StoreOptions::default()
+    };
+    let store = Store::open(disk, Path::new("/storage"), options).ok()?;
+    Some(start_service(Arc::new(store), peers, id).expect("threads can be started"))
+}
