@@ -42,7 +42,7 @@ const BUSY_PAUSE: Duration = Duration::from_millis(50);
 const LINGER: Duration = Duration::from_secs(2);
 /// Past the filesystem's own retries: how long the last flush may take.
 const FLUSH_MARGIN: Duration = Duration::from_secs(600);
-const CLOSE_TIMEOUT: Duration = Duration::from_secs(2);
+const CLOSE_TIMEOUT: Duration = Duration::from_millis(300);
 
 /// All that is needed to mount.
 #[derive(Clone, Debug)]

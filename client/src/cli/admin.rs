@@ -176,7 +176,7 @@ async fn call(node: &Arc<Node>, to: Endpoint, request: AdminRequest) -> Result<M
 async fn farewell(node: &Arc<Node>) {
     node.close();
     // A server that is gone needs no farewell.
-    drop(tokio::time::timeout(Duration::from_millis(500), node.closed()).await);
+    drop(tokio::time::timeout(Duration::from_millis(100), node.closed()).await);
 }
 
 /// Runs one conversation on a runtime of its own.

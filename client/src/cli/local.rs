@@ -389,8 +389,8 @@ impl Local {
              \x20 kill -9 {victim:<9}                   # storage-2 dies: go on reading and writing\n\
              \x20 holdfast status --dir {dir}    # see what is owed\n\
              \x20 holdfast up --dir {dir}        # it comes back, and gets what it missed\n\
-             \x20 f=$(find {dir}/storage-1/data -name '*.seg*' | head -1)  # damage a stored block, then read:\n\
-             \x20 printf X | dd of=\"$f\" bs=1 seek=5000 conv=notrunc        # the read is right, the copy is repaired\n\
+             \x20 f=$(find {dir}/storage-1/data -name '*.seg' | head -1)\n\
+             \x20 printf X | dd of=\"$f\" bs=1 seek=5000 conv=notrunc   # damage a copy: reads stay right, and replace it\n\
              \x20 holdfast down --dir {dir}      # stop; the data stay\n"
         )
     }

@@ -123,7 +123,7 @@ pub(super) fn last_lines(log: &Path, count: usize) -> String {
     lines[lines.len().saturating_sub(count)..].join("\n")
 }
 
-/// Processes that have files or their working directory under `mountpoint`: number and name, at most `limit`.
+/// Other processes that have files or their working directory under `mountpoint`: number and name, at most `limit`.
 pub(super) fn users_of(mountpoint: &Path, limit: usize) -> Vec<String> {
     let Ok(processes) = fs::read_dir("/proc") else { return Vec::new() };
     processes
@@ -132,7 +132,7 @@ pub(super) fn users_of(mountpoint: &Path, limit: usize) -> Vec<String> {
         .filter(|process| {
             process.file_name().is_some_and(|name| name.as_encoded_bytes().iter().all(u8::is_ascii_digit))
         })
-        .filter(|process| uses(process, mountpoint))
+        .filter(|process| !process.ends_with(std::process::id().to_string()) && uses(process, mountpoint))
         .take(limit)
         .map(|process| describe(&process))
         .collect()
@@ -227,9 +227,13 @@ mod tests {
         let directory = tempfile::tempdir().unwrap();
         let path = directory.path().canonicalize().unwrap();
         assert!(users_of(&path, 5).is_empty());
-        let _open = File::create(path.join("open")).unwrap();
+        let _own = File::create(path.join("own")).unwrap();
+        assert!(users_of(&path, 5).is_empty(), "this process does not count");
+        let mut other = Command::new("sleep").arg("600").current_dir(&path).spawn().unwrap();
         let users = users_of(&path, 5);
+        other.kill().unwrap();
+        other.wait().unwrap();
         assert_eq!(users.len(), 1, "{users:?}");
-        assert!(users[0].contains(&std::process::id().to_string()), "{users:?}");
+        assert!(users[0].contains(&other.id().to_string()), "{users:?}");
     }
 }

@@ -14,6 +14,7 @@ use super::{
     inode::{ChunkPlan, Inode, Which, split},
     open::OpenFile,
 };
+use crate::write::budget::NoRoom;
 
 impl Fs {
     /// At most `size` bytes from `offset`, shorter only at the end of the file.
@@ -100,11 +101,13 @@ impl Fs {
             return Ok(());
         }
         self.write_out_old(std::time::Duration::ZERO);
-        if self.shared.budget.wait_for_room(self.shared.io_timeout).await {
-            return Ok(());
-        }
-        warn!(dirty = self.dirty_bytes(), "a write found no room: what was written before could not be stored");
-        Err(Errno(libc::EIO))
+        self.shared.budget.wait_for_room(self.shared.io_timeout).await.map_err(|no_room| {
+            warn!(dirty = self.dirty_bytes(), ?no_room, "a write found no room: what was written before is not stored");
+            match no_room {
+                NoRoom::Full => Errno(libc::ENOSPC),
+                NoRoom::Timeout => Errno(libc::EIO),
+            }
+        })
     }
 
     /// Starts storing what has been dirty for longer than `age`.

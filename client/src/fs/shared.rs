@@ -67,6 +67,7 @@ impl Shared {
     async fn upload(self: Arc<Self>, inode: &Arc<Inode>, upload: &Upload, cut: Option<Cut>, durable: bool) {
         let freed = match self.store(inode, upload, cut, durable).await {
             Ok(stored) => {
+                self.budget.set_full(false);
                 let mut state = inode.lock();
                 state.last_position = state.last_position.max(stored.committed.position);
                 state.finish(upload, &stored.cut.pieces, &stored.places, stored.committed.attr)
@@ -77,6 +78,7 @@ impl Shared {
             }
             Err(error) => {
                 warn!(ino = %inode.ino, bytes = upload.bytes, ?error, "written data could not be stored; it is kept and tried again");
+                self.budget.set_full(error.0 == libc::ENOSPC);
                 inode.lock().fail(upload, error)
             }
         };
