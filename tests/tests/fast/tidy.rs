@@ -124,8 +124,8 @@ impl Source {
 fn what_calls_itself_pure_is_pure() {
     let impure = [
         "tokio",
-        "SystemTime",
-        "Instant",
+        "SystemTime::now",
+        "Instant::now",
         "HashMap",
         "HashSet",
         "rand",
@@ -162,8 +162,11 @@ fn nothing_is_left_for_later() {
 
 #[test]
 fn every_module_says_what_it_owns() {
-    let silent: Vec<String> =
-        sources().iter().filter(|source| source.header().is_empty()).map(|source| source.path.clone()).collect();
+    let silent: Vec<String> = sources()
+        .iter()
+        .filter(|source| source.header().is_empty() && !source.path.ends_with("/tests.rs"))
+        .map(|source| source.path.clone())
+        .collect();
     assert_none(&silent, "the first line of a module is `//! ...`");
 }
 

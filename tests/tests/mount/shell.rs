@@ -178,7 +178,10 @@ fn vi_edits_and_saves_with_backup_and_swap_files() {
     let cluster = Cluster::start();
     let mount = cluster.mount();
     fs::write(mount.join("text"), "alpha\nbeta\n").expect("write");
-    shell::run(mount.path(), "vi -u NONE -N -es -c 'set backup writebackup' -c '%s/beta/gamma/' -c 'wq' text");
+    shell::run(
+        mount.path(),
+        "vi -u NONE -N -es -c 'set backup writebackup backupdir=. backupskip=' -c '%s/beta/gamma/' -c 'wq' text",
+    );
     assert_eq!(fs::read_to_string(mount.join("text")).expect("read"), "alpha\ngamma\n");
     assert_eq!(fs::read_to_string(mount.join("text~")).expect("read"), "alpha\nbeta\n");
 }
