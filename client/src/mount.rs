@@ -136,6 +136,7 @@ fn serve(
     let session = KernelSession::start(Arc::clone(&fs), network.handle(), &job.plan, move |result| {
         tell(&ended, Event::Ended(result))
     })?;
+    fs.tell_kernel(Arc::new(session.notifier()));
     let session = Arc::new(session);
     prove(Arc::clone(&session), events.clone());
     if let Err(error) = await_proof(happened) {

@@ -75,7 +75,7 @@ impl Fs {
         advice.sequential
     }
 
-    /// All of `data` is accepted, or none.
+    /// All of `data` is accepted, or none. A handle that was opened to append writes at the end, wherever `offset` says.
     pub async fn write(&self, _caller: Caller, ino: Ino, handle: FileHandle, offset: u64, data: Bytes) -> FsResult<()> {
         let file = self.file(handle)?;
         if data.is_empty() {
@@ -84,7 +84,12 @@ impl Fs {
         let end = offset.checked_add(data.len() as u64).filter(|end| *end <= FILE_SIZE_MAX);
         end.ok_or(Errno(libc::EFBIG))?;
         self.wait_for_room().await?;
-        let (grown, full) = file.inode.lock().write(offset, data, self.shared.clock.now());
+        let (grown, full) = {
+            let mut state = file.inode.lock();
+            // The kernel's idea of the end may be older than another mount's last append.
+            let offset = if file.flags & libc::O_APPEND != 0 { state.size() } else { offset };
+            state.write(offset, data, self.shared.clock.now())
+        };
         self.shared.budget.add(grown);
         if full {
             self.shared.start_uploads(&file.inode, Which::Full, false);

@@ -14,7 +14,7 @@ mod shared;
 use std::{
     collections::HashMap,
     sync::{
-        Arc,
+        Arc, OnceLock,
         atomic::{AtomicU64, Ordering},
     },
     time::Duration,
@@ -85,6 +85,15 @@ pub struct Opened {
     pub handle: FileHandle,
     /// The kernel's pages of this inode are still true.
     pub keep_cache: bool,
+    /// The kernel must not keep pages of what goes through this handle: it appends, and only this mount's
+    /// `Fs` knows where the end is.
+    pub direct: bool,
+}
+
+/// A way to tell the kernel that it remembers something that is no longer true.
+pub trait KernelCaches: Send + Sync + std::fmt::Debug {
+    /// Attributes of `ino` that were told earlier are out of date. Must not block.
+    fn attributes_changed(&self, ino: Ino);
 }
 
 /// One page of a directory, with `.` and `..`.
@@ -120,6 +129,7 @@ pub struct Fs {
     kernel_versions: Mutex<HashMap<Ino, u64>>,
     releases: Releases,
     read_ahead_max: u32,
+    kernel: OnceLock<Arc<dyn KernelCaches>>,
 }
 
 impl Fs {
@@ -154,7 +164,13 @@ impl Fs {
             kernel_versions: Mutex::default(),
             releases: Releases::default(),
             read_ahead_max: read_ahead_max(options.cache_bytes),
+            kernel: OnceLock::new(),
         }))
+    }
+
+    /// From now on `kernel` hears of what it must no longer believe. The first one counts.
+    pub fn tell_kernel(&self, kernel: Arc<dyn KernelCaches>) {
+        self.kernel.get_or_init(|| kernel);
     }
 
     /// How long the kernel may trust attributes and names.

@@ -100,8 +100,7 @@ impl Fs {
         self.shared.meta.opened(attr.ino);
         let inode = Inode::new(attr, KnownMap::empty(attr.data_version), attr.data_version);
         self.inodes.lock().insert(attr.ino, Arc::clone(&inode));
-        let handle = self.add_file(inode, flags);
-        Ok((attr, Opened { handle, keep_cache: true }))
+        Ok((attr, self.opened(inode, flags, true)))
     }
 
     /// Someone else made the name between the kernel's lookup and the create.
@@ -139,8 +138,15 @@ impl Fs {
             state.map.learn(ChunkIndex(0), CHUNKS_WITH_OPEN, chunks_of(attr.size), map);
             state.show_pages(attr.data_version)
         };
-        let handle = self.add_file(inode, flags);
-        Ok(Opened { handle, keep_cache })
+        if !keep_cache && let Some(kernel) = self.kernel.get() {
+            // It may have been told a size a moment ago, and would not read past it.
+            kernel.attributes_changed(ino);
+        }
+        Ok(self.opened(inode, flags, keep_cache))
+    }
+
+    fn opened(&self, inode: Arc<Inode>, flags: i32, keep_cache: bool) -> Opened {
+        Opened { handle: self.add_file(inode, flags), keep_cache, direct: flags & libc::O_APPEND != 0 }
     }
 
     fn add_file(&self, inode: Arc<Inode>, flags: i32) -> FileHandle {

@@ -31,12 +31,13 @@ const CONGESTION_THRESHOLD: u16 = 96;
 /// setgid away by a chmod of its own, from fresh attributes; version 2 would need bits that fuser drops); ATOMIC_O_TRUNC
 /// (without it truncation is a SetAttr, one code path); AUTO_INVAL_DATA (it throws a writer's own pages away
 /// at its next stat; `keep_cache` at open gives close-to-open instead); SETXATTR_EXT and SECURITY_CTX (fuser cannot parse them).
-const WANTED: [InitFlags; 5] = [
+const WANTED: [InitFlags; 6] = [
     InitFlags::FUSE_PARALLEL_DIROPS,
     InitFlags::FUSE_DO_READDIRPLUS,
     InitFlags::FUSE_READDIRPLUS_AUTO,
     InitFlags::FUSE_ASYNC_DIO,
     InitFlags::FUSE_CACHE_SYMLINKS,
+    InitFlags::FUSE_DIRECT_IO_ALLOW_MMAP,
 ];
 
 const fn answer(name: &'static str) -> Operation {
@@ -129,7 +130,8 @@ fn handle(handle: Fh) -> FileHandle {
 
 fn open_flags(opened: Opened) -> FopenFlags {
     let keep = if opened.keep_cache { FopenFlags::FOPEN_KEEP_CACHE } else { FopenFlags::empty() };
-    keep | FopenFlags::FOPEN_PARALLEL_DIRECT_WRITES
+    let direct = if opened.direct { FopenFlags::FOPEN_DIRECT_IO } else { FopenFlags::empty() };
+    keep | direct | FopenFlags::FOPEN_PARALLEL_DIRECT_WRITES
 }
 
 fn node(kind: Kind, mode: u32, rdev: u32) -> MakeRequest {

@@ -5,6 +5,8 @@ use std::{ffi::OsStr, io, os::unix::ffi::OsStrExt};
 use fuser::INodeNo;
 use holdfast_common::Ino;
 
+use crate::fs::KernelCaches;
+
 /// A way to the kernel's caches of one mount. Cheap to clone.
 ///
 /// Must not be called from within an operation on the same inode or directory: the kernel may hold a lock
@@ -32,5 +34,17 @@ impl KernelNotifier {
     /// What the kernel believes about `name` in `parent` is forgotten.
     pub fn inval_entry(&self, parent: Ino, name: &[u8]) -> io::Result<()> {
         self.inner.inval_entry(INodeNo(parent.0), OsStr::from_bytes(name))
+    }
+}
+
+impl KernelCaches for KernelNotifier {
+    fn attributes_changed(&self, ino: Ino) {
+        // Attributes alone: no page is locked for it, so that it may be said from within an open of the same inode.
+        match self.inval_attributes(ino) {
+            Ok(()) => {}
+            // The kernel does not know the inode, and so has nothing to forget.
+            Err(error) if error.kind() == io::ErrorKind::NotFound => {}
+            Err(error) => tracing::debug!(%ino, %error, "the kernel was not told that attributes changed"),
+        }
     }
 }
