@@ -81,7 +81,7 @@ impl<'a> Writer<'a> {
         let bytes = content(number);
         let hash = BlockHash::of(&bytes);
         let length = u32::try_from(bytes.len()).expect("a small block");
-        let holders = self.put(hash, &bytes, length, number % 2 == 0).await?;
+        let holders = self.put(hash, &bytes, length, number.is_multiple_of(2)).await?;
         let piece = Piece { offset: 0, length, block: hash, block_offset: 0 };
         let file = FileCommit {
             ino: attr.ino,
