@@ -1,8 +1,11 @@
 //! The tables on a disk: opened at the last checkpoint, brought up to date by the log.
 
-use std::{mem::ManuallyDrop, path::Path, sync::Arc};
+use std::{io, mem::ManuallyDrop, path::Path, sync::Arc};
 
-use holdfast_common::{Position, disk::Disk};
+use holdfast_common::{
+    Position,
+    disk::{Disk, DiskFile},
+};
 use parking_lot::Mutex;
 use redb::{Database, Durability, ReadableDatabase};
 
@@ -28,15 +31,32 @@ pub struct Store {
 impl Store {
     /// Opens the database at its last checkpoint, or makes it.
     pub fn open(disk: &dyn Disk, path: &Path, cache_bytes: u64) -> Result<Self, OpenStoreError> {
-        let file = disk.open(path, true).map_err(|source| OpenStoreError::Open { path: path.to_owned(), source })?;
-        let unusable = |source| OpenStoreError::Unusable { path: path.to_owned(), source };
+        let failed = |source| OpenStoreError::Open { path: path.to_owned(), source };
+        match disk.open(path, false) {
+            Ok(_) => {}
+            Err(error) if error.kind() == io::ErrorKind::NotFound => Self::make(disk, path, cache_bytes)?,
+            Err(error) => return Err(failed(error)),
+        }
+        let file = disk.open(path, false).map_err(failed)?;
+        Self::on(file, cache_bytes).map_err(|source| OpenStoreError::Unusable { path: path.to_owned(), source })
+    }
+
+    /// An empty database under its name, whole or not at all: redb cannot open one whose first writes were cut short.
+    fn make(disk: &dyn Disk, path: &Path, cache_bytes: u64) -> Result<(), OpenStoreError> {
+        let failed = |source| OpenStoreError::Open { path: path.to_owned(), source };
+        let draft = path.with_extension("new");
+        let file = disk.open(&draft, true).map_err(failed)?;
+        file.set_length(0).map_err(failed)?;
+        Self::on(file, cache_bytes).map_err(|source| OpenStoreError::Unusable { path: draft.clone(), source })?;
+        disk.rename(&draft, path).map_err(failed)?;
+        disk.sync_directory(path.parent().unwrap_or(Path::new("/"))).map_err(failed)
+    }
+
+    fn on(file: Arc<dyn DiskFile>, cache_bytes: u64) -> Result<Self, StorageError> {
         let cache = usize::try_from(cache_bytes).unwrap_or(usize::MAX);
-        let database = Database::builder()
-            .set_cache_size(cache)
-            .create_with_backend(RedbFile::new(file))
-            .map_err(|e| unusable(e.into()))?;
+        let database = Database::builder().set_cache_size(cache).create_with_backend(RedbFile::new(file))?;
         let store = Self { database: ManuallyDrop::new(database), view: Mutex::new(None) };
-        store.write(Durability::Immediate, state::initialize).map_err(unusable)?;
+        store.write(Durability::Immediate, state::initialize)?;
         Ok(store)
     }
 
