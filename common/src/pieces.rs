@@ -56,6 +56,37 @@ fn part_after(piece: &Piece, start: u32) -> Option<Piece> {
     })
 }
 
+/// A number that two lists of pieces share if they read alike from the same blocks, and practically only then: 64 bits
+/// of the BLAKE3 of the runs, those that go on where the last one ends taken together.
+pub fn digest(pieces: &[Piece]) -> u64 {
+    let mut hasher = blake3::Hasher::new();
+    let mut run: Option<Piece> = None;
+    for piece in pieces {
+        match &mut run {
+            Some(run) if goes_on(run, piece) => run.length += piece.length,
+            _ => {
+                run.iter().for_each(|run| hash_run(&mut hasher, run));
+                run = Some(*piece);
+            }
+        }
+    }
+    run.iter().for_each(|run| hash_run(&mut hasher, run));
+    let mut word = [0; 8];
+    word.copy_from_slice(&hasher.finalize().as_bytes()[..8]);
+    u64::from_le_bytes(word)
+}
+
+fn goes_on(run: &Piece, piece: &Piece) -> bool {
+    run.end() == piece.offset && run.block == piece.block && run.block_offset + run.length == piece.block_offset
+}
+
+fn hash_run(hasher: &mut blake3::Hasher, run: &Piece) {
+    hasher.update(&run.block.0);
+    for number in [run.offset, run.length, run.block_offset] {
+        hasher.update(&number.to_le_bytes());
+    }
+}
+
 /// Bytes that the pieces hold.
 pub fn stored(pieces: &[Piece]) -> u64 {
     pieces.iter().map(|piece| u64::from(piece.length)).sum()
@@ -148,6 +179,16 @@ mod tests {
                 prop_assert_eq!(stored(&pieces), model.iter().flatten().count() as u64);
             }
         }
+    }
+
+    #[test]
+    fn a_digest_does_not_see_where_a_run_was_cut_but_everything_else() {
+        let whole = [piece(0, 10, 1, 5)];
+        assert_eq!(digest(&whole), digest(&[piece(0, 4, 1, 5), piece(4, 6, 1, 9)]));
+        for other in [[piece(0, 9, 1, 5)], [piece(1, 10, 1, 5)], [piece(0, 10, 2, 5)], [piece(0, 10, 1, 6)]] {
+            assert_ne!(digest(&whole), digest(&other));
+        }
+        assert_ne!(digest(&whole), digest(&[]));
     }
 
     #[test]

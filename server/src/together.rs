@@ -196,6 +196,7 @@ impl<'a> Mount<'a> {
             size_at_least: u64::from(length),
             mtime: Time::default(),
             clear_suid: false,
+            only_over: Vec::new(),
         };
         self.mutate(true, Op::Commit { files: vec![file], blocks: vec![NewBlock { hash, length, holders }] }).await
     }

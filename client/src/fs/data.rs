@@ -14,7 +14,11 @@ use super::{
     inode::{ChunkPlan, Inode, Which, split},
     open::OpenFile,
 };
-use crate::write::budget::NoRoom;
+use crate::{
+    fs::shared::{MAP_TRIES, Urgency, unsteady},
+    remote::{blocks::TRY_FRESH_MAP, retry::Retry},
+    write::budget::NoRoom,
+};
 
 impl Fs {
     /// At most `size` bytes from `offset`, shorter only at the end of the file.
@@ -50,12 +54,29 @@ impl Fs {
         within: Range<u32>,
         sequential: bool,
     ) -> FsResult<Bytes> {
+        let mut retry = None;
+        let mut loads = 0;
         loop {
             let plan = inode.lock().plan(chunk, within.clone());
-            match plan {
+            let assembly = match plan {
                 ChunkPlan::Bytes(bytes) => return Ok(bytes),
-                ChunkPlan::UnknownMap => self.shared.load_map(inode, chunk).await?,
-                ChunkPlan::Assemble(assembly) => return self.shared.assemble(assembly, sequential).await,
+                ChunkPlan::Assemble(assembly) => assembly,
+                ChunkPlan::UnknownMap if loads < MAP_TRIES => {
+                    loads += 1;
+                    self.shared.load_map(inode, chunk).await?;
+                    continue;
+                }
+                ChunkPlan::UnknownMap => return Err(unsteady(inode)),
+            };
+            match self.shared.assemble(assembly, sequential).await {
+                Err(TRY_FRESH_MAP) => {
+                    // The holders that are known do not help: there may be others by now.
+                    let retry = retry.get_or_insert_with(|| Retry::within(self.shared.io_timeout));
+                    retry.pause().await.map_err(|_| Errno(libc::EIO))?;
+                    inode.lock().map.forget_all();
+                    loads = 0;
+                }
+                result => return result,
             }
         }
     }
@@ -81,18 +102,19 @@ impl Fs {
         if data.is_empty() {
             return Ok(());
         }
-        let end = offset.checked_add(data.len() as u64).filter(|end| *end <= FILE_SIZE_MAX);
-        end.ok_or(Errno(libc::EFBIG))?;
         self.wait_for_room().await?;
-        let (grown, full) = {
+        let full = {
             let mut state = file.inode.lock();
             // The kernel's idea of the end may be older than another mount's last append.
             let offset = if file.flags & libc::O_APPEND != 0 { state.size() } else { offset };
-            state.write(offset, data, self.shared.clock.now())
+            let end = offset.checked_add(data.len() as u64).filter(|end| *end <= FILE_SIZE_MAX);
+            end.ok_or(Errno(libc::EFBIG))?;
+            let (grown, full) = state.write(offset, data, self.shared.clock.now());
+            self.shared.budget.add(grown);
+            full
         };
-        self.shared.budget.add(grown);
         if full {
-            self.shared.start_uploads(&file.inode, Which::Full, false);
+            self.shared.start_uploads(&file.inode, Which::Full, Urgency::Visible);
         }
         if file.flags & (libc::O_SYNC | libc::O_DSYNC) != 0 {
             return self.fsync(ino, handle, true).await;
@@ -121,7 +143,7 @@ impl Fs {
         for inode in inodes {
             let old = inode.lock().dirty_since().is_some_and(|since| since.elapsed() >= age);
             if old {
-                self.shared.start_uploads(&inode, Which::All, false);
+                self.shared.start_uploads(&inode, Which::All, Urgency::Visible);
             }
         }
     }
@@ -130,7 +152,7 @@ impl Fs {
     pub async fn flush(&self, _ino: Ino, handle: FileHandle) -> FsResult<()> {
         let file = self.file(handle)?;
         if !file.inode.lock().is_clean() {
-            self.shared.write_out(&file.inode, false).await;
+            self.shared.write_out(&file.inode, Urgency::Visible).await;
         }
         self.tell_error(&file)
     }
@@ -139,13 +161,19 @@ impl Fs {
     /// returns. With `data_only` as well: the size and the map are part of what makes data readable.
     pub async fn fsync(&self, _ino: Ino, handle: FileHandle, _data_only: bool) -> FsResult<()> {
         let file = self.file(handle)?;
-        let errors = file.inode.lock().errors();
-        self.shared.write_out(&file.inode, true).await;
-        if file.inode.lock().errors() == errors {
-            let position = file.inode.lock().last_position;
-            if !self.shared.meta.is_durable(position) {
-                self.shared.meta.barrier().await?;
-            }
+        let (errors, inherited) = {
+            let state = file.inode.lock();
+            (state.errors(), state.to_make_durable().is_none())
+        };
+        let urgency = if inherited { Urgency::DurableBlocks } else { Urgency::Durable };
+        self.shared.write_out(&file.inode, urgency).await;
+        let (failed, position) = {
+            let state = file.inode.lock();
+            (state.errors() > errors, state.to_make_durable())
+        };
+        if !failed && !position.is_some_and(|position| self.shared.meta.is_durable(position)) {
+            self.shared.meta.barrier().await?;
+            file.inode.lock().disinherit();
         }
         self.tell_error(&file)
     }
@@ -187,7 +215,7 @@ impl Fs {
 impl super::shared::Shared {
     /// Brings one chunk's blocks into the cache.
     async fn prefetch(&self, inode: &Arc<Inode>, chunk: ChunkIndex) -> FsResult<()> {
-        loop {
+        for _ in 0..MAP_TRIES {
             let plan = inode.lock().plan(chunk, 0..holdfast_common::limits::BLOCK_SIZE_MAX);
             match plan {
                 ChunkPlan::Bytes(_) => return Ok(()),
@@ -200,6 +228,7 @@ impl super::shared::Shared {
                 }
             }
         }
+        Err(unsteady(inode))
     }
 }
 

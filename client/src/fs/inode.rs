@@ -11,12 +11,13 @@ use bytes::{Bytes, BytesMut};
 use holdfast_common::{
     Attr, ChunkIndex, Ino, Piece, Position, Time,
     limits::{BLOCK_SIZE_MAX, CHUNK_SIZE, COMMIT_PIECES_MAX},
-    wire::meta::BlockPlace,
+    pieces,
+    wire::meta::{BlockPlace, FileMap},
 };
 use parking_lot::{Mutex, MutexGuard};
 use tokio::{sync::Notify, time::Instant};
 
-use super::Errno;
+use super::{Errno, shared::chunks_of};
 use crate::{
     read::{
         map::KnownMap,
@@ -62,7 +63,9 @@ pub(super) struct State {
     errors: u64,
     last_error: i32,
     /// Of the last change of this file by this mount.
-    pub last_position: Position,
+    last_position: Position,
+    /// The file was opened as it was: whether what others (or this mount, before) did to it is durable is not known.
+    inherited: bool,
 }
 
 /// Extents on their way: at most one upload at a time has a chunk.
@@ -73,8 +76,9 @@ pub(super) struct Upload {
     pub bytes: u64,
     /// When the last of these bytes was written.
     pub mtime: Time,
-    /// These chunks have been written bit by bit so often that they may need compacting.
-    pub scattered: Vec<ChunkIndex>,
+    /// Chunks that have been written bit by bit so often that they may need compacting, with the pieces that they
+    /// have at most.
+    pub scattered: Vec<(ChunkIndex, usize)>,
 }
 
 impl Upload {
@@ -147,6 +151,7 @@ impl Inode {
             errors: 0,
             last_error: 0,
             last_position: Position(0),
+            inherited: true,
         };
         Arc::new(Self { ino: attr.ino, state: Mutex::new(state), settled: Notify::new() })
     }
@@ -178,6 +183,10 @@ impl State {
         if attr.data_version < self.attr.data_version {
             return;
         }
+        if attr.data_version > self.map.version() {
+            // Someone else changed the file: a size that is believed without its map would read as a hole.
+            self.map.forget(attr.data_version);
+        }
         let written = (self.attr.mtime, self.attr.ctime);
         self.attr = attr;
         self.attr_at = Some(Instant::now());
@@ -207,6 +216,29 @@ impl State {
     /// What to remember when this state goes.
     pub(super) fn pages_version(&self) -> Option<u64> {
         (!self.forgotten && self.pages != PAGES_UNKNOWN).then_some(self.pages)
+    }
+
+    /// This mount changed the file at `position`.
+    pub(super) fn note_position(&mut self, position: Position) {
+        self.last_position = self.last_position.max(position);
+    }
+
+    /// What must become durable for an fsync; `None`: nothing may be taken for durable without asking.
+    pub(super) fn to_make_durable(&self) -> Option<Position> {
+        (!self.inherited).then_some(self.last_position)
+    }
+
+    /// Nobody but this mount has changed the file before `position`, or all that was done is durable.
+    pub(super) fn disinherit(&mut self) {
+        self.inherited = false;
+    }
+
+    /// Takes in an answer about the map of chunks `first..first+count`.
+    pub(super) fn learn_map(&mut self, first: ChunkIndex, count: u32, map: FileMap) {
+        // The size that is known says how many chunks there are at its own version, and at no other.
+        let known = self.attr.data_version == map.data_version;
+        let chunks = if known { chunks_of(self.attr.size) } else { u32::MAX };
+        self.map.learn(first, count, chunks, map);
     }
 
     pub(super) fn size(&self) -> u64 {
@@ -280,6 +312,35 @@ impl State {
         (grown, full)
     }
 
+    /// Takes dirty bytes in `range` out, to be put back if what makes them superfluous fails.
+    pub(super) fn take_dirty(&mut self, range: Range<u64>) -> Vec<(ChunkIndex, Extent)> {
+        let mut taken = Vec::new();
+        for (chunk, dirty) in &self.dirty {
+            let base = position(*chunk, 0);
+            let from = u32::try_from(range.start.saturating_sub(base)).unwrap_or(BLOCK_SIZE_MAX).min(BLOCK_SIZE_MAX);
+            let runs = dirty.runs_in(&(from..BLOCK_SIZE_MAX));
+            taken.extend(runs.into_iter().map(|(offset, bytes)| (*chunk, Extent { offset, bytes })));
+        }
+        self.forget_dirty(range);
+        taken
+    }
+
+    /// Puts back what was taken. Returns how many bytes were given up for newer ones.
+    pub(super) fn put_back_dirty(&mut self, taken: Vec<(ChunkIndex, Extent)>) -> u64 {
+        let bytes: u64 = taken.iter().map(|(_, extent)| extent.bytes.len() as u64).sum();
+        let mut by_chunk: BTreeMap<ChunkIndex, Vec<Extent>> = BTreeMap::new();
+        for (chunk, extent) in taken {
+            by_chunk.entry(chunk).or_default().push(extent);
+        }
+        let put_back = |(chunk, extents)| self.dirty.entry(chunk).or_default().put_back(extents);
+        let given_up = by_chunk.into_iter().map(put_back).sum();
+        self.dirty_bytes += bytes - given_up;
+        if !self.dirty.is_empty() {
+            self.dirty_since = Some(Instant::now());
+        }
+        given_up
+    }
+
     /// Forgets dirty bytes in `range`. Returns how many.
     pub(super) fn forget_dirty(&mut self, range: Range<u64>) -> u64 {
         let mut freed = 0;
@@ -348,8 +409,8 @@ impl State {
     }
 
     /// Counts partial writes of each chunk; returns those that have reached `compact_from`.
-    fn note_scattered(&mut self, extents: &[(ChunkIndex, Extent)], compact_from: usize) -> Vec<ChunkIndex> {
-        let mut reached = Vec::new();
+    fn note_scattered(&mut self, extents: &[(ChunkIndex, Extent)], compact_from: usize) -> Vec<(ChunkIndex, usize)> {
+        let mut reached: BTreeMap<ChunkIndex, usize> = BTreeMap::new();
         for (chunk, extent) in extents {
             if extent.bytes.len() == BLOCK_SIZE_MAX as usize {
                 self.scattered.remove(chunk);
@@ -357,11 +418,11 @@ impl State {
             }
             let count = self.scattered.entry(*chunk).or_insert(0);
             *count += 1;
-            if *count >= compact_from && reached.last() != Some(chunk) {
-                reached.push(*chunk);
+            if *count >= compact_from {
+                reached.insert(*chunk, *count);
             }
         }
-        reached
+        reached.into_iter().collect()
     }
 
     /// The chunk's pieces have been counted (or rewritten as few): counting starts again from there.
@@ -386,14 +447,7 @@ impl State {
     /// The upload failed: its bytes are dirty again, under those written since. Returns the bytes that are no longer held.
     pub(super) fn fail(&mut self, upload: &Upload, error: Errno) -> u64 {
         self.end_upload(upload);
-        let mut by_chunk: BTreeMap<ChunkIndex, Vec<Extent>> = BTreeMap::new();
-        for (chunk, extent) in &upload.extents {
-            by_chunk.entry(*chunk).or_default().push(extent.clone());
-        }
-        let put_back = |(chunk, extents)| self.dirty.entry(chunk).or_default().put_back(extents);
-        let freed = by_chunk.into_iter().map(put_back).sum();
-        self.dirty_bytes += upload.bytes - freed;
-        self.dirty_since = Some(Instant::now());
+        let freed = self.put_back_dirty(upload.extents.clone());
         self.note_error(error);
         freed
     }
@@ -449,8 +503,10 @@ impl State {
     }
 
     /// How to read all of `chunk` as it will be when the upload that has it is committed: without what is dirty.
-    pub(super) fn plan_sent(&self, chunk: ChunkIndex) -> ChunkPlan {
-        self.plan_over(chunk, 0..BLOCK_SIZE_MAX, None)
+    /// And the digest of the committed pieces that this is about.
+    pub(super) fn plan_sent(&self, chunk: ChunkIndex) -> (ChunkPlan, u64) {
+        let committed = self.map.pieces(chunk).unwrap_or_default();
+        (self.plan_over(chunk, 0..BLOCK_SIZE_MAX, None), pieces::digest(&committed))
     }
 
     fn sent_extents(&self, chunk: ChunkIndex, range: &Range<u32>) -> Vec<&Extent> {

@@ -1,13 +1,20 @@
 //! Names and attributes: one round trip each.
 
 use holdfast_common::{
-    Attr, Ino, Kind,
-    wire::meta::{MetaAnswer, Mutated, NewInode, Op, Query, RenameMode, SetAttr, StatFs, XattrMode},
+    Attr, Ino, Kind, Position,
+    wire::meta::{FileCommit, MetaAnswer, Mutated, NewInode, Op, Query, RenameMode, SetAttr, StatFs, XattrMode},
 };
 use tracing::error;
 
 use super::{Caller, Errno, FileHandle, Fs, FsResult, MakeRequest};
-use crate::remote::meta::unexpected;
+use crate::{fs::shared::Urgency, remote::meta::unexpected};
+
+/// What a create, mkdir, mknod or symlink made or found.
+pub(super) struct Made {
+    pub attr: Attr,
+    pub created: bool,
+    pub position: Position,
+}
 
 impl Fs {
     pub async fn lookup(&self, parent: Ino, name: &[u8]) -> FsResult<Attr> {
@@ -36,18 +43,21 @@ impl Fs {
     }
 
     pub async fn setattr(&self, _caller: Caller, ino: Ino, set: SetAttr) -> FsResult<Attr> {
-        if let Some(inode) = self.inode(ino) {
-            // A new size or time must not be undone by bytes that were written before it and are committed after it.
-            if let Some(size) = set.size {
-                let freed = inode.lock().forget_dirty(size..u64::MAX);
-                self.shared.budget.sub(freed);
-            }
-            if set.size.is_some() || set.mtime.is_some() {
-                self.settle(&inode).await?;
-            }
-        }
-        let attr = self.change(ino, Op::SetAttr { ino, set }).await?;
-        Ok(attr)
+        let Some(inode) = self.inode(ino) else { return self.change(ino, Op::SetAttr { ino, set }).await };
+        // A new size or time must not be undone by bytes that were written before it and are committed after it.
+        let cut = set.size.map_or_else(Vec::new, |size| inode.lock().take_dirty(size..u64::MAX));
+        let cut_bytes: u64 = cut.iter().map(|(_, extent)| extent.bytes.len() as u64).sum();
+        let settled = match set.size.is_some() || set.mtime.is_some() {
+            true => self.settle(&inode).await,
+            false => Ok(()),
+        };
+        let changed = match settled {
+            Ok(()) => self.change(ino, Op::SetAttr { ino, set }).await,
+            Err(error) => Err(error),
+        };
+        let freed = if changed.is_ok() { cut_bytes } else { inode.lock().put_back_dirty(cut) };
+        self.shared.budget.sub(freed);
+        changed
     }
 
     pub async fn readlink(&self, ino: Ino) -> FsResult<Vec<u8>> {
@@ -59,11 +69,10 @@ impl Fs {
 
     /// mkdir, mknod, symlink.
     pub async fn make(&self, caller: Caller, parent: Ino, name: &[u8], request: MakeRequest) -> FsResult<Attr> {
-        let (attr, _) = self.make_inode(caller, parent, name, request, true, false).await?;
-        Ok(attr)
+        let made = self.make_inode(caller, parent, name, request, true, false).await?;
+        Ok(made.attr)
     }
 
-    /// The inode, and whether it is new.
     pub(super) async fn make_inode(
         &self,
         caller: Caller,
@@ -72,11 +81,13 @@ impl Fs {
         request: MakeRequest,
         exclusive: bool,
         open: bool,
-    ) -> FsResult<(Attr, bool)> {
+    ) -> FsResult<Made> {
         let MakeRequest { kind, mode, rdev, target } = request;
         let new = NewInode { kind, mode, uid: caller.uid, gid: caller.gid, rdev, target };
-        match self.mutate(Op::Make { parent, name: name.to_vec(), new, exclusive, open }).await? {
-            Mutated::Inode { attr, created } => Ok((attr, created)),
+        let op = Op::Make { parent, name: name.to_vec(), new, exclusive, open };
+        let applied = self.shared.meta.mutate(op, false).await?;
+        match applied.outcome {
+            Mutated::Inode { attr, created } => Ok(Made { attr, created, position: applied.position }),
             other => Err(unanswered(&other)),
         }
     }
@@ -141,8 +152,7 @@ impl Fs {
     }
 
     pub async fn setxattr(&self, ino: Ino, name: &[u8], value: &[u8], mode: XattrMode) -> FsResult<()> {
-        let op = Op::SetXattr { ino, name: name.to_vec(), value: value.to_vec(), mode };
-        self.mutate(op).await.map(drop)
+        self.change_xattr(ino, Op::SetXattr { ino, name: name.to_vec(), value: value.to_vec(), mode }).await
     }
 
     pub async fn getxattr(&self, ino: Ino, name: &[u8]) -> FsResult<Vec<u8>> {
@@ -160,7 +170,15 @@ impl Fs {
     }
 
     pub async fn removexattr(&self, ino: Ino, name: &[u8]) -> FsResult<()> {
-        self.mutate(Op::RemoveXattr { ino, name: name.to_vec() }).await.map(drop)
+        self.change_xattr(ino, Op::RemoveXattr { ino, name: name.to_vec() }).await
+    }
+
+    async fn change_xattr(&self, ino: Ino, op: Op) -> FsResult<()> {
+        let applied = self.shared.meta.mutate(op, false).await?;
+        if let Some(inode) = self.inode(ino) {
+            inode.lock().note_position(applied.position);
+        }
+        Ok(())
     }
 
     /// SEEK_DATA (`hole: false`) and SEEK_HOLE.
@@ -192,11 +210,22 @@ impl Fs {
         if self.statfs().await?.free_bytes < length {
             return Err(Errno(libc::ENOSPC));
         }
-        let size = self.getattr(ino).await?.size;
-        if end > size {
-            self.punch(ino, size, end - size, true).await?;
+        if let Some(inode) = self.inode(ino) {
+            self.settle(&inode).await?;
         }
-        Ok(())
+        // A commit of nothing grows the file to `end`, whatever another mount has done to its size meanwhile.
+        let mtime = self.shared.clock.now();
+        let pieces = Vec::new();
+        let file = FileCommit { ino, pieces, size_at_least: end, mtime, clear_suid: false, only_over: Vec::new() };
+        let applied = self.shared.meta.mutate(Op::Commit { files: vec![file], blocks: Vec::new() }, false).await?;
+        match applied.outcome {
+            Mutated::Committed(files) => {
+                let [Ok(attr)] = files[..] else { return Err(Errno(libc::EIO)) };
+                self.changed(ino, attr, applied.position);
+                Ok(())
+            }
+            other => Err(unanswered(&other)),
+        }
     }
 
     async fn punch(&self, ino: Ino, offset: u64, length: u64, grow: bool) -> FsResult<()> {
@@ -229,14 +258,16 @@ impl Fs {
     async fn change(&self, ino: Ino, op: Op) -> FsResult<Attr> {
         let applied = self.shared.meta.mutate(op, false).await?;
         let Mutated::Inode { attr, .. } = applied.outcome else { return Err(unanswered(&applied.outcome)) };
-        let Some(inode) = self.inode(ino) else { return Ok(attr) };
+        Ok(self.changed(ino, attr, applied.position))
+    }
+
+    /// Lets the state of a file follow a change that this mount made.
+    fn changed(&self, ino: Ino, attr: Attr, position: Position) -> Attr {
+        let Some(inode) = self.inode(ino) else { return attr };
         let mut state = inode.lock();
-        state.last_position = state.last_position.max(applied.position);
-        if attr.data_version > state.map.version() {
-            state.map.forget(attr.data_version);
-        }
+        state.note_position(position);
         state.learn_own(attr);
-        Ok(state.attr())
+        state.attr()
     }
 
     /// Stores what is dirty, and waits for it. `EIO` if it could not be stored.
@@ -245,7 +276,7 @@ impl Fs {
             return Ok(());
         }
         let before = inode.lock().errors();
-        self.shared.write_out(inode, false).await;
+        self.shared.write_out(inode, Urgency::Visible).await;
         let mut heard = before;
         inode.lock().unheard_error(&mut heard).map_or(Ok(()), Err)
     }

@@ -1,6 +1,9 @@
 //! Opening and closing: what is open here, and what the metadata server should know of it.
 
-use std::{collections::HashSet, sync::Arc};
+use std::{
+    collections::{HashMap, HashSet},
+    sync::Arc,
+};
 
 use holdfast_common::{
     Attr, ChunkIndex, Ino, Kind,
@@ -12,7 +15,8 @@ use tokio::sync::Notify;
 use super::{
     Caller, Errno, FileHandle, Fs, FsResult, MakeRequest, Opened,
     inode::{Inode, PAGES_UNKNOWN},
-    shared::chunks_of,
+    namespace::Made,
+    shared::Urgency,
 };
 use crate::{
     read::{ahead::ReadAhead, map::KnownMap},
@@ -45,6 +49,37 @@ struct ReleaseState {
     waiting: HashSet<Ino>,
     /// On their way in a message: an open of one of these has to wait, or the server might see both in the wrong order.
     in_flight: HashSet<Ino>,
+    /// Opens that have begun and not yet been counted in their inode: a last close meanwhile is not the last.
+    opening: HashMap<Ino, u32>,
+}
+
+/// An open that is being asked for.
+pub(super) struct Opening<'a> {
+    releases: &'a Releases,
+    ino: Ino,
+    done: bool,
+}
+
+impl Opening<'_> {
+    /// The open is counted: nothing of this inode is to be released.
+    fn done(mut self) {
+        self.done = true;
+    }
+}
+
+impl Drop for Opening<'_> {
+    fn drop(&mut self) {
+        let mut state = self.releases.state.lock();
+        if let Some(count) = state.opening.get_mut(&self.ino) {
+            *count -= 1;
+            if *count == 0 {
+                state.opening.remove(&self.ino);
+            }
+        }
+        if self.done {
+            state.waiting.remove(&self.ino);
+        }
+    }
 }
 
 impl Releases {
@@ -52,18 +87,16 @@ impl Releases {
         self.state.lock().waiting.insert(ino);
     }
 
-    /// Before an open: the server goes on counting the inode as open, or has heard that it is not.
-    async fn withdraw(&self, ino: Ino) {
+    /// The server goes on counting the inode as open, or has heard that it is not; from here on nothing tells it so.
+    async fn begin_open(&self, ino: Ino) -> Opening<'_> {
+        *self.state.lock().opening.entry(ino).or_insert(0) += 1;
+        let opening = Opening { releases: self, ino, done: false };
         loop {
             let sent = self.sent.notified();
             tokio::pin!(sent);
             sent.as_mut().enable();
-            {
-                let mut state = self.state.lock();
-                state.waiting.remove(&ino);
-                if !state.in_flight.contains(&ino) {
-                    return;
-                }
+            if !self.state.lock().in_flight.contains(&ino) {
+                return opening;
             }
             sent.await;
         }
@@ -71,7 +104,10 @@ impl Releases {
 
     pub(super) fn take(&self) -> Vec<Ino> {
         let mut state = self.state.lock();
-        state.in_flight = std::mem::take(&mut state.waiting);
+        let (kept, sent) =
+            std::mem::take(&mut state.waiting).into_iter().partition(|ino| state.opening.contains_key(ino));
+        state.waiting = kept;
+        state.in_flight = sent;
         state.in_flight.iter().copied().collect()
     }
 
@@ -93,12 +129,18 @@ impl Fs {
     ) -> FsResult<(Attr, Opened)> {
         let request = MakeRequest { kind: Kind::File, mode, rdev: 0, target: Vec::new() };
         let exclusive = flags & libc::O_EXCL != 0;
-        let (attr, created) = self.make_inode(caller, parent, name, request, exclusive, true).await?;
+        let Made { attr, created, position } = self.make_inode(caller, parent, name, request, exclusive, true).await?;
         if !created {
             return self.open_existing(caller, attr, flags).await;
         }
         self.shared.meta.opened(attr.ino);
         let inode = Inode::new(attr, KnownMap::empty(attr.data_version), attr.data_version);
+        {
+            let mut state = inode.lock();
+            state.disinherit();
+            state.note_position(position);
+            state.opens += 1;
+        }
         self.inodes.lock().insert(attr.ino, Arc::clone(&inode));
         Ok((attr, self.opened(inode, flags, true)))
     }
@@ -122,7 +164,7 @@ impl Fs {
     }
 
     pub async fn open(&self, _caller: Caller, ino: Ino, flags: i32) -> FsResult<Opened> {
-        self.releases.withdraw(ino).await;
+        let opening = self.releases.begin_open(ino).await;
         let (attr, map) = match self.shared.meta.open(ino, CHUNKS_WITH_OPEN).await? {
             MetaAnswer::Opened { attr, map } => (attr, map),
             other => return Err(unexpected(&other)),
@@ -130,12 +172,16 @@ impl Fs {
         let inode = {
             let mut inodes = self.inodes.lock();
             let pages = || self.kernel_versions.lock().remove(&ino).unwrap_or(PAGES_UNKNOWN);
-            Arc::clone(inodes.entry(ino).or_insert_with(|| Inode::new(attr, KnownMap::default(), pages())))
+            let inode = inodes.entry(ino).or_insert_with(|| Inode::new(attr, KnownMap::default(), pages()));
+            // Under the same lock: a last close at this moment must not drop the state that this open will use.
+            inode.lock().opens += 1;
+            Arc::clone(inode)
         };
+        opening.done();
         let keep_cache = {
             let mut state = inode.lock();
             state.learn(attr);
-            state.map.learn(ChunkIndex(0), CHUNKS_WITH_OPEN, chunks_of(attr.size), map);
+            state.learn_map(ChunkIndex(0), CHUNKS_WITH_OPEN, map);
             state.show_pages(attr.data_version)
         };
         if !keep_cache && let Some(kernel) = self.kernel.get() {
@@ -149,12 +195,9 @@ impl Fs {
         Opened { handle: self.add_file(inode, flags), keep_cache, direct: flags & libc::O_APPEND != 0 }
     }
 
+    /// A handle for an open that is counted in the inode already.
     fn add_file(&self, inode: Arc<Inode>, flags: i32) -> FileHandle {
-        let errors_heard = {
-            let mut state = inode.lock();
-            state.opens += 1;
-            Mutex::new(state.errors())
-        };
+        let errors_heard = Mutex::new(inode.lock().errors());
         let handle = self.new_handle();
         let file = OpenFile { inode, flags, errors_heard, ahead: Mutex::default() };
         self.files.lock().insert(handle, Arc::new(file));
@@ -177,7 +220,7 @@ impl Fs {
         if !closed {
             return;
         }
-        self.shared.start_uploads(&file.inode, super::inode::Which::All, false);
+        self.shared.start_uploads(&file.inode, super::inode::Which::All, Urgency::Visible);
         self.releases.add(file.inode.ino);
         self.drop_if_idle(&file.inode);
     }
@@ -195,5 +238,31 @@ impl Fs {
                 self.kernel_versions.lock().insert(inode.ino, version);
             }
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[tokio::test]
+    async fn a_last_close_during_an_open_is_not_told_to_the_server() {
+        let releases = Releases::default();
+        let opening = releases.begin_open(Ino(7)).await;
+        releases.add(Ino(7));
+        releases.add(Ino(8));
+        assert_eq!(releases.take(), [Ino(8)]);
+        releases.told();
+        opening.done();
+        assert_eq!(releases.take(), []);
+    }
+
+    #[tokio::test]
+    async fn an_open_that_fails_leaves_the_release_to_be_told() {
+        let releases = Releases::default();
+        let opening = releases.begin_open(Ino(7)).await;
+        releases.add(Ino(7));
+        drop(opening);
+        assert_eq!(releases.take(), [Ino(7)]);
     }
 }

@@ -1,11 +1,11 @@
 //! What the operations on files share: the servers, the queues and the bounds of one mount.
 
-use std::{sync::Arc, time::Duration};
+use std::{ops::Range, sync::Arc, time::Duration};
 
 use holdfast_common::{
     ChunkIndex,
     clock::Clock,
-    limits::{BLOCK_SIZE_MAX, PIECES_PER_CHUNK_COMPACT, REPLICAS},
+    limits::{BLOCK_SIZE_MAX, PIECES_PER_CHUNK_COMPACT, PIECES_PER_CHUNK_MAX, REPLICAS},
     wire::meta::{BlockPlace, FileCommit, Holder, MetaAnswer, NewBlock, Query},
 };
 use tokio::sync::Semaphore;
@@ -17,7 +17,10 @@ use super::{
 };
 use crate::{
     read::fetch::Fetcher,
-    remote::{blocks::BlockClient, meta::MetaClient, meta::unexpected},
+    remote::{
+        blocks::{BlockClient, TRY_FRESH_MAP},
+        meta::{MetaClient, unexpected},
+    },
     write::{
         budget::DirtyBudget,
         buffer::Extent,
@@ -26,6 +29,12 @@ use crate::{
     },
 };
 
+/// Chunks of one upload that are compacted, unless more have to be: each costs a chunk's worth of reading and memory.
+const COMPACT_AT_ONCE: usize = 4;
+/// Pieces past which a chunk has to be compacted before the server refuses more.
+const PIECES_URGENT: usize = PIECES_PER_CHUNK_MAX / 2;
+/// Times that a map may change under a reader before it is given up.
+pub(super) const MAP_TRIES: usize = 64;
 /// Chunks whose map is asked for at a time.
 const MAP_BATCH: u32 = 256;
 /// Uploads in flight; with at most 4 MiB each they bound what is encrypted and queued at a time.
@@ -54,22 +63,22 @@ impl Shared {
     // ---- writing out ----
 
     /// Starts uploads of what is dirty and not on its way yet.
-    pub(super) fn start_uploads(self: &Arc<Self>, inode: &Arc<Inode>, which: Which, durable: bool) {
+    pub(super) fn start_uploads(self: &Arc<Self>, inode: &Arc<Inode>, which: Which, urgency: Urgency) {
         let uploads = inode.lock().take_uploads(which, PIECES_PER_CHUNK_COMPACT);
         for upload in uploads {
             // A full chunk is hashed here, on the writer's own thread.
             let cut = is_full(&upload).then(|| cut::cut(&upload.extents));
             let (shared, inode) = (Arc::clone(self), Arc::clone(inode));
-            tokio::spawn(async move { shared.upload(&inode, &upload, cut.and_then(Result::ok), durable).await });
+            tokio::spawn(async move { shared.upload(&inode, &upload, cut.and_then(Result::ok), urgency).await });
         }
     }
 
-    async fn upload(self: Arc<Self>, inode: &Arc<Inode>, upload: &Upload, cut: Option<Cut>, durable: bool) {
-        let freed = match self.store(inode, upload, cut, durable).await {
+    async fn upload(self: Arc<Self>, inode: &Arc<Inode>, upload: &Upload, cut: Option<Cut>, urgency: Urgency) {
+        let freed = match self.store(inode, upload, cut, urgency).await {
             Ok(stored) => {
                 self.budget.set_full(false);
                 let mut state = inode.lock();
-                state.last_position = state.last_position.max(stored.committed.position);
+                state.note_position(stored.committed.position);
                 state.finish(upload, &stored.cut.pieces, &stored.places, stored.committed.attr)
             }
             Err(error @ Errno(libc::ESTALE)) => {
@@ -87,17 +96,32 @@ impl Shared {
     }
 
     /// Puts the upload's blocks and commits its pieces.
-    async fn store(&self, inode: &Arc<Inode>, upload: &Upload, cut: Option<Cut>, durable: bool) -> FsResult<Stored> {
+    async fn store(&self, inode: &Arc<Inode>, upload: &Upload, cut: Option<Cut>, urgency: Urgency) -> FsResult<Stored> {
         let slot = tokio::time::timeout(self.io_timeout, self.upload_slots.acquire());
         let _slot = slot.await.map_err(|_| Errno(libc::EIO))?.map_err(|_| Errno(libc::EIO))?;
-        let cut = match cut {
-            Some(cut) => cut,
-            None => {
-                let extents = self.compacted(inode, upload).await?;
-                cut::cut(&extents).map_err(|_| Errno(libc::EIO))?
+        if let Some(cut) = cut {
+            return self.put_and_commit(inode, upload, cut, Vec::new(), urgency).await;
+        }
+        if let Some((extents, over)) = self.compacted(inode, upload).await? {
+            match self.put_and_commit(inode, upload, sealed(&extents)?, over, urgency).await {
+                // Another mount changed one of the chunks meanwhile: what was read to rewrite it is old. The plain
+                // extents are right over anything.
+                Err(Errno(libc::EBUSY)) => {}
+                result => return result,
             }
-        };
-        let holders = self.blocks.put(&cut.blocks, durable).await?;
+        }
+        self.put_and_commit(inode, upload, sealed(&upload.extents)?, Vec::new(), urgency).await
+    }
+
+    async fn put_and_commit(
+        &self,
+        inode: &Arc<Inode>,
+        upload: &Upload,
+        cut: Cut,
+        only_over: Vec<(ChunkIndex, u64)>,
+        urgency: Urgency,
+    ) -> FsResult<Stored> {
+        let holders = self.blocks.put(&cut.blocks, urgency != Urgency::Visible).await?;
         let (blocks, places) = named(&cut, holders);
         let file = FileCommit {
             ino: inode.ino,
@@ -105,72 +129,75 @@ impl Shared {
             size_at_least: upload.end(),
             mtime: upload.mtime,
             clear_suid: false,
+            only_over,
         };
-        let committed = self.committer.commit(Item { file, blocks }, durable).await?;
+        let committed = self.committer.commit(Item { file, blocks }, urgency == Urgency::Durable).await?;
         Ok(Stored { cut, places, committed })
     }
 
-    /// The upload's extents; a chunk that has come to be made of too many pieces is written whole.
-    async fn compacted(&self, inode: &Arc<Inode>, upload: &Upload) -> FsResult<Vec<(ChunkIndex, Extent)>> {
-        let mut extents = upload.extents.clone();
-        for &chunk in &upload.scattered {
+    /// The upload's extents with chunks that have come to be made of too many pieces written whole, and the digests of the
+    /// pieces that those were read from. `None`: there is nothing to compact.
+    async fn compacted(&self, inode: &Arc<Inode>, upload: &Upload) -> FsResult<Option<Compacted>> {
+        let (urgent, rest): (Vec<_>, Vec<_>) = upload.scattered.iter().partition(|(_, pieces)| *pieces > PIECES_URGENT);
+        let at_once = rest.into_iter().take(COMPACT_AT_ONCE.saturating_sub(urgent.len()));
+        let mut compacted: Option<Compacted> = None;
+        for (chunk, _) in urgent.iter().copied().chain(at_once) {
             let pieces = self.chunk_pieces(inode, chunk).await?;
-            let new = extents.iter().filter(|(other, _)| *other == chunk).count();
+            let new = upload.extents.iter().filter(|(other, _)| *other == chunk).count();
             if pieces + new <= PIECES_PER_CHUNK_COMPACT {
                 inode.lock().set_scattered(chunk, pieces + new);
                 continue;
             }
-            let whole = self.runs(inode, chunk).await?;
+            let (whole, digest) = self.runs(inode, chunk).await?;
             inode.lock().set_scattered(chunk, whole.len());
+            let (extents, over) = compacted.get_or_insert_with(|| (upload.extents.clone(), Vec::new()));
+            over.push((chunk, digest));
             let place = extents.partition_point(|(other, _)| *other < chunk);
             extents.retain(|(other, _)| *other != chunk);
             extents.splice(place..place, whole.into_iter().map(|extent| (chunk, extent)));
         }
-        Ok(extents)
+        Ok(compacted)
     }
 
     async fn chunk_pieces(&self, inode: &Arc<Inode>, chunk: ChunkIndex) -> FsResult<usize> {
-        loop {
+        for _ in 0..MAP_TRIES {
             if let Some(pieces) = inode.lock().map.pieces(chunk) {
                 return Ok(pieces.len());
             }
             self.load_map(inode, chunk).await?;
         }
+        Err(unsteady(inode))
     }
 
-    /// All that a chunk holds, committed or on its way in this upload, as runs without gaps.
-    async fn runs(&self, inode: &Arc<Inode>, chunk: ChunkIndex) -> FsResult<Vec<Extent>> {
-        let covered = |assembly: &Assembly| {
-            let mut ranges: Vec<_> =
-                assembly.parts.iter().map(|(p, _)| p.offset..p.offset + (p.within.end - p.within.start)).collect();
-            ranges.extend(assembly.overlays.iter().map(|(at, bytes)| *at..*at + crate::write::buffer::length(bytes)));
-            merged(ranges)
-        };
-        loop {
-            let plan = inode.lock().plan_sent(chunk);
+    /// All that a chunk holds, committed or on its way in this upload, as few runs; and the digest of the committed pieces.
+    async fn runs(&self, inode: &Arc<Inode>, chunk: ChunkIndex) -> FsResult<(Vec<Extent>, u64)> {
+        for _ in 0..MAP_TRIES {
+            let (plan, digest) = inode.lock().plan_sent(chunk);
             match plan {
                 ChunkPlan::UnknownMap => self.load_map(inode, chunk).await?,
-                ChunkPlan::Bytes(bytes) => return Ok(vec![Extent { offset: 0, bytes }]),
+                ChunkPlan::Bytes(bytes) => return Ok((vec![Extent { offset: 0, bytes }], digest)),
                 ChunkPlan::Assemble(assembly) => {
-                    let ranges = covered(&assembly);
-                    let bytes = self.assemble(assembly, true).await?;
-                    let cut = |range: std::ops::Range<u32>| Extent {
+                    let ranges = few(covered(&assembly));
+                    let bytes = self.assemble(assembly, false).await.map_err(settled_error)?;
+                    let cut = |range: Range<u32>| Extent {
                         offset: range.start,
                         bytes: bytes.slice(range.start as usize..range.end as usize),
                     };
-                    return Ok(ranges.into_iter().map(cut).collect());
+                    return Ok((ranges.into_iter().map(cut).collect(), digest));
                 }
             }
         }
+        Err(unsteady(inode))
     }
 
-    /// Everything written before is stored, and visible to everyone, when this returns; with `durable` the puts wait for disks.
-    pub(super) async fn write_out(self: &Arc<Self>, inode: &Arc<Inode>, durable: bool) {
-        let durable_puts = durable && inode.lock().dirty_bytes() <= DURABLE_PUT_BYTES_MAX;
+    /// Everything written before is stored, and visible to everyone, when this returns, as urgently as asked.
+    pub(super) async fn write_out(self: &Arc<Self>, inode: &Arc<Inode>, urgency: Urgency) {
+        let few = inode.lock().dirty_bytes() <= DURABLE_PUT_BYTES_MAX;
+        let urgency = if few { urgency } else { Urgency::Visible };
         let errors = inode.lock().errors();
         // Twice: a chunk that an earlier upload still had the first time is free the second time.
         for _ in 0..2 {
-            self.start_uploads(inode, Which::All, durable_puts);
+            self.start_uploads(inode, Which::All, urgency);
             self.wait_for_uploads(inode).await;
             let state = inode.lock();
             if !state.has_dirty() || state.errors() > errors {
@@ -197,19 +224,24 @@ impl Shared {
 
     /// Asks for the map from `chunk` on.
     pub(super) async fn load_map(&self, inode: &Arc<Inode>, chunk: ChunkIndex) -> FsResult<()> {
-        let chunks = {
-            let state = inode.lock();
-            chunks_of(state.size())
-        };
         // Small files whole, so that their map is known to be complete.
-        let first = if chunks <= MAP_BATCH { ChunkIndex(0) } else { chunk };
-        let query = Query::Pieces { ino: inode.ino, first, count: MAP_BATCH };
-        match self.meta.query(query).await? {
-            MetaAnswer::Map(map) => {
-                inode.lock().map.learn(first, MAP_BATCH, chunks, map);
-                Ok(())
+        let is_small = chunks_of(inode.lock().size()) <= MAP_BATCH;
+        let mut first = if is_small { ChunkIndex(0) } else { chunk };
+        let mut count = MAP_BATCH;
+        loop {
+            match self.meta.query(Query::Pieces { ino: inode.ino, first, count }).await {
+                Ok(MetaAnswer::Map(map)) => {
+                    inode.lock().learn_map(first, count, map);
+                    return Ok(());
+                }
+                Ok(other) => return Err(unexpected(&other)),
+                // More pieces than fit into one answer; those of one chunk always do.
+                Err(Errno(libc::E2BIG)) if count > 1 => {
+                    first = chunk;
+                    count /= 4;
+                }
+                Err(error) => return Err(error),
             }
-            other => Err(unexpected(&other)),
         }
     }
 
@@ -226,6 +258,54 @@ impl Shared {
             }
         }
         Ok(assembly.join(&fetched))
+    }
+}
+
+/// What has to be true when written bytes are said to be stored.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Urgency {
+    /// Everyone sees them.
+    Visible,
+    /// And their blocks are on disks; a barrier for the rest follows.
+    DurableBlocks,
+    /// They survive a power cut.
+    Durable,
+}
+
+/// Extents, and the digests of the chunks that some of them were read from.
+type Compacted = (Vec<(ChunkIndex, Extent)>, Vec<(ChunkIndex, u64)>);
+
+fn sealed(extents: &[(ChunkIndex, Extent)]) -> FsResult<Cut> {
+    cut::cut(extents).map_err(|error| {
+        tracing::error!(%error, "written bytes could not be cut into blocks");
+        Errno(libc::EIO)
+    })
+}
+
+/// The map did not hold still: others change the file faster than it can be read.
+pub(super) fn unsteady(inode: &Inode) -> Errno {
+    warn!(ino = %inode.ino, "the map of the file does not agree with what is known of it");
+    Errno(libc::EIO)
+}
+
+/// What a program may see of an error of the fetch.
+pub(super) fn settled_error(error: Errno) -> Errno {
+    if error == TRY_FRESH_MAP { Errno(libc::EIO) } else { error }
+}
+
+fn covered(assembly: &Assembly) -> Vec<Range<u32>> {
+    let parts = assembly.parts.iter().map(|(part, _)| part.offset..part.offset + (part.within.end - part.within.start));
+    let over = assembly.overlays.iter().map(|(at, bytes)| *at..*at + crate::write::buffer::length(bytes));
+    merged(parts.chain(over).collect())
+}
+
+/// Too many runs become one: the gaps are written as the zeroes that they read as.
+fn few(ranges: Vec<Range<u32>>) -> Vec<Range<u32>> {
+    match (ranges.first(), ranges.last()) {
+        (Some(first), Some(last)) if ranges.len() > PIECES_PER_CHUNK_COMPACT / 2 => {
+            std::iter::once(first.start..last.end).collect()
+        }
+        _ => ranges,
     }
 }
 
@@ -258,9 +338,9 @@ fn named(cut: &Cut, holders: Vec<Vec<Holder>>) -> (Vec<NewBlock>, Vec<BlockPlace
 }
 
 /// Sorted ranges, those that touch made one.
-fn merged(mut ranges: Vec<std::ops::Range<u32>>) -> Vec<std::ops::Range<u32>> {
+fn merged(mut ranges: Vec<Range<u32>>) -> Vec<Range<u32>> {
     ranges.sort_by_key(|range| range.start);
-    let mut merged: Vec<std::ops::Range<u32>> = Vec::new();
+    let mut merged: Vec<Range<u32>> = Vec::new();
     for range in ranges {
         match merged.last_mut() {
             Some(last) if range.start <= last.end => last.end = last.end.max(range.end),
@@ -268,4 +348,17 @@ fn merged(mut ranges: Vec<std::ops::Range<u32>>) -> Vec<std::ops::Range<u32>> {
         }
     }
     merged
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn ranges_that_touch_are_one_and_too_many_become_one() {
+        assert_eq!(merged(vec![5..9, 0..2, 2..4, 8..12]), [0..4, 5..12]);
+        let sparse: Vec<Range<u32>> = (0..2048).map(|n| n * 512..n * 512 + 1).collect();
+        assert_eq!(few(merged(sparse)), [0..2047 * 512 + 1]);
+        assert_eq!(few(vec![0..1, 5..6]), [0..1, 5..6]);
+    }
 }

@@ -47,6 +47,11 @@ impl KnownMap {
         *self = Self { version: self.version.max(version), ..Self::default() };
     }
 
+    /// Forgets everything, though the version is right: the places of blocks may have changed.
+    pub fn forget_all(&mut self) {
+        self.forget(self.version);
+    }
+
     /// Takes in an answer about chunks `first..first+count` of a file that has `file_chunks` at the answer's version
     /// (`u32::MAX`: that is not known). `false` if the answer is older than what is known, and was left out.
     pub fn learn(&mut self, first: ChunkIndex, count: u32, file_chunks: u32, answer: FileMap) -> bool {

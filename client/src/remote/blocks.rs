@@ -34,6 +34,11 @@ use crate::{
     read::proof,
 };
 
+/// No holder that is known has an answer, and there may be others: the caller should read the file's map again.
+pub const TRY_FRESH_MAP: Errno = Errno(libc::EAGAIN);
+/// Rounds over all holders before that is said.
+const ROUNDS: usize = 3;
+
 /// An unanswered request is followed by a question that needs no disk: a server that does not answer that one either
 /// is dead, stopped or cut off, while one that does is only slow. Together below the 3 s that a reader or writer may stall.
 const PROBE_AFTER: Duration = Duration::from_millis(700);
@@ -169,7 +174,7 @@ impl BlockClient {
 
     // ---- reading ----
 
-    /// All of a block, from the best copy that proves itself. `EIO` when none does.
+    /// All of a block, from the best copy that proves itself. `EIO` when none does, `TRY_FRESH_MAP` when nobody answers.
     pub async fn get(self: &Arc<Self>, place: &BlockPlace) -> FsResult<Block> {
         match self.fetch(place, None).await? {
             Verified::Whole(block) => Ok(block),
@@ -190,22 +195,25 @@ impl BlockClient {
     async fn fetch(self: &Arc<Self>, place: &BlockPlace, range: Option<Range<u32>>) -> FsResult<Verified> {
         let wanted = Wanted { hash: place.hash, length: place.length, range };
         let mut retry = Retry::within(self.io_timeout);
-        loop {
+        let mut bad: Vec<(ServerId, CopyFault)> = Vec::new();
+        for _ in 0..ROUNDS {
             let round = self.ask_holders(&wanted, &place.holders).await;
-            self.mend(place, &round.bad);
+            let news = |copy: &&(ServerId, CopyFault)| bad.iter().all(|(server, _)| *server != copy.0);
+            let news: Vec<(ServerId, CopyFault)> = round.bad.iter().filter(news).copied().collect();
+            bad.extend(&news);
+            self.mend(place, &news, &bad);
             match round.found {
                 Some(found) => return Ok(found),
                 None if round.silent == 0 => {
                     error!(block = %place.hash, holders = ?place.holders, "every copy of the block is missing or damaged");
                     return Err(Errno(libc::EIO));
                 }
+                None if retry.pause().await.is_err() => break,
                 None => {}
             }
-            if retry.pause().await.is_err() {
-                error!(block = %place.hash, holders = ?place.holders, "no server that holds the block answered");
-                return Err(Errno(libc::EIO));
-            }
         }
+        warn!(block = %place.hash, holders = ?place.holders, "no server that holds the block answered");
+        Err(TRY_FRESH_MAP)
     }
 
     /// Asks the holders in order of expected latency: the next one when a copy is bad, a server silent, or an answer late.
@@ -269,8 +277,8 @@ impl BlockClient {
     }
 
     /// Has bad copies replaced from the others, while the reader goes on with a good one.
-    fn mend(self: &Arc<Self>, place: &BlockPlace, bad: &[(ServerId, CopyFault)]) {
-        for &(server, fault) in bad {
+    fn mend(self: &Arc<Self>, place: &BlockPlace, news: &[(ServerId, CopyFault)], bad: &[(ServerId, CopyFault)]) {
+        for &(server, fault) in news {
             let (client, place) = (Arc::clone(self), place.clone());
             let others: Vec<ServerId> =
                 place.holders.iter().copied().filter(|holder| bad.iter().all(|(bad, _)| bad != holder)).collect();

@@ -236,6 +236,9 @@ pub struct FileCommit {
     pub mtime: Time,
     /// A write by someone unprivileged: setuid and setgid go.
     pub clear_suid: bool,
+    /// Refused `Busy` unless these chunks still have the pieces with this digest (`pieces::digest`): for pieces that were
+    /// made by reading those.
+    pub only_over: Vec<(ChunkIndex, u64)>,
 }
 
 /// A block that this commit names, with who acknowledged it.

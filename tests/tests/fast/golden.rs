@@ -210,6 +210,7 @@ fn file_commit() -> FileCommit {
         size_at_least: 1 << 22,
         mtime: time(),
         clear_suid: true,
+        only_over: vec![(ChunkIndex(3), 0x0102_0304_0506_0708)],
     }
 }
 

@@ -190,6 +190,64 @@ fn appends_of_several_mounts_and_descriptors_never_overwrite_each_other() {
 }
 
 #[test]
+fn a_file_that_another_mount_lengthens_while_it_is_open_never_reads_as_zeroes() {
+    let cluster = Cluster::start();
+    let mounts = [cluster.mount(), cluster.mount()];
+    fs::write(mounts[0].join("log"), "first\n").expect("write");
+    let mut reader = File::open(mounts[0].join("log")).expect("open");
+    let mut text = String::new();
+    reader.read_to_string(&mut text).expect("read");
+    let mut writer = OpenOptions::new().append(true).open(mounts[1].join("log")).expect("open");
+    writeln!(writer, "second").expect("append");
+    drop(writer);
+    wait::until("the reader sees what was appended", PATIENCE, || {
+        reader.read_to_string(&mut text).expect("read on");
+        text.len() > 6
+    });
+    assert_eq!(text, "first\nsecond\n");
+}
+
+#[test]
+fn small_writes_of_two_mounts_into_one_mebibyte_do_not_undo_each_other() {
+    const RECORDS: u64 = 200;
+    let cluster = Cluster::start();
+    let mounts = [cluster.mount(), cluster.mount()];
+    fs::write(mounts[0].join("file"), vec![0; 1 << 20]).expect("write");
+    let files = mounts.each_ref().map(|mount| OpenOptions::new().write(true).open(mount.join("file")).expect("open"));
+    thread::scope(|scope| {
+        for (who, file) in (1u8..).zip(&files) {
+            scope.spawn(move || {
+                for record in 0..RECORDS {
+                    // Records of 100 bytes, those of the two mounts in turn; many enough to make each compact.
+                    file.write_all_at(&[who; 100], record * 5000 + u64::from(who) * 1000).expect("write");
+                    file.sync_data().expect("fsync");
+                }
+            });
+        }
+    });
+    drop(files);
+    let bytes = fs::read(cluster.mount().join("file")).expect("read");
+    for (who, record) in (1u8..=2).flat_map(|who| (0..RECORDS).map(move |record| (who, record))) {
+        let at = usize::try_from(record * 5000 + u64::from(who) * 1000).expect("small");
+        assert!(bytes[at..at + 100] == [who; 100], "record {record} of mount {who} was undone");
+    }
+}
+
+#[test]
+fn thousands_of_scattered_bytes_in_one_mebibyte_are_stored_and_read() {
+    let cluster = Cluster::start();
+    let mount = cluster.mount();
+    let file = File::create(mount.join("file")).expect("create");
+    (0..2048).for_each(|n| file.write_all_at(&[1], n * 512).expect("write"));
+    file.sync_all().expect("fsync");
+    drop(file);
+    mount.remount();
+    let bytes = fs::read(mount.join("file")).expect("read");
+    let expected: Vec<u8> = (0..2047 * 512 + 1).map(|at| u8::from(at % 512 == 0)).collect();
+    assert!(bytes == expected);
+}
+
+#[test]
 fn rename_can_refuse_to_replace_and_can_exchange() {
     let cluster = Cluster::start();
     let mount = cluster.mount();

@@ -89,6 +89,7 @@ impl<'a> Writer<'a> {
             size_at_least: u64::from(length),
             mtime: Time::default(),
             clear_suid: false,
+            only_over: Vec::new(),
         };
         let commit = Op::Commit { files: vec![file], blocks: vec![NewBlock { hash, length, holders }] };
         match self.mutate(is_durable(number), commit).await {

@@ -5,6 +5,7 @@ use std::{collections::BTreeMap, ops::ControlFlow};
 use holdfast_common::{
     ChunkIndex, Ino, Kind, Piece, Refusal, Time,
     limits::{CHUNK_SIZE, COMMIT_FILES_MAX, COMMIT_PIECES_MAX, FILE_SIZE_MAX, PIECES_PER_CHUNK_MAX},
+    pieces,
     wire::meta::{FileCommit, Mutated, NewBlock, SetAttr, SetTime},
 };
 
@@ -45,6 +46,12 @@ fn commit_file(tables: &mut Tables<'_>, changes: &mut Changes, file: &FileCommit
     let mut inode = regular(tables, file.ino)?;
     if file.size_at_least > FILE_SIZE_MAX {
         return Err(Refusal::FileTooLarge.into());
+    }
+    for (index, digest) in &file.only_over {
+        let now = fetch(tables.tree(), &key::pieces(file.ino, *index), decode_pieces)?.unwrap_or_default();
+        if pieces::digest(&now) != *digest {
+            return Err(Refusal::Busy.into());
+        }
     }
     let mut size = inode.size.max(file.size_at_least);
     let mut rewrite = Rewrite::new(file.ino);

@@ -154,7 +154,33 @@ pub(crate) fn piece(seed: u8, offset: u32, length: u32, block_offset: u32) -> Pi
 
 pub(crate) fn file(ino: Ino, pieces: Vec<(u32, Piece)>, size_at_least: u64) -> FileCommit {
     let pieces = pieces.into_iter().map(|(index, piece)| (ChunkIndex(index), piece)).collect();
-    FileCommit { ino, pieces, size_at_least, mtime: Time { secs: 5, nanos: 0 }, clear_suid: true }
+    FileCommit {
+        ino,
+        pieces,
+        size_at_least,
+        mtime: Time { secs: 5, nanos: 0 },
+        clear_suid: true,
+        only_over: Vec::new(),
+    }
+}
+
+#[test]
+fn pieces_that_were_read_from_others_are_refused_over_anything_else() {
+    let mut world = World::new();
+    world.mutate_as(Sequence(1), make(Ino::ROOT, "a", Kind::File)).unwrap();
+    let ino = Ino(2);
+    let commit = |file, blocks| Op::Commit { files: vec![file], blocks };
+    let first = piece(1, 0, 100, 0);
+    world.mutate_as(Sequence(2), commit(file(ino, vec![(0, first)], 0), vec![block(1, 100, 3)])).unwrap();
+    let over = |pieces: &[Piece], seed| FileCommit {
+        only_over: vec![(ChunkIndex(0), holdfast_common::pieces::digest(pieces))],
+        ..file(ino, vec![(0, piece(seed, 0, 100, 0))], 0)
+    };
+    let answer = world.mutate_as(Sequence(3), commit(over(&[], 2), vec![block(2, 100, 3)])).unwrap();
+    assert_eq!(answer, Mutated::Committed(vec![Err(Refusal::Busy)]));
+    let answer = world.mutate_as(Sequence(4), commit(over(&[first], 3), vec![block(3, 100, 3)])).unwrap();
+    assert!(matches!(answer, Mutated::Committed(files) if files[0].is_ok()));
+    world.check();
 }
 
 #[test]
