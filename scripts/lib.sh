@@ -1,5 +1,8 @@
 # Sourced by the scripts: installs what is missing on Debian and Ubuntu, and says so.
 
+# Where cargo installs what need_crate builds.
+export PATH="$HOME/.cargo/bin:$PATH"
+
 as_root() {
     if [ "$(id -u)" = 0 ]; then "$@"; else sudo "$@"; fi
 }
