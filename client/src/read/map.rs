@@ -47,7 +47,8 @@ impl KnownMap {
         *self = Self { version: self.version.max(version), ..Self::default() };
     }
 
-    /// Takes in an answer about chunks `first..first+count`. `false` if the answer is older than what is known, and was left out.
+    /// Takes in an answer about chunks `first..first+count` of a file that has `file_chunks` at the answer's version
+    /// (`u32::MAX`: that is not known). `false` if the answer is older than what is known, and was left out.
     pub fn learn(&mut self, first: ChunkIndex, count: u32, file_chunks: u32, answer: FileMap) -> bool {
         if answer.data_version < self.version {
             return false;
@@ -58,13 +59,18 @@ impl KnownMap {
         for chunk in first.0..first.0.saturating_add(count).min(file_chunks.max(first.0 + 1)) {
             self.chunks.insert(ChunkIndex(chunk), Arc::default());
         }
+        let mut whole = first.0 == 0 && count >= file_chunks;
         for (chunk, pieces) in answer.chunks {
             if pieces::are_ordered(&pieces) {
                 self.chunks.insert(chunk, Arc::new(pieces));
+            } else {
+                // A broken answer must not read as a hole.
+                self.chunks.remove(&chunk);
+                whole = false;
             }
         }
         self.places.extend(answer.blocks.into_iter().map(|place| (place.hash, Arc::new(place))));
-        self.complete |= first.0 == 0 && count >= file_chunks;
+        self.complete |= whole;
         true
     }
 

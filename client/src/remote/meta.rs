@@ -20,7 +20,7 @@ use holdfast_common::{
     },
 };
 use parking_lot::{Mutex, RwLock};
-use tokio::sync::Semaphore;
+use tokio::sync::Notify;
 use tracing::{error, info, warn};
 
 use super::retry::Retry;
@@ -28,9 +28,10 @@ use crate::fs::{Errno, FsResult};
 
 /// One attempt of a request that needs no disk.
 const ATTEMPT: Duration = Duration::from_secs(5);
-/// Mutations in flight, far below the replies that the server keeps for a session.
-const MUTATIONS_IN_FLIGHT_MAX: usize = 1024;
-const _: () = assert!((MUTATIONS_IN_FLIGHT_MAX as u64) * 2 <= REPLIES_KEPT_PER_SESSION);
+/// How far the newest mutation may be ahead of the oldest that has no answer: the server keeps replies for no more, and
+/// one that waits for a slow disk must not make those after it fail.
+const SEQUENCE_SPAN_MAX: u64 = 1024;
+const _: () = assert!(SEQUENCE_SPAN_MAX * 2 <= REPLIES_KEPT_PER_SESSION);
 
 /// How this mount introduces itself.
 #[derive(Clone, Debug)]
@@ -49,9 +50,14 @@ pub struct MetaClient {
     map_version_seen: AtomicU64,
     map_being_fetched: AtomicBool,
     durable_through: AtomicU64,
-    window: Semaphore,
+    /// The last change that this mount made.
+    applied_through: AtomicU64,
+    /// A mutation has been answered, or given up.
+    room: Notify,
     /// Inodes that the server should know as open by this session.
     opens: Mutex<HashSet<Ino>>,
+    /// False while the server has not taken in `opens` since it restarted, or since a new session began.
+    opens_told: AtomicBool,
     entering: tokio::sync::Mutex<()>,
 }
 
@@ -68,6 +74,23 @@ struct Session {
     next: u64,
     in_flight: BTreeSet<u64>,
     server_instance: u64,
+}
+
+impl Session {
+    fn first_unanswered(&self) -> u64 {
+        self.in_flight.first().copied().unwrap_or(self.next)
+    }
+
+    /// The next sequence, unless it would be too far ahead of one that waits for its answer.
+    fn take_sequence(&mut self) -> Option<(SessionId, Sequence)> {
+        if self.next - self.first_unanswered() >= SEQUENCE_SPAN_MAX {
+            return None;
+        }
+        let sequence = self.next;
+        self.next += 1;
+        self.in_flight.insert(sequence);
+        Some((self.id, Sequence(sequence)))
+    }
 }
 
 /// A mutation that has been applied.
@@ -96,8 +119,10 @@ impl MetaClient {
             map_version_seen: AtomicU64::new(0),
             map_being_fetched: AtomicBool::new(false),
             durable_through: AtomicU64::new(0),
-            window: Semaphore::new(MUTATIONS_IN_FLIGHT_MAX),
+            applied_through: AtomicU64::new(0),
+            room: Notify::new(),
             opens: Mutex::default(),
+            opens_told: AtomicBool::new(true),
             entering: tokio::sync::Mutex::default(),
         });
         client.first_contact(patience).await?;
@@ -139,6 +164,11 @@ impl MetaClient {
         position.0 <= self.durable_through.load(Ordering::Acquire)
     }
 
+    /// The last change that this mount made, of whatever.
+    pub fn applied_through(&self) -> Position {
+        Position(self.applied_through.load(Ordering::Acquire))
+    }
+
     pub async fn query(self: &Arc<Self>, query: Query) -> FsResult<MetaAnswer> {
         self.ask(ATTEMPT, || MetaRequest::Query(query.clone())).await
     }
@@ -173,6 +203,9 @@ impl MetaClient {
     }
 
     pub async fn renew(self: &Arc<Self>, dirty_bytes: u64, repairs: u64) -> FsResult<()> {
+        if !self.opens_told.load(Ordering::Acquire) {
+            self.tell_opens().await;
+        }
         let request = || SessionRequest::Renew { session: self.session(), dirty_bytes, repairs };
         self.ask(ATTEMPT, || MetaRequest::Session(request())).await.map(drop)
     }
@@ -193,23 +226,24 @@ impl MetaClient {
 
     /// Applies `op` exactly once, however often the reply is lost (I5).
     pub async fn mutate(self: &Arc<Self>, op: Op, durable: bool) -> FsResult<Applied> {
-        let _slot = self.window.acquire().await.map_err(|_| Errno(libc::EIO))?;
-        match self.mutate_in_session(&op, durable).await {
-            Err(Failure::Expired { perhaps_applied: false }) => {
-                self.reenter().await;
-                Ok(self.mutate_in_session(&op, durable).await?)
+        let applied = match self.mutate_in_session(&op, durable).await {
+            Err(Failure::Expired { session, perhaps_applied: false }) => {
+                self.reenter(session).await;
+                self.mutate_in_session(&op, durable).await?
             }
-            result => Ok(result?),
-        }
+            result => result?,
+        };
+        self.applied_through.fetch_max(applied.position.0, Ordering::AcqRel);
+        Ok(applied)
     }
 
     async fn mutate_in_session(self: &Arc<Self>, op: &Op, durable: bool) -> Result<Applied, Failure> {
-        let mutation = Mutation::begin(self);
+        let mutation = Mutation::begin(self).await;
         let attempt = if durable { self.io_timeout } else { ATTEMPT };
         let request = || MetaRequest::Mutate {
             session: mutation.session,
             sequence: mutation.sequence,
-            answered_below: self.answered_below(),
+            answered_below: self.answered_below(mutation.session),
             durable,
             op: op.clone(),
         };
@@ -219,9 +253,10 @@ impl MetaClient {
         }
     }
 
-    fn answered_below(&self) -> Sequence {
-        let session = self.session.lock();
-        Sequence(session.in_flight.first().copied().unwrap_or(session.next))
+    /// Of `session`; nothing of it is given up once another has taken its place.
+    fn answered_below(&self, session: SessionId) -> Sequence {
+        let current = self.session.lock();
+        if current.id == session { Sequence(current.first_unanswered()) } else { Sequence(1) }
     }
 
     /// Asks until there is an answer or the mount's patience ends. Faults of the path are retried, refusals are answers.
@@ -241,10 +276,12 @@ impl MetaClient {
             match self.once(&request, attempt.min(retry.remaining())).await {
                 Ok(answer) => return Ok(answer),
                 Err(Trouble::Refused(Refusal::Unavailable)) => {}
-                Err(Trouble::Refused(Refusal::SessionExpired)) if is_mutation(&request) => {
-                    return Err(Failure::Expired { perhaps_applied });
-                }
-                Err(Trouble::Refused(Refusal::SessionExpired)) => self.reenter().await,
+                Err(Trouble::Refused(Refusal::SessionExpired)) => match (session_of(&request), &request) {
+                    (Some(session), MetaRequest::Mutate { .. }) => {
+                        return Err(Failure::Expired { session, perhaps_applied });
+                    }
+                    (session, _) => self.reenter(session.unwrap_or_else(|| self.session())).await,
+                },
                 Err(Trouble::Refused(refusal)) => return Err(Failure::Errno(refused(refusal))),
                 Err(Trouble::Call(CallError::Untrusted(address, why))) => {
                     error!(%address, why, "the metadata server is not trusted, or does not trust this mount");
@@ -283,8 +320,10 @@ impl MetaClient {
             });
         }
         if self.is_new_instance(reply.server_instance) {
+            info!("the metadata server has restarted: telling it what is open here");
+            self.opens_told.store(false, Ordering::Release);
             let client = Arc::clone(self);
-            tokio::spawn(async move { client.reopen().await });
+            tokio::spawn(async move { client.tell_opens().await });
         }
     }
 
@@ -296,27 +335,25 @@ impl MetaClient {
         is_new
     }
 
-    async fn reopen(self: &Arc<Self>) {
-        info!("the metadata server has restarted: telling it what is open here");
-        let opens: Vec<Ino> = self.opens.lock().iter().copied().collect();
-        let request = MetaRequest::Session(SessionRequest::Reopen { session: self.session(), opens });
-        let mut retry = Retry::within(self.io_timeout);
-        loop {
-            match self.once(&request, ATTEMPT).await {
-                Ok(_) => return,
-                Err(Trouble::Refused(Refusal::SessionExpired)) => return self.reenter().await,
-                Err(trouble) => {
-                    if retry.pause().await.is_err() {
-                        return error!(?trouble, "the open files could not be registered again");
-                    }
-                }
-            }
+    /// Tells the server what is open here. What fails is tried again with the next renewal.
+    async fn tell_opens(self: &Arc<Self>) {
+        let session = self.session();
+        match self.send_opens(session).await {
+            Ok(()) => {}
+            Err(Trouble::Refused(Refusal::SessionExpired)) => self.reenter(session).await,
+            Err(trouble) => warn!(?trouble, "the open files are not registered with the metadata server yet"),
         }
     }
 
-    /// A new session in place of one that expired, with the same opens.
-    async fn reenter(self: &Arc<Self>) {
-        let expired = self.session();
+    async fn send_opens(self: &Arc<Self>, session: SessionId) -> Result<(), Trouble> {
+        let opens: Vec<Ino> = self.opens.lock().iter().copied().collect();
+        self.once(&MetaRequest::Session(SessionRequest::Reopen { session, opens }), ATTEMPT).await?;
+        self.opens_told.store(true, Ordering::Release);
+        Ok(())
+    }
+
+    /// A new session in place of `expired`, with the same opens.
+    async fn reenter(self: &Arc<Self>, expired: SessionId) {
         let _one_at_a_time = self.entering.lock().await;
         if self.session() != expired {
             return;
@@ -325,10 +362,9 @@ impl MetaClient {
         if let Err(trouble) = self.open_session(ATTEMPT).await {
             return warn!(?trouble, "no new session yet");
         }
-        let opened: Vec<Ino> = self.opens.lock().iter().copied().collect();
-        let opens = SessionRequest::Opens { session: self.session(), opened, released: Vec::new() };
-        if let Err(trouble) = self.once(&MetaRequest::Session(opens), ATTEMPT).await {
-            warn!(?trouble, "the open files could not be registered with the new session");
+        self.opens_told.store(false, Ordering::Release);
+        if let Err(trouble) = self.send_opens(self.session()).await {
+            warn!(?trouble, "the open files are not registered with the new session yet");
         }
     }
 
@@ -345,6 +381,8 @@ impl MetaClient {
                 state.renew_every = Duration::from_millis(renew_every_ms.clamp(100, 60_000));
                 state.next = 1;
                 state.in_flight.clear();
+                drop(state);
+                self.room.notify_waiters();
                 Ok(())
             }
             other => Err(Trouble::Call(CallError::Malformed(self.server.address, format!("{other:?}")))),
@@ -377,6 +415,7 @@ enum Failure {
     Errno(Errno),
     /// The session is no longer known, so neither is whether an earlier, lost attempt of a mutation was applied.
     Expired {
+        session: SessionId,
         perhaps_applied: bool,
     },
 }
@@ -393,8 +432,20 @@ impl From<Failure> for Errno {
     }
 }
 
-fn is_mutation(request: &MetaRequest) -> bool {
-    matches!(request, MetaRequest::Mutate { .. })
+/// The session in whose name a request was made.
+fn session_of(request: &MetaRequest) -> Option<SessionId> {
+    match request {
+        MetaRequest::Mutate { session, .. }
+        | MetaRequest::Barrier { session }
+        | MetaRequest::Query(Query::Open { session, .. })
+        | MetaRequest::Session(
+            SessionRequest::Renew { session, .. }
+            | SessionRequest::Reopen { session, .. }
+            | SessionRequest::Close { session }
+            | SessionRequest::Opens { session, .. },
+        ) => Some(*session),
+        _ => None,
+    }
 }
 
 fn refused(refusal: Refusal) -> Errno {
@@ -418,20 +469,47 @@ struct Mutation<'a> {
 }
 
 impl<'a> Mutation<'a> {
-    fn begin(client: &'a MetaClient) -> Self {
-        let mut state = client.session.lock();
-        let sequence = Sequence(state.next);
-        state.next += 1;
-        state.in_flight.insert(sequence.0);
-        Self { client, session: state.id, sequence }
+    async fn begin(client: &'a MetaClient) -> Self {
+        loop {
+            let room = client.room.notified();
+            tokio::pin!(room);
+            room.as_mut().enable();
+            let taken = client.session.lock().take_sequence();
+            if let Some((session, sequence)) = taken {
+                return Self { client, session, sequence };
+            }
+            room.await;
+        }
     }
 }
 
 impl Drop for Mutation<'_> {
     fn drop(&mut self) {
-        let mut state = self.client.session.lock();
-        if state.id == self.session {
-            state.in_flight.remove(&self.sequence.0);
+        {
+            let mut state = self.client.session.lock();
+            if state.id == self.session {
+                state.in_flight.remove(&self.sequence.0);
+            }
         }
+        self.client.room.notify_waiters();
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_mutation_without_an_answer_holds_back_those_too_far_ahead_of_it() {
+        let mut session = Session { id: SessionId(1), next: 1, ..Session::default() };
+        for expected in 1..=SEQUENCE_SPAN_MAX {
+            assert_eq!(session.take_sequence(), Some((SessionId(1), Sequence(expected))));
+            if expected > 1 {
+                session.in_flight.remove(&expected);
+            }
+        }
+        assert_eq!((session.first_unanswered(), session.take_sequence()), (1, None));
+        session.in_flight.remove(&1);
+        assert_eq!(session.take_sequence(), Some((SessionId(1), Sequence(SEQUENCE_SPAN_MAX + 1))));
     }
 }
