@@ -284,12 +284,14 @@ impl Barrier {
     }
 
     async fn sync_log(&self, position: Position) -> Result<(), Fault> {
-        let file = {
+        let (file, end) = {
             let mut log = self.core.log.lock();
             log.mark(position)?;
-            log.file()
+            (log.file(), log.length())
         };
-        let synced = tokio::task::spawn_blocking(move || file.sync_data()).await;
-        synced.map_err(|_| Fault::Thread)?.map_err(Fault::Sync)
+        let syncing = Arc::clone(&file);
+        let synced = tokio::task::spawn_blocking(move || syncing.sync_data()).await;
+        synced.map_err(|_| Fault::Thread)?.map_err(Fault::Sync)?;
+        Ok(self.core.log.lock().note_synced(&file, end, position)?)
     }
 }

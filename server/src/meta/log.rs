@@ -11,7 +11,8 @@
 //!
 //! A sum is the first 8 bytes of the BLAKE3 of what it protects: all of the header before it; a record's head before
 //! it and its payload. Kinds: 1, a batch of entries, the first of which has `position`, each behind its length (u32);
-//! 2, a durable mark: everything through `position` was on stable storage, blocks included, when it was written.
+//! 2, a durable mark: everything through `position` was on stable storage, blocks included, when it was synced; its
+//! payload is the number of bytes of this file that an earlier sync had covered (u64).
 
 use std::{
     io,
@@ -77,6 +78,8 @@ pub struct Log {
     path: PathBuf,
     file: Arc<dyn DiskFile>,
     end: u64,
+    /// Bytes that a completed sync has covered.
+    synced: u64,
     next: Position,
 }
 
@@ -89,6 +92,8 @@ pub struct Found {
     same_boot: bool,
     /// Bytes that count, and the last position among them.
     end: u64,
+    /// Bytes that were synced for certain.
+    synced: u64,
     last: Position,
     /// The last durable mark.
     pub marked: Position,
@@ -99,6 +104,13 @@ struct Record {
     position: Position,
     payload: Vec<u8>,
     end: u64,
+}
+
+impl Record {
+    /// Bytes of the file that had been synced before this mark was written.
+    fn synced(&self) -> u64 {
+        u64::from_le_bytes(part(&self.payload, 0))
+    }
 }
 
 impl LogPlace {
@@ -142,6 +154,7 @@ impl LogPlace {
         let Some((first, boot)) = self.read_header(&path, &*file, length)? else { return Ok(None) };
         let same_boot = boot == self.boot;
         let (mut at, mut next, mut marked) = (FILE_HEADER_LENGTH as u64, first, None);
+        let mut synced = at;
         let mut bad = None;
         while at < length && bad.is_none() {
             match read_record(&*file, at, length).map_err(io_error("read", &path))? {
@@ -151,6 +164,7 @@ impl LogPlace {
                         next.0 += count;
                         if record.kind == KIND_MARK {
                             marked = Some((record.position, at));
+                            synced = synced.max(record.synced());
                         }
                     }
                     Err(what) => return Err(LogError::Damaged { path, offset: at, what }),
@@ -159,7 +173,7 @@ impl LogPlace {
             }
         }
         if let Some(what) = bad
-            && goes_on_after(&*file, at + 1, length, same_boot, next).map_err(io_error("read", &path))?
+            && goes_on_after(&*file, at, length, same_boot).map_err(io_error("read", &path))?
         {
             return Err(LogError::Damaged { path, offset: at, what });
         }
@@ -170,7 +184,7 @@ impl LogPlace {
             (false, None) => (before, FILE_HEADER_LENGTH as u64),
         };
         let marked = marked.map_or(before, |(position, _)| position);
-        Ok(Some(Found { path, file, first, same_boot, end, last, marked }))
+        Ok(Some(Found { path, file, first, same_boot, end, synced, last, marked }))
     }
 
     /// `None`: the header is not whole, which only a cut-short creation leaves.
@@ -187,7 +201,7 @@ impl LogPlace {
         file.read_exact_at(&mut header, 0).map_err(io_error("read", path))?;
         let (body, checksum) = header.split_at(FILE_HEADER_LENGTH - 8);
         if *checksum != sum(&[body]) || !body.starts_with(FILE_MAGIC) {
-            let searched = goes_on_after(file, header.len() as u64, length, false, Position(0));
+            let searched = goes_on_after(file, 0, length, false);
             return match searched.map_err(io_error("read", path))? {
                 true => Err(LogError::Damaged { path: path.to_owned(), offset: 0, what: "its header".into() }),
                 false => Ok(None),
@@ -219,7 +233,14 @@ impl LogPlace {
         for old in self.files()?.iter().filter(|old| **old != path) {
             self.disk.remove(old).map_err(io_error("remove", old))?;
         }
-        Ok(Log { place: self.clone(), path, file, end: FILE_HEADER_LENGTH as u64, next: first })
+        Ok(Log {
+            place: self.clone(),
+            path,
+            file,
+            end: FILE_HEADER_LENGTH as u64,
+            synced: FILE_HEADER_LENGTH as u64,
+            next: first,
+        })
     }
 
     fn header(&self, first: Position) -> Vec<u8> {
@@ -268,7 +289,14 @@ impl Found {
         }
         self.file.set_length(self.end).map_err(io_error("cut the torn tail of", &self.path))?;
         let next = Position(self.last.0 + 1);
-        Ok(Some(Log { place: place.clone(), path: self.path, file: self.file, end: self.end, next }))
+        Ok(Some(Log {
+            place: place.clone(),
+            path: self.path,
+            file: self.file,
+            end: self.end,
+            synced: self.synced,
+            next,
+        }))
     }
 }
 
@@ -294,7 +322,18 @@ impl Log {
 
     /// Says that everything through `position` is durable. True once the file is synced.
     pub fn mark(&mut self, position: Position) -> Result<(), LogError> {
-        self.write(KIND_MARK, position, &[])
+        self.write(KIND_MARK, position, &self.synced.to_le_bytes())
+    }
+
+    /// `file` was synced when it had `end` bytes, the last of them the mark of `position`. A second mark, which waits for
+    /// no sync, says so: it tells later damage before it from a sync that was cut short. A file that has been rotated
+    /// away no longer matters.
+    pub fn note_synced(&mut self, file: &Arc<dyn DiskFile>, end: u64, position: Position) -> Result<(), LogError> {
+        if !Arc::ptr_eq(file, &self.file) {
+            return Ok(());
+        }
+        self.synced = self.synced.max(end);
+        self.mark(position)
     }
 
     fn write(&mut self, kind: u8, position: Position, payload: &[u8]) -> Result<(), LogError> {
@@ -402,18 +441,18 @@ fn split_entries(mut payload: &[u8]) -> Option<Vec<&[u8]>> {
     payload.is_empty().then_some(entries)
 }
 
-/// Is there, after a bad record, a good one that could not be there if the log simply ended? Under the same kernel
-/// writes arrive in order, so any; after a power cut a later write may have reached the disk before an
-/// earlier one, but nothing before a durable mark can be missing.
-fn goes_on_after(file: &dyn DiskFile, from: u64, length: u64, same_boot: bool, next: Position) -> io::Result<bool> {
+/// Is there, after what is bad at `bad`, a good record that could not be there if the log simply ended? Under the same
+/// kernel writes arrive in order, so any. After a power cut a later write may have reached the disk before an earlier
+/// one, also a mark whose sync was cut short; but nothing can be missing that a mark says was synced before it.
+fn goes_on_after(file: &dyn DiskFile, bad: u64, length: u64, same_boot: bool) -> io::Result<bool> {
     let mut window = vec![0; SEARCH_WINDOW];
-    let mut at = from;
+    let mut at = bad + 1;
     while at + (RECORD_HEADER_LENGTH as u64) <= length {
         let size = usize::try_from(length - at).unwrap_or(SEARCH_WINDOW).min(SEARCH_WINDOW);
         file.read_exact_at(&mut window[..size], at)?;
         let starts = window[..size].windows(4).enumerate().filter(|(_, bytes)| bytes == RECORD_MAGIC);
         for (offset, _) in starts {
-            let is_later = |record: &Record| same_boot || (record.kind == KIND_MARK && record.position >= next);
+            let is_later = |record: &Record| same_boot || (record.kind == KIND_MARK && record.synced() > bad);
             if read_record(file, at + offset as u64, length)?.is_ok_and(|record| is_later(&record)) {
                 return Ok(true);
             }
