@@ -572,6 +572,27 @@ async fn whatever_write_is_the_last_what_was_acknowledged_as_durable_is_there() 
 }
 
 #[tokio::test]
+async fn whatever_write_is_the_last_what_the_next_life_calls_durable_survives_the_power() {
+    let mut stop_at = 1;
+    loop {
+        let disk = MemoryDisk::new();
+        let (.., stopped) = work(&disk, stop_at).await;
+        let after = disk.process_death();
+        let life = |disk: &MemoryDisk| {
+            let shared: Arc<dyn Disk> = Arc::new(disk.clone());
+            recover(&shared, Path::new("/data"), Arc::new(TestClock::default()), &options()).unwrap()
+        };
+        let durable = life(&after).durable();
+        let left = life(&after.power_cut(0)).applied();
+        assert!(left >= durable, "after write {stop_at}: {durable} was durable, {left} is left");
+        if !stopped {
+            break;
+        }
+        stop_at += 1;
+    }
+}
+
+#[tokio::test]
 async fn a_status_tells_what_is() {
     let mut cluster = Cluster::new().await;
     let ino = cluster.create("a", false).await.unwrap();
