@@ -77,7 +77,16 @@ impl Storages {
         change(self.0.lock().entry(id).or_insert_with(|| Storage { boot: 1, ..Storage::default() }))
     }
 
+    fn can_send(&self, id: u32, block: &BlockHash) -> bool {
+        self.with(id, |storage| !storage.dead && storage.visible.contains(block))
+    }
+
     fn answer(&self, id: u32, request: StorageRequest) -> Option<Result<StorageAnswer, Refusal>> {
+        if let StorageRequest::Obtain { block, sources } = &request
+            && !sources.iter().any(|source| self.can_send(source.server.0, block))
+        {
+            return Some(Err(Refusal::Unavailable));
+        }
         self.with(id, |storage| {
             if storage.dead {
                 return None;
@@ -370,6 +379,26 @@ async fn with_too_few_durable_copies_others_are_made_before_anything_is_durable(
     let holders = cluster.holders(1);
     assert!(holders.contains(&1) && holders.len() >= 2 && !holders.contains(&2), "{holders:?}");
     cluster.check();
+}
+
+#[tokio::test]
+async fn a_block_that_everybody_lost_does_not_hold_up_the_others() {
+    for silent_first in [false, true] {
+        let mut cluster = Cluster::new().await;
+        let ino = cluster.create("a", true).await.unwrap();
+        let op = cluster.put(ino, 1, &[1, 2]);
+        cluster.storages.reboot(1);
+        cluster.storages.reboot(2);
+        cluster.storages.with(2, |storage| storage.dead = silent_first);
+        cluster.mutate(false, op).await.unwrap();
+        if silent_first {
+            cluster.until("the first loss is known", |cluster| cluster.holders(1) == [2]).await;
+            cluster.storages.with(2, |storage| storage.dead = false);
+        }
+        let later = tokio::time::timeout(Duration::from_secs(10), cluster.create("b", true)).await;
+        assert!(matches!(later, Ok(Ok(_))), "silent first: {silent_first}: {later:?}");
+        cluster.check();
+    }
 }
 
 #[tokio::test]
