@@ -243,7 +243,6 @@ impl Service {
             SessionRequest::Close { session } => {
                 self.check_session(session, node)?;
                 self.proposer.propose(Command::EndSession { session }).await?.1?;
-                self.core.sessions.lock().end(session);
                 tracing::info!(%session, peer = %node, "a mount closed its session");
             }
         }

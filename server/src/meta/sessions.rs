@@ -132,9 +132,17 @@ impl Sessions {
         self.mounts.values().all(|mount| mount.confirmed)
     }
 
+    /// Shortens everybody's silence by a time in which nobody could be heard.
+    pub fn forgive(&mut self, missed: Duration, now: Duration) {
+        self.mounts.values_mut().for_each(|mount| mount.heard = now.min(mount.heard + missed));
+    }
+
+    pub fn is_expired(&self, id: SessionId, now: Duration, timeout: Duration) -> bool {
+        self.mounts.get(&id).is_some_and(|mount| now.saturating_sub(mount.heard) >= timeout)
+    }
+
     pub fn expired(&self, now: Duration, timeout: Duration) -> Vec<SessionId> {
-        let silent = |mount: &Mount| now.saturating_sub(mount.heard) >= timeout;
-        self.mounts.iter().filter(|(_, mount)| silent(mount)).map(|(id, _)| *id).collect()
+        self.mounts.keys().copied().filter(|id| self.is_expired(*id, now, timeout)).collect()
     }
 
     pub fn status(&self, now: Duration) -> Vec<MountStatus> {

@@ -257,6 +257,17 @@ impl Cluster {
         Op::Commit { files: vec![file], blocks: vec![block] }
     }
 
+    /// A file that is open and has no name any more.
+    async fn hold_unlinked(&mut self, name: &str) {
+        let op = match words::make(Ino::ROOT, name, Kind::File) {
+            Op::Make { parent, name, new, exclusive, .. } => Op::Make { parent, name, new, exclusive, open: true },
+            other => other,
+        };
+        self.mutate(false, op).await.unwrap();
+        let unlink = Op::Unlink { parent: Ino::ROOT, name: name.as_bytes().to_vec() };
+        self.mutate(true, unlink).await.unwrap();
+    }
+
     fn names(&self) -> BTreeSet<String> {
         let view = self.core().store.view().unwrap();
         let page = super::state::settled(super::state::query::read_directory(&*view, Ino::ROOT, 0, 4096, false));
@@ -431,17 +442,38 @@ async fn unlinked_and_open_stays_until_it_is_released() {
 
 #[tokio::test]
 async fn a_silent_mount_expires_with_all_that_it_held() {
-    let mut cluster = Cluster::new().await;
-    let op = match words::make(Ino::ROOT, "a", Kind::File) {
-        Op::Make { parent, name, new, exclusive, .. } => Op::Make { parent, name, new, exclusive, open: true },
-        other => other,
-    };
-    cluster.mutate(false, op).await.unwrap();
-    cluster.mutate(true, Op::Unlink { parent: Ino::ROOT, name: b"a".to_vec() }).await.unwrap();
-    cluster.clock.advance(Duration::from_secs(61));
+    let options = Options { session_timeout: Duration::from_secs(3), ..options() };
+    let mut cluster = Cluster::on(MemoryDisk::new(), options).await;
+    cluster.hold_unlinked("a").await;
     let inodes = |cluster: &Cluster| cluster.core().store.view().unwrap().counters().inodes;
-    cluster.until("what it held is reclaimed", |cluster| inodes(cluster) == 1).await;
+    cluster
+        .until("what it held is reclaimed", |cluster| {
+            cluster.clock.advance(Duration::from_millis(5));
+            inodes(cluster) == 1
+        })
+        .await;
     assert_eq!(cluster.create("b", false).await, Err(Refusal::SessionExpired));
+    cluster.check();
+}
+
+#[tokio::test]
+async fn a_server_that_did_not_run_holds_it_against_nobody() {
+    let mut cluster = Cluster::new().await;
+    cluster.hold_unlinked("a").await;
+    cluster.clock.advance(Duration::from_secs(1000));
+    // It has had the time to judge.
+    cluster
+        .until("ticks have passed", |cluster| {
+            cluster.core().sessions.lock().status(Duration::from_secs(1000))[0].silent_ms < 60_000
+        })
+        .await;
+    cluster.create("b", true).await.unwrap();
+    assert_eq!(cluster.core().store.view().unwrap().counters().inodes, 3, "it holds the first open");
+    assert!((1..=3).all(|server| cluster.core().cluster.lock().is_up(ServerId(server))));
+    // Whoever was judged before, and is heard before the judgement is carried out, stays.
+    let early = cluster.running.proposer().expire(cluster.session, Duration::from_secs(60)).await;
+    assert_eq!(early.unwrap_err(), Refusal::Unavailable);
+    cluster.create("c", true).await.unwrap();
     cluster.check();
 }
 
