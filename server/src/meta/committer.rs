@@ -178,6 +178,13 @@ impl Committer {
                 self.core.barrier_wanted.notify_one();
                 Err(Refusal::Unavailable)
             }
+            Command::OpenSession { .. } if self.core.sessions.lock().is_full() => {
+                tracing::warn!("there are as many sessions as there may be: a mount is refused");
+                Err(Refusal::Unavailable)
+            }
+            Command::Mutate { session, op: Op::Make { open: true, .. }, .. } => {
+                self.core.sessions.lock().admit_opens(*session, 1)
+            }
             Command::Reclaim { inos } => {
                 let sessions = self.core.sessions.lock();
                 inos.retain(|ino| !sessions.is_open(*ino));
@@ -211,6 +218,14 @@ impl Committer {
     fn remember(&self, command: &Command, applied: &Applied) {
         let (session, op) = match command {
             Command::Mutate { session, op, .. } => (session, op),
+            Command::OpenSession { node, host, mountpoint, .. } => {
+                // Before it is durable: who gives up waiting for that leaves a session that expires like any other.
+                if let Ok(Reply::Session(session)) = applied.outcome {
+                    let now = self.core.clock.monotonic();
+                    self.core.sessions.lock().opened(session, *node, host.clone(), mountpoint.clone(), now);
+                }
+                return;
+            }
             Command::EndSession { session } => return self.core.sessions.lock().end(*session),
             _ => return,
         };
@@ -224,7 +239,7 @@ impl Committer {
     }
 
     fn hold_open(&self, session: SessionId, ino: Ino) {
-        if let Err(refusal) = self.core.sessions.lock().hold(session, &[ino]) {
+        if let Err(refusal) = self.core.sessions.lock().hold_made(session, ino) {
             tracing::warn!(%session, %ino, %refusal, "a new file is not on record as open");
         }
     }

@@ -441,6 +441,29 @@ async fn unlinked_and_open_stays_until_it_is_released() {
 }
 
 #[tokio::test]
+async fn a_session_whose_opening_never_became_durable_expires_too() {
+    let options = Options { session_timeout: Duration::from_secs(3), ..options() };
+    let mut cluster = Cluster::on(MemoryDisk::new(), options).await;
+    let ino = cluster.create("a", true).await.unwrap();
+    // Nothing becomes durable: neither of its servers answers.
+    let op = cluster.put(ino, 1, &[1, 2]);
+    (1..=3).for_each(|id| cluster.storages.with(id, |storage| storage.dead = true));
+    cluster.mutate(false, op).await.unwrap();
+    let open = SessionRequest::Open { instance: [2; 16], host: "host".into(), mountpoint: "/mnt".into() };
+    let opening = cluster.ask(MOUNT, MetaRequest::Session(open));
+    assert!(tokio::time::timeout(Duration::from_millis(300), opening).await.is_err());
+    let sessions =
+        |cluster: &Cluster| super::state::session::sessions(&*cluster.core().store.view().unwrap()).unwrap().len();
+    assert_eq!(sessions(&cluster), 2);
+    cluster
+        .until("both sessions have ended", |cluster| {
+            cluster.clock.advance(Duration::from_millis(5));
+            sessions(cluster) == 0
+        })
+        .await;
+}
+
+#[tokio::test]
 async fn a_silent_mount_expires_with_all_that_it_held() {
     let options = Options { session_timeout: Duration::from_secs(3), ..options() };
     let mut cluster = Cluster::on(MemoryDisk::new(), options).await;
