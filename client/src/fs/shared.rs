@@ -358,7 +358,8 @@ mod tests {
     fn ranges_that_touch_are_one_and_too_many_become_one() {
         assert_eq!(merged(vec![5..9, 0..2, 2..4, 8..12]), [0..4, 5..12]);
         let sparse: Vec<Range<u32>> = (0..2048).map(|n| n * 512..n * 512 + 1).collect();
-        assert_eq!(few(merged(sparse)), [0..2047 * 512 + 1]);
+        let one = few(merged(sparse));
+        assert_eq!((one.len(), one[0].clone()), (1, 0..2047 * 512 + 1));
         assert_eq!(few(vec![0..1, 5..6]), [0..1, 5..6]);
     }
 }

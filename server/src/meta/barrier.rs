@@ -87,6 +87,11 @@ fn is_bad(
     }
 }
 
+/// Does the server say itself that it does not have this copy any more?
+fn is_lost(outcomes: &BTreeMap<ServerId, Synced>, server: ServerId, hash: &BlockHash) -> bool {
+    matches!(outcomes.get(&server), Some(Synced::But(missing)) if missing.contains(hash))
+}
+
 impl Barrier {
     pub fn new(core: Arc<Core>, peers: Arc<dyn Peers>, proposer: Proposer) -> Self {
         Self { core, peers, proposer }
@@ -245,11 +250,19 @@ impl Barrier {
                 }
                 let holders = blocks::block(&*view, *hash)?.map_or(Vec::new(), |row| row.holders);
                 let good = holders.iter().filter(|holder| !is_bad(&copies, &outcomes, **holder, hash)).count();
-                let is_known = matches!(outcomes.get(server), Some(Synced::But(_)));
+                let is_known = is_lost(&outcomes, *server, hash);
+                if !holders.contains(server) {
+                    continue;
+                }
+                if holders.iter().all(|holder| is_lost(&outcomes, *holder, hash)) {
+                    self.give_up(*server, *hash);
+                    if holders.len() > 1 {
+                        verdict.lose(*server, *hash);
+                    }
+                    continue;
+                }
                 match holders.len() {
-                    _ if !holders.contains(server) => continue,
                     _ if good >= REPLICAS_MIN => verdict.lose(*server, *hash),
-                    1 if is_known => tracing::error!(%server, block = %hash, "the last copy of a block is lost"),
                     _ if is_known => verdict.lose(*server, *hash),
                     _ => {
                         verdict.waits = true;
@@ -263,6 +276,12 @@ impl Barrier {
             }
         }
         Ok(verdict)
+    }
+
+    /// No copy can be made of a block that nobody has: to wait for some would hold up every barrier from now on.
+    fn give_up(&self, server: ServerId, hash: BlockHash) {
+        tracing::error!(%server, block = %hash, "the last copy of a block is lost, before it was ever durable");
+        self.core.thin.lock().remove(&hash);
     }
 
     /// Are there blocks without enough durable copies? Forgets those that have them by now.

@@ -81,6 +81,11 @@ impl Cluster {
         self.members.insert(id, Member { info, boot: beat.boot, load: beat.load, heard: now });
     }
 
+    /// Shortens everybody's silence by a time in which nobody could be heard.
+    pub fn forgive(&mut self, missed: Duration, now: Duration) {
+        self.members.values_mut().for_each(|member| member.heard = now.min(member.heard + missed));
+    }
+
     /// Judges everybody by how long they have been silent. Returns those whose state changed.
     pub fn tick(&mut self, now: Duration) -> Vec<(ServerId, ServerState)> {
         let mut changed = Vec::new();

@@ -3,7 +3,7 @@
 use std::{sync::Arc, time::Duration};
 
 use holdfast_common::{
-    Ino, Position, Refusal, Time,
+    Ino, Position, Refusal, SessionId, Time,
     wire::meta::{Mutated, Op},
 };
 use tokio::sync::{mpsc, oneshot};
@@ -29,7 +29,16 @@ pub type Answer = (Position, Outcome);
 
 struct Proposal {
     command: Command,
+    condition: Condition,
     answer: Answering,
+}
+
+/// What must still be so when it is a command's turn.
+#[derive(Clone, Copy)]
+enum Condition {
+    Always,
+    /// The session has not been heard for so long.
+    Silent(SessionId, Duration),
 }
 
 enum Message {
@@ -54,8 +63,17 @@ impl std::fmt::Debug for Message {
 impl Proposer {
     /// Applies `command` in order. `Unavailable`: the server is stopping, or cannot take it now; it was not applied.
     pub async fn propose(&self, command: Command) -> Result<Answer, Refusal> {
+        self.propose_if(Condition::Always, command).await
+    }
+
+    /// Ends a session, if it has not been heard for `timeout` when it is this command's turn.
+    pub async fn expire(&self, session: SessionId, timeout: Duration) -> Result<Answer, Refusal> {
+        self.propose_if(Condition::Silent(session, timeout), Command::EndSession { session }).await
+    }
+
+    async fn propose_if(&self, condition: Condition, command: Command) -> Result<Answer, Refusal> {
         let (answer, answered) = oneshot::channel();
-        let proposal = Message::Propose(Proposal { command, answer });
+        let proposal = Message::Propose(Proposal { command, condition, answer });
         self.0.send(proposal).await.map_err(|_| Refusal::Unavailable)?;
         answered.await.map_err(|_| Refusal::Unavailable)?
     }
@@ -123,8 +141,8 @@ impl Committer {
     }
 
     fn admit(&mut self, proposal: Proposal, batch: &mut Batch) -> Result<(), Fault> {
-        let Proposal { mut command, answer } = proposal;
-        if let Err(refusal) = self.check(&mut command) {
+        let Proposal { mut command, condition, answer } = proposal;
+        if let Err(refusal) = self.hold_true(condition).and_then(|()| self.check(&mut command)) {
             refuse(answer, refusal);
             return Ok(());
         }
@@ -143,12 +161,29 @@ impl Committer {
         Ok(())
     }
 
+    fn hold_true(&self, condition: Condition) -> Result<(), Refusal> {
+        let now = self.core.judging_time();
+        match condition {
+            Condition::Silent(session, timeout) if !self.core.sessions.lock().is_expired(session, now, timeout) => {
+                Err(Refusal::Unavailable)
+            }
+            Condition::Silent(..) | Condition::Always => Ok(()),
+        }
+    }
+
     /// What depends on this server's memory, and so must be settled before the entry exists.
     fn check(&self, command: &mut Command) -> Result<(), Refusal> {
         match command {
             Command::Mutate { op: Op::Commit { .. }, .. } if self.core.unsynced.lock().is_full() => {
                 self.core.barrier_wanted.notify_one();
                 Err(Refusal::Unavailable)
+            }
+            Command::OpenSession { .. } if self.core.sessions.lock().is_full() => {
+                tracing::warn!("there are as many sessions as there may be: a mount is refused");
+                Err(Refusal::Unavailable)
+            }
+            Command::Mutate { session, op: Op::Make { open: true, .. }, .. } => {
+                self.core.sessions.lock().admit_opens(*session, 1)
             }
             Command::Reclaim { inos } => {
                 let sessions = self.core.sessions.lock();
@@ -181,7 +216,19 @@ impl Committer {
 
     /// What this server must know at once, before anything else can happen to it.
     fn remember(&self, command: &Command, applied: &Applied) {
-        let Command::Mutate { session, op, .. } = command else { return };
+        let (session, op) = match command {
+            Command::Mutate { session, op, .. } => (session, op),
+            Command::OpenSession { node, host, mountpoint, .. } => {
+                // Before it is durable: who gives up waiting for that leaves a session that expires like any other.
+                if let Ok(Reply::Session(session)) = applied.outcome {
+                    let now = self.core.clock.monotonic();
+                    self.core.sessions.lock().opened(session, *node, host.clone(), mountpoint.clone(), now);
+                }
+                return;
+            }
+            Command::EndSession { session } => return self.core.sessions.lock().end(*session),
+            _ => return,
+        };
         match (op, &applied.outcome) {
             (Op::Commit { blocks, .. }, Ok(_)) if applied.changed => self.core.unsynced.lock().note(blocks),
             (Op::Make { open: true, .. }, Ok(Reply::Mutated(Mutated::Inode { attr, .. }))) => {
@@ -191,8 +238,8 @@ impl Committer {
         }
     }
 
-    fn hold_open(&self, session: holdfast_common::SessionId, ino: Ino) {
-        if let Err(refusal) = self.core.sessions.lock().hold(session, &[ino]) {
+    fn hold_open(&self, session: SessionId, ino: Ino) {
+        if let Err(refusal) = self.core.sessions.lock().hold_made(session, ino) {
             tracing::warn!(%session, %ino, %refusal, "a new file is not on record as open");
         }
     }

@@ -27,6 +27,9 @@ use super::{
     unsynced::Unsynced,
 };
 
+/// Silence is judged several times a second, if this process runs.
+const JUDGED_EVERY_MAX: Duration = Duration::from_secs(1);
+
 /// Why a metadata server must stop: it can no longer keep its promises.
 #[derive(Debug, thiserror::Error)]
 pub enum Fault {
@@ -53,6 +56,8 @@ pub struct Core {
     pub unsynced: Mutex<Unsynced>,
     /// Blocks whose durable copies are too few for a barrier: the duties make more.
     pub thin: Mutex<BTreeSet<BlockHash>>,
+    /// When silence was last judged.
+    judged: Mutex<Duration>,
     applied: AtomicU64,
     durable: watch::Sender<Position>,
     /// Somebody waits for durability.
@@ -82,7 +87,9 @@ impl Core {
     pub fn new(clock: Arc<dyn Clock>, cluster_id: ClusterId, recovered: Recovered) -> Arc<Self> {
         let Recovered { store, log, cluster, sessions, unsynced, durable } = recovered;
         let applied = log.next().0 - 1;
+        let judged = Mutex::new(clock.monotonic());
         Arc::new(Self {
+            judged,
             store,
             log: Mutex::new(log),
             clock,
@@ -96,6 +103,19 @@ impl Core {
             barrier_wanted: Notify::new(),
             copies_wanted: Notify::new(),
         })
+    }
+
+    /// The time by which to judge somebody's silence. Time in which this process did not run (it was stopped, or its
+    /// machine was suspended) is held against nobody: they could not be heard.
+    pub fn judging_time(&self) -> Duration {
+        let now = self.clock.monotonic();
+        let gap = now.saturating_sub(std::mem::replace(&mut *self.judged.lock(), now));
+        if gap > JUDGED_EVERY_MAX {
+            tracing::warn!(?gap, "this process did not run for a while: nobody's silence in that time counts");
+            self.cluster.lock().forgive(gap, now);
+            self.sessions.lock().forgive(gap, now);
+        }
+        now
     }
 
     /// Everything through this is visible.

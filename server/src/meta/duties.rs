@@ -34,27 +34,41 @@ const OBTAIN_DEADLINE: Duration = Duration::from_secs(30);
 
 /// Judges silence and reclaims what it leaves behind.
 pub async fn watch(core: Arc<Core>, proposer: Proposer, session_timeout: Duration) -> Result<(), Fault> {
-    loop {
-        tokio::time::sleep(TICK).await;
-        judge_servers(&core);
-        expire_sessions(&core, &proposer, session_timeout).await;
-        reclaim_orphans(&core, &proposer).await?;
+    // Apart, because what waits for the committer must not look like a time in which nobody could be heard.
+    let judging = async {
+        loop {
+            tokio::time::sleep(TICK).await;
+            judge_servers(&core);
+        }
+    };
+    let reclaiming = async {
+        loop {
+            tokio::time::sleep(TICK).await;
+            expire_sessions(&core, &proposer, session_timeout).await;
+            reclaim_orphans(&core, &proposer).await?;
+        }
+    };
+    tokio::select! {
+        never = judging => never,
+        fault = reclaiming => fault,
     }
 }
 
 fn judge_servers(core: &Core) {
-    let changed = core.cluster.lock().tick(core.clock.monotonic());
+    let now = core.judging_time();
+    let changed = core.cluster.lock().tick(now);
     for (server, state) in changed {
         tracing::warn!(%server, %state, "a storage server has been silent for too long");
     }
 }
 
 async fn expire_sessions(core: &Core, proposer: &Proposer, timeout: Duration) {
-    let expired = core.sessions.lock().expired(core.clock.monotonic(), timeout);
+    let now = core.judging_time();
+    let expired = core.sessions.lock().expired(now, timeout);
     for session in expired {
         tracing::warn!(%session, "a mount has been silent for too long: its session ends");
-        match proposer.propose(Command::EndSession { session }).await {
-            Ok(_) => core.sessions.lock().end(session),
+        match proposer.expire(session, timeout).await {
+            Ok(_) => {}
             Err(refusal) => tracing::debug!(%session, %refusal, "the end of a session could not be recorded yet"),
         }
     }

@@ -37,8 +37,8 @@ const KIND_ENTRIES: u8 = 1;
 const KIND_MARK: u8 = 2;
 /// Bytes of a record's payload. A batch is cut before it gets there.
 pub const RECORD_LENGTH_MAX: usize = 16 << 20;
-/// Bytes read at a time when what follows a bad record is searched for good ones.
-const SEARCH_WINDOW: usize = 1 << 20;
+/// Bytes read at a time where records do not matter.
+const WINDOW: usize = 1 << 20;
 
 #[derive(Debug, thiserror::Error)]
 pub enum LogError {
@@ -282,12 +282,15 @@ impl Found {
         Ok(())
     }
 
-    /// Goes on writing this log, if the kernel has been up ever since and the database is not ahead of it.
+    /// Goes on writing this log, if the kernel has been up ever since and the database is not ahead of it. What it
+    /// says is durable when this returns: before, its last mark may be one whose sync never ended, or failed.
     pub fn resume(self, place: &LogPlace, applied: Position) -> Result<Option<Log>, LogError> {
         if !self.same_boot || applied > self.last {
             return Ok(None);
         }
         self.file.set_length(self.end).map_err(io_error("cut the torn tail of", &self.path))?;
+        let synced = self.write_again().and_then(|()| place.disk.sync_directory(&place.directory));
+        synced.map_err(io_error("sync", &self.path))?;
         let next = Position(self.last.0 + 1);
         Ok(Some(Log {
             place: place.clone(),
@@ -297,6 +300,20 @@ impl Found {
             synced: self.synced,
             next,
         }))
+    }
+
+    /// The same bytes once more, and a sync. After a sync that failed, the kernel holds what did not get to the disk
+    /// for clean: another sync alone would only seem to succeed.
+    fn write_again(&self) -> io::Result<()> {
+        let mut window = vec![0; WINDOW];
+        let mut at = 0;
+        while at < self.end {
+            let size = usize::try_from(self.end - at).unwrap_or(WINDOW).min(WINDOW);
+            self.file.read_exact_at(&mut window[..size], at)?;
+            self.file.write_all_at(&window[..size], at)?;
+            at += size as u64;
+        }
+        self.file.sync_data()
     }
 }
 
@@ -445,10 +462,10 @@ fn split_entries(mut payload: &[u8]) -> Option<Vec<&[u8]>> {
 /// kernel writes arrive in order, so any. After a power cut a later write may have reached the disk before an earlier
 /// one, also a mark whose sync was cut short; but nothing can be missing that a mark says was synced before it.
 fn goes_on_after(file: &dyn DiskFile, bad: u64, length: u64, same_boot: bool) -> io::Result<bool> {
-    let mut window = vec![0; SEARCH_WINDOW];
+    let mut window = vec![0; WINDOW];
     let mut at = bad + 1;
     while at + (RECORD_HEADER_LENGTH as u64) <= length {
-        let size = usize::try_from(length - at).unwrap_or(SEARCH_WINDOW).min(SEARCH_WINDOW);
+        let size = usize::try_from(length - at).unwrap_or(WINDOW).min(WINDOW);
         file.read_exact_at(&mut window[..size], at)?;
         let starts = window[..size].windows(4).enumerate().filter(|(_, bytes)| bytes == RECORD_MAGIC);
         for (offset, _) in starts {

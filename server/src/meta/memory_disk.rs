@@ -1,7 +1,7 @@
 //! A disk in memory that forgets what was not synced, for tests.
 
 use std::{
-    collections::BTreeMap,
+    collections::{BTreeMap, BTreeSet},
     io,
     path::{Path, PathBuf},
     sync::{
@@ -13,10 +13,15 @@ use std::{
 use holdfast_common::disk::{Disk, DiskFile, Space};
 use parking_lot::Mutex;
 
-#[derive(Debug, Default)]
+/// Bytes that a disk writes at once: small, so that small files have many.
+const PAGE: usize = 64;
+
+#[derive(Debug, Default, Clone)]
 struct Content {
     now: Vec<u8>,
     durable: Vec<u8>,
+    /// Pages that a sync would write. After one that failed they are clean, as in a kernel, and still not durable.
+    dirty: BTreeSet<usize>,
 }
 
 #[derive(Debug)]
@@ -80,14 +85,17 @@ impl MemoryDisk {
         let copy = Self::new();
         copy.boot.store(self.boot.load(Ordering::SeqCst), Ordering::SeqCst);
         for (path, file) in self.files.lock().iter() {
-            copy.put(path, file.content.lock().now.clone());
+            copy.put_content(path, file.content.lock().clone());
         }
         copy
     }
 
     fn put(&self, path: &Path, bytes: Vec<u8>) {
-        let content = Mutex::new(Content { durable: bytes.clone(), now: bytes });
-        let file = MemoryFile { content, faults: Arc::clone(&self.faults) };
+        self.put_content(path, Content { durable: bytes.clone(), now: bytes, dirty: BTreeSet::new() });
+    }
+
+    fn put_content(&self, path: &Path, content: Content) {
+        let file = MemoryFile { content: Mutex::new(content), faults: Arc::clone(&self.faults) };
         self.files.lock().insert(path.to_owned(), Arc::new(file));
     }
 
@@ -130,6 +138,7 @@ impl DiskFile for MemoryFile {
             content.now.resize(end, 0);
         }
         content.now[place(offset)..end].copy_from_slice(bytes);
+        content.dirty.extend(place(offset) / PAGE..end.div_ceil(PAGE));
         Ok(())
     }
 
@@ -144,9 +153,15 @@ impl DiskFile for MemoryFile {
     }
 
     fn sync_data(&self) -> io::Result<()> {
-        self.faults.step()?;
         let mut content = self.content.lock();
-        content.durable = content.now.clone();
+        let Content { now, durable, dirty } = &mut *content;
+        let dirty = std::mem::take(dirty);
+        self.faults.step()?;
+        durable.resize(now.len(), 0);
+        for page in dirty.into_iter().map(|page| page * PAGE).filter(|page| *page < now.len()) {
+            let end = (page + PAGE).min(now.len());
+            durable[page..end].copy_from_slice(&now[page..end]);
+        }
         Ok(())
     }
 

@@ -217,11 +217,8 @@ impl Service {
         let now = self.core.clock.monotonic();
         match request {
             SessionRequest::Open { instance, host, mountpoint } => {
-                let command =
-                    Command::OpenSession { node, instance, host: host.clone(), mountpoint: mountpoint.clone() };
+                let command = Command::OpenSession { node, instance, host, mountpoint };
                 let Reply::Session(session) = self.decree(command).await? else { return Err(Refusal::Fault) };
-                let now = self.core.clock.monotonic();
-                self.core.sessions.lock().opened(session, node, host, mountpoint, now);
                 tracing::info!(%session, peer = %node, "a mount opened a session");
                 let renew_every = self.session_timeout / 6;
                 return Ok(MetaAnswer::Session { session, renew_every_ms: super::cluster::millis(renew_every) });
@@ -243,7 +240,6 @@ impl Service {
             SessionRequest::Close { session } => {
                 self.check_session(session, node)?;
                 self.proposer.propose(Command::EndSession { session }).await?.1?;
-                self.core.sessions.lock().end(session);
                 tracing::info!(%session, peer = %node, "a mount closed its session");
             }
         }

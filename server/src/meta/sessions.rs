@@ -12,8 +12,11 @@ use holdfast_common::{Ino, Refusal, SessionId, net::identity::NodeName, wire::me
 
 use super::{cluster::millis, state::rows::SessionRow};
 
-/// Inodes that one session may hold open.
-const OPENS_MAX: usize = 1 << 20;
+/// Sessions at one time.
+const SESSIONS_MAX: usize = 65_536;
+/// Inodes that one session may hold open, and all together: bounds this server's memory.
+const OPENS_MAX: usize = 1 << 18;
+const OPENS_TOTAL_MAX: usize = 1 << 22;
 
 #[derive(Debug)]
 struct Mount {
@@ -33,6 +36,8 @@ pub struct Sessions {
     mounts: BTreeMap<SessionId, Mount>,
     /// By how many sessions an inode is held open.
     holders: BTreeMap<Ino, u32>,
+    /// Inodes held open, once for each session.
+    opens: usize,
 }
 
 impl Sessions {
@@ -91,22 +96,36 @@ impl Sessions {
     }
 
     pub fn hold(&mut self, id: SessionId, inos: &[Ino]) -> Result<(), Refusal> {
+        self.admit_opens(id, inos.len())?;
+        inos.iter().try_for_each(|ino| self.hold_made(id, *ino))
+    }
+
+    /// May the session hold `more` inodes open?
+    pub fn admit_opens(&self, id: SessionId, more: usize) -> Result<(), Refusal> {
+        let mount = self.mounts.get(&id).ok_or(Refusal::SessionExpired)?;
+        let fits = mount.opens.len() + more <= OPENS_MAX && self.opens + more <= OPENS_TOTAL_MAX;
+        if fits { Ok(()) } else { Err(Refusal::Unavailable) }
+    }
+
+    /// Holds a file open that was made so: whether there is room was asked before.
+    pub fn hold_made(&mut self, id: SessionId, ino: Ino) -> Result<(), Refusal> {
         let mount = self.mounts.get_mut(&id).ok_or(Refusal::SessionExpired)?;
-        if mount.opens.len() + inos.len() > OPENS_MAX {
-            return Err(Refusal::Unavailable);
-        }
-        for ino in inos {
-            if mount.opens.insert(*ino) {
-                *self.holders.entry(*ino).or_default() += 1;
-            }
+        if mount.opens.insert(ino) {
+            self.opens += 1;
+            *self.holders.entry(ino).or_default() += 1;
         }
         Ok(())
+    }
+
+    pub fn is_full(&self) -> bool {
+        self.mounts.len() >= SESSIONS_MAX
     }
 
     pub fn release(&mut self, id: SessionId, inos: &[Ino]) {
         let Some(mount) = self.mounts.get_mut(&id) else { return };
         for ino in inos {
             if mount.opens.remove(ino) {
+                self.opens -= 1;
                 let_go(&mut self.holders, *ino);
             }
         }
@@ -115,6 +134,7 @@ impl Sessions {
     /// Forgets a session that has ended: what it held open is released.
     pub fn end(&mut self, id: SessionId) {
         if let Some(mount) = self.mounts.remove(&id) {
+            self.opens -= mount.opens.len();
             mount.opens.into_iter().for_each(|ino| let_go(&mut self.holders, ino));
         }
     }
@@ -132,9 +152,17 @@ impl Sessions {
         self.mounts.values().all(|mount| mount.confirmed)
     }
 
+    /// Shortens everybody's silence by a time in which nobody could be heard.
+    pub fn forgive(&mut self, missed: Duration, now: Duration) {
+        self.mounts.values_mut().for_each(|mount| mount.heard = now.min(mount.heard + missed));
+    }
+
+    pub fn is_expired(&self, id: SessionId, now: Duration, timeout: Duration) -> bool {
+        self.mounts.get(&id).is_some_and(|mount| now.saturating_sub(mount.heard) >= timeout)
+    }
+
     pub fn expired(&self, now: Duration, timeout: Duration) -> Vec<SessionId> {
-        let silent = |mount: &Mount| now.saturating_sub(mount.heard) >= timeout;
-        self.mounts.iter().filter(|(_, mount)| silent(mount)).map(|(id, _)| *id).collect()
+        self.mounts.keys().copied().filter(|id| self.is_expired(*id, now, timeout)).collect()
     }
 
     pub fn status(&self, now: Duration) -> Vec<MountStatus> {
@@ -199,6 +227,25 @@ mod tests {
         assert_eq!(sessions.expired(Duration::from_secs(60), timeout), [SessionId(2)]);
         sessions.end(SessionId(2));
         assert!(sessions.all_confirmed() && sessions.is_open(Ino(3)));
+    }
+
+    #[test]
+    fn what_is_held_open_is_bounded_and_given_back() {
+        let mut sessions = Sessions::default();
+        let inos: Vec<Ino> = (0..OPENS_MAX as u64).map(Ino).collect();
+        let full = (OPENS_TOTAL_MAX / OPENS_MAX) as u64;
+        for id in 0..=full {
+            sessions.opened(SessionId(id), NODE, String::new(), String::new(), Duration::ZERO);
+        }
+        for id in 0..full {
+            sessions.hold(SessionId(id), &inos).unwrap();
+            assert_eq!(sessions.hold(SessionId(id), &[Ino(1 << 40)]), Err(Refusal::Unavailable), "{id}");
+        }
+        assert_eq!(sessions.hold(SessionId(full), &[Ino(1)]), Err(Refusal::Unavailable), "all together");
+        sessions.release(SessionId(0), &[Ino(1)]);
+        sessions.hold(SessionId(full), &[Ino(1)]).unwrap();
+        sessions.end(SessionId(1));
+        sessions.hold(SessionId(full), &inos[..OPENS_MAX / 2]).unwrap();
     }
 
     #[test]

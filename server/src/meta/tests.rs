@@ -77,7 +77,16 @@ impl Storages {
         change(self.0.lock().entry(id).or_insert_with(|| Storage { boot: 1, ..Storage::default() }))
     }
 
+    fn can_send(&self, id: u32, block: &BlockHash) -> bool {
+        self.with(id, |storage| !storage.dead && storage.visible.contains(block))
+    }
+
     fn answer(&self, id: u32, request: StorageRequest) -> Option<Result<StorageAnswer, Refusal>> {
+        if let StorageRequest::Obtain { block, sources } = &request
+            && !sources.iter().any(|source| self.can_send(source.server.0, block))
+        {
+            return Some(Err(Refusal::Unavailable));
+        }
         self.with(id, |storage| {
             if storage.dead {
                 return None;
@@ -248,6 +257,17 @@ impl Cluster {
         Op::Commit { files: vec![file], blocks: vec![block] }
     }
 
+    /// A file that is open and has no name any more.
+    async fn hold_unlinked(&mut self, name: &str) {
+        let op = match words::make(Ino::ROOT, name, Kind::File) {
+            Op::Make { parent, name, new, exclusive, .. } => Op::Make { parent, name, new, exclusive, open: true },
+            other => other,
+        };
+        self.mutate(false, op).await.unwrap();
+        let unlink = Op::Unlink { parent: Ino::ROOT, name: name.as_bytes().to_vec() };
+        self.mutate(true, unlink).await.unwrap();
+    }
+
     fn names(&self) -> BTreeSet<String> {
         let view = self.core().store.view().unwrap();
         let page = super::state::settled(super::state::query::read_directory(&*view, Ino::ROOT, 0, 4096, false));
@@ -373,6 +393,26 @@ async fn with_too_few_durable_copies_others_are_made_before_anything_is_durable(
 }
 
 #[tokio::test]
+async fn a_block_that_everybody_lost_does_not_hold_up_the_others() {
+    for silent_first in [false, true] {
+        let mut cluster = Cluster::new().await;
+        let ino = cluster.create("a", true).await.unwrap();
+        let op = cluster.put(ino, 1, &[1, 2]);
+        cluster.storages.reboot(1);
+        cluster.storages.reboot(2);
+        cluster.storages.with(2, |storage| storage.dead = silent_first);
+        cluster.mutate(false, op).await.unwrap();
+        if silent_first {
+            cluster.until("the first loss is known", |cluster| cluster.holders(1) == [2]).await;
+            cluster.storages.with(2, |storage| storage.dead = false);
+        }
+        let later = tokio::time::timeout(Duration::from_secs(10), cluster.create("b", true)).await;
+        assert!(matches!(later, Ok(Ok(_))), "silent first: {silent_first}: {later:?}");
+        cluster.check();
+    }
+}
+
+#[tokio::test]
 async fn unlinked_and_open_stays_until_it_is_released() {
     let mut cluster = Cluster::new().await;
     let ino = cluster.create("a", true).await.unwrap();
@@ -401,18 +441,62 @@ async fn unlinked_and_open_stays_until_it_is_released() {
 }
 
 #[tokio::test]
-async fn a_silent_mount_expires_with_all_that_it_held() {
-    let mut cluster = Cluster::new().await;
-    let op = match words::make(Ino::ROOT, "a", Kind::File) {
-        Op::Make { parent, name, new, exclusive, .. } => Op::Make { parent, name, new, exclusive, open: true },
-        other => other,
-    };
+async fn a_session_whose_opening_never_became_durable_expires_too() {
+    let options = Options { session_timeout: Duration::from_secs(3), ..options() };
+    let mut cluster = Cluster::on(MemoryDisk::new(), options).await;
+    let ino = cluster.create("a", true).await.unwrap();
+    // Nothing becomes durable: neither of its servers answers.
+    let op = cluster.put(ino, 1, &[1, 2]);
+    (1..=3).for_each(|id| cluster.storages.with(id, |storage| storage.dead = true));
     cluster.mutate(false, op).await.unwrap();
-    cluster.mutate(true, Op::Unlink { parent: Ino::ROOT, name: b"a".to_vec() }).await.unwrap();
-    cluster.clock.advance(Duration::from_secs(61));
+    let open = SessionRequest::Open { instance: [2; 16], host: "host".into(), mountpoint: "/mnt".into() };
+    let opening = cluster.ask(MOUNT, MetaRequest::Session(open));
+    assert!(tokio::time::timeout(Duration::from_millis(300), opening).await.is_err());
+    let sessions =
+        |cluster: &Cluster| super::state::session::sessions(&*cluster.core().store.view().unwrap()).unwrap().len();
+    assert_eq!(sessions(&cluster), 2);
+    cluster
+        .until("both sessions have ended", |cluster| {
+            cluster.clock.advance(Duration::from_millis(5));
+            sessions(cluster) == 0
+        })
+        .await;
+}
+
+#[tokio::test]
+async fn a_silent_mount_expires_with_all_that_it_held() {
+    let options = Options { session_timeout: Duration::from_secs(3), ..options() };
+    let mut cluster = Cluster::on(MemoryDisk::new(), options).await;
+    cluster.hold_unlinked("a").await;
     let inodes = |cluster: &Cluster| cluster.core().store.view().unwrap().counters().inodes;
-    cluster.until("what it held is reclaimed", |cluster| inodes(cluster) == 1).await;
+    cluster
+        .until("what it held is reclaimed", |cluster| {
+            cluster.clock.advance(Duration::from_millis(5));
+            inodes(cluster) == 1
+        })
+        .await;
     assert_eq!(cluster.create("b", false).await, Err(Refusal::SessionExpired));
+    cluster.check();
+}
+
+#[tokio::test]
+async fn a_server_that_did_not_run_holds_it_against_nobody() {
+    let mut cluster = Cluster::new().await;
+    cluster.hold_unlinked("a").await;
+    cluster.clock.advance(Duration::from_secs(1000));
+    // It has had the time to judge.
+    cluster
+        .until("ticks have passed", |cluster| {
+            cluster.core().sessions.lock().status(Duration::from_secs(1000))[0].silent_ms < 60_000
+        })
+        .await;
+    cluster.create("b", true).await.unwrap();
+    assert_eq!(cluster.core().store.view().unwrap().counters().inodes, 3, "it holds the first open");
+    assert!((1..=3).all(|server| cluster.core().cluster.lock().is_up(ServerId(server))));
+    // Whoever was judged before, and is heard before the judgement is carried out, stays.
+    let early = cluster.running.proposer().expire(cluster.session, Duration::from_secs(60)).await;
+    assert_eq!(early.unwrap_err(), Refusal::Unavailable);
+    cluster.create("c", true).await.unwrap();
     cluster.check();
 }
 
@@ -569,6 +653,27 @@ async fn whatever_write_is_the_last_what_was_acknowledged_as_durable_is_there() 
         stop_at += 1;
     }
     assert!(stop_at > 50, "the work had only {stop_at} writes");
+}
+
+#[tokio::test]
+async fn whatever_write_is_the_last_what_the_next_life_calls_durable_survives_the_power() {
+    let mut stop_at = 1;
+    loop {
+        let disk = MemoryDisk::new();
+        let (.., stopped) = work(&disk, stop_at).await;
+        let after = disk.process_death();
+        let life = |disk: &MemoryDisk| {
+            let shared: Arc<dyn Disk> = Arc::new(disk.clone());
+            recover(&shared, Path::new("/data"), Arc::new(TestClock::default()), &options()).unwrap()
+        };
+        let durable = life(&after).durable();
+        let left = life(&after.power_cut(0)).applied();
+        assert!(left >= durable, "after write {stop_at}: {durable} was durable, {left} is left");
+        if !stopped {
+            break;
+        }
+        stop_at += 1;
+    }
 }
 
 #[tokio::test]

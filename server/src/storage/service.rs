@@ -22,7 +22,7 @@ use tokio::sync::Mutex;
 
 use super::{
     replicate::{Fetcher, SOURCES_MAX, joined},
-    store::{CheckedBlock, Store, StoreError, Ticket},
+    store::{CheckedBlock, Store, StoreError, Ticket, Verdict},
     workers::{WorkError, Workers},
 };
 
@@ -33,6 +33,8 @@ const INLINE_BYTES_MAX: usize = 64 << 10;
 const INLINE_READ_MAX: u32 = 64 << 10;
 /// Repairs of blocks whose hashes start alike are done one after the other, so that none is done twice.
 const REPAIR_LANES: usize = 64;
+/// How often a repair judges the copy anew that a put replaced under it.
+const VERDICTS_MAX: usize = 4;
 
 pub struct StorageService {
     store: Arc<Store>,
@@ -189,7 +191,7 @@ impl StorageService {
         let _one_at_a_time = self.lane(&hash).lock().await;
         let here = self.store.has(&[hash]).map_err(logged)?;
         if here != [true] {
-            self.fetch_and_store(hash, Epoch(0), sources).await?;
+            self.fetch_and_store(hash, sources).await?;
         } else {
             self.store.durable(self.store.ticket()).await.map_err(logged)?;
         }
@@ -199,24 +201,42 @@ impl StorageService {
     async fn repair(&self, hash: BlockHash, sources: &[Source]) -> Answer {
         check_sources(sources)?;
         let _one_at_a_time = self.lane(&hash).lock().await;
-        let epoch = match self.blocking(move |store| store.verify(&hash)).await {
-            Ok(()) => return Ok((StorageAnswer::Repaired { replaced: false }, Vec::new())),
-            Err(StoreError::Missing) => Epoch(0),
-            Err(StoreError::Damaged(reason)) => {
-                tracing::error!(block = %hash, reason, "a copy is bad; it goes into quarantine");
-                self.blocking(move |store| store.quarantine(&hash)).await.map_err(logged)?.unwrap_or_default()
+        for _ in 0..VERDICTS_MAX {
+            let (good, bad) = match self.blocking(move |store| store.examine(&hash)).await.map_err(logged)? {
+                Verdict::Good => return Ok((StorageAnswer::Repaired { replaced: false }, Vec::new())),
+                Verdict::Missing => {
+                    self.fetch_and_store(hash, sources).await?;
+                    self.store.note_repaired();
+                    return Ok((StorageAnswer::Repaired { replaced: true }, Vec::new()));
+                }
+                Verdict::BadTree(block, bad) => {
+                    tracing::error!(block = %hash, "the hash tree of a copy is bad, its bytes are good");
+                    (Some(block), bad)
+                }
+                Verdict::Damaged(bad, reason) => {
+                    tracing::error!(block = %hash, reason, "a copy is bad");
+                    let fetched = self.fetcher.fetch(hash, sources).await;
+                    (fetched.map(|block| CheckedBlock::from_block(&block, Epoch(0))), bad)
+                }
+            };
+            let Some(good) = good else {
+                if self.blocking(move |store| store.quarantine(bad)).await.map_err(logged)? {
+                    return Err(Refusal::Unavailable);
+                }
+                continue;
+            };
+            if let Some(ticket) = self.blocking(move |store| store.replace(&good, bad)).await.map_err(logged)? {
+                self.store.durable(ticket).await.map_err(logged)?;
+                tracing::info!(block = %hash, "a good copy is here again");
+                return Ok((StorageAnswer::Repaired { replaced: true }, Vec::new()));
             }
-            Err(error) => return Err(logged(error)),
-        };
-        self.fetch_and_store(hash, epoch, sources).await?;
-        self.store.note_repaired();
-        tracing::info!(block = %hash, "a good copy is here again");
-        Ok((StorageAnswer::Repaired { replaced: true }, Vec::new()))
+        }
+        Err(Refusal::Unavailable)
     }
 
-    async fn fetch_and_store(&self, hash: BlockHash, epoch: Epoch, sources: &[Source]) -> Result<(), Refusal> {
+    async fn fetch_and_store(&self, hash: BlockHash, sources: &[Source]) -> Result<(), Refusal> {
         let block = self.fetcher.fetch(hash, sources).await.ok_or(Refusal::Unavailable)?;
-        let put = move |store: &Store| store.put(&[CheckedBlock::from_block(&block, epoch)]);
+        let put = move |store: &Store| store.put(&[CheckedBlock::from_block(&block, Epoch(0))]);
         let ticket = self.blocking(put).await.map_err(logged)?;
         self.store.durable(ticket).await.map_err(logged)
     }

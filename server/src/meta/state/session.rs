@@ -19,8 +19,6 @@ use super::{
 /// Bytes of the host name and of the mount point that a session may tell.
 const HOST_LENGTH_MAX: usize = 255;
 const MOUNTPOINT_LENGTH_MAX: usize = 4096;
-/// Sessions at one time.
-pub const SESSIONS_MAX: usize = 65_536;
 
 /// A mutation's answer as it is kept: its position and what it did.
 type Kept = (Position, Result<Mutated, Refusal>);

@@ -139,6 +139,23 @@ pub enum OpenError {
     Index { path: PathBuf, reason: String },
 }
 
+/// What the examination of a block's copy found.
+#[derive(Debug)]
+pub enum Verdict {
+    Good,
+    Missing,
+    /// The bytes are good, and only the hash tree beside them is not: here they are with a good one.
+    BadTree(CheckedBlock, BadCopy),
+    Damaged(BadCopy, String),
+}
+
+/// A copy that was found bad. A put may have replaced it since, so it is not the same as "the block's copy".
+#[derive(Clone, Copy, Debug)]
+pub struct BadCopy {
+    hash: BlockHash,
+    entry: Entry,
+}
+
 /// For status and heartbeats.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Statistics {
@@ -300,17 +317,23 @@ impl Store {
     }
 
     /// Reads the whole record and checks it: payload against hash, tree against payload.
-    pub fn verify(&self, hash: &BlockHash) -> Result<(), StoreError> {
-        self.inner.located(hash, |entry| self.inner.verify_record(hash, entry))
+    pub fn examine(&self, hash: &BlockHash) -> Result<Verdict, StoreError> {
+        self.inner.examine(hash)
     }
 
-    /// Moves the copy of `hash` into quarantine: it is not served again. Returns its epoch, which the good copy that
-    /// replaces it must carry on, or `None` if there is no copy.
-    pub fn quarantine(&self, hash: &BlockHash) -> Result<Option<Epoch>, StoreError> {
-        self.inner.quarantine_block(hash)
+    /// Puts a good copy in the place of one that was found bad, whose epoch it carries on; the bad one is kept in
+    /// quarantine. `None`: that copy is not what is here any more, and nothing was done.
+    pub fn replace(&self, good: &CheckedBlock, bad: BadCopy) -> Result<Option<Ticket>, StoreError> {
+        self.inner.replace_bad(good, bad)
     }
 
-    /// Counts a bad copy that a good one replaced.
+    /// Moves a copy that was found bad into quarantine: it is not served again. `false`: that copy is not what is here
+    /// any more, and nothing was done.
+    pub fn quarantine(&self, bad: BadCopy) -> Result<bool, StoreError> {
+        self.inner.quarantine_bad(bad)
+    }
+
+    /// Counts a copy that was missing and is here again.
     pub fn note_repaired(&self) {
         self.inner.counters.repaired.fetch_add(1, Relaxed);
     }
@@ -628,29 +651,76 @@ impl Inner {
         if first < last { file.punch_hole(first, last - first) } else { Ok(()) }
     }
 
-    fn quarantine_block(&self, hash: &BlockHash) -> Result<Option<Epoch>, StoreError> {
-        self.check_running()?;
-        let entry = {
-            let mut tail = self.tail.lock();
-            let Some(entry) = self.index.get(hash).map_err(|error| self.index_failed(&error))? else {
-                return Ok(None);
-            };
-            self.forget(&mut tail, &[(*hash, entry)], entry.epoch)?;
-            entry
+    fn examine(&self, hash: &BlockHash) -> Result<Verdict, StoreError> {
+        let Some(entry) = self.index.get(hash).map_err(|error| self.index_failed(&error))? else {
+            return Ok(Verdict::Missing);
         };
-        self.suspects.lock().remove(hash);
-        self.counters.corrupt_found.fetch_add(1, Relaxed);
-        self.keep_bad_copy(hash, &entry);
-        Ok(Some(entry.epoch))
+        let bad = BadCopy { hash: *hash, entry };
+        match self.check_record(hash, &entry) {
+            Ok(None) => Ok(Verdict::Good),
+            Ok(Some(block)) => Ok(Verdict::BadTree(block, bad)),
+            Err(StoreError::Damaged(reason)) => Ok(Verdict::Damaged(bad, reason)),
+            Err(error) => Err(error),
+        }
     }
 
-    fn keep_bad_copy(&self, hash: &BlockHash, entry: &Entry) {
-        let file = self.segments.file(entry.place.segment);
-        let bytes = file.and_then(|file| read_record(file.as_ref(), entry.place, entry.record_length()));
-        match bytes.and_then(|bytes| self.quarantine.keep(*hash, &bytes)) {
-            Ok(()) => drop(self.counters.quarantined.fetch_add(1, Relaxed)),
-            Err(error) => tracing::error!(block = %hash, %error, "cannot keep a copy of a bad record"),
+    /// Is the copy still what the index points to?
+    fn is_current(&self, bad: BadCopy) -> Result<bool, StoreError> {
+        Ok(self.index.get(&bad.hash).map_err(|error| self.index_failed(&error))? == Some(bad.entry))
+    }
+
+    fn replace_bad(&self, good: &CheckedBlock, bad: BadCopy) -> Result<Option<Ticket>, StoreError> {
+        self.check_running()?;
+        // Read before it is replaced: its space is given back after that.
+        let bytes = self.bytes_of(bad);
+        let mut tail = self.tail.lock();
+        if !self.is_current(bad)? {
+            return Ok(None);
         }
+        let epoch = bad.entry.epoch.max(good.epoch());
+        self.append_blocks(&mut tail, &[NewBlock { block: good, epoch, before: Some(bad.entry) }])?;
+        let ticket = Ticket(tail.sequence());
+        drop(tail);
+        self.counters.corrupt_found.fetch_add(1, Relaxed);
+        self.counters.repaired.fetch_add(1, Relaxed);
+        if let Err(error) = self.keep_bad_copy(bad, bytes) {
+            tracing::error!(block = %bad.hash, %error, "cannot keep a bad copy that a good one replaced");
+        }
+        Ok(Some(ticket))
+    }
+
+    fn quarantine_bad(&self, bad: BadCopy) -> Result<bool, StoreError> {
+        self.check_running()?;
+        if !self.is_current(bad)? {
+            return Ok(false);
+        }
+        // It may be the last copy of which anything is left: not forgotten before it is kept elsewhere.
+        self.keep_bad_copy(bad, self.bytes_of(bad)).map_err(write_error)?;
+        let mut tail = self.tail.lock();
+        if !self.is_current(bad)? {
+            return Ok(false);
+        }
+        self.forget(&mut tail, &[(bad.hash, bad.entry)], bad.entry.epoch)?;
+        drop(tail);
+        self.suspects.lock().remove(&bad.hash);
+        self.counters.corrupt_found.fetch_add(1, Relaxed);
+        Ok(true)
+    }
+
+    fn bytes_of(&self, bad: BadCopy) -> io::Result<Vec<u8>> {
+        let file = self.segments.file(bad.entry.place.segment)?;
+        read_record(file.as_ref(), bad.entry.place, bad.entry.record_length())
+    }
+
+    fn keep_bad_copy(&self, bad: BadCopy, bytes: io::Result<Vec<u8>>) -> io::Result<()> {
+        match bytes {
+            Ok(bytes) => {
+                self.quarantine.keep(bad.hash, &bytes)?;
+                self.counters.quarantined.fetch_add(1, Relaxed);
+            }
+            Err(error) => tracing::error!(block = %bad.hash, %error, "nothing of a bad copy can be read"),
+        }
+        Ok(())
     }
 }
 
@@ -773,16 +843,13 @@ impl Inner {
         Ok(Bytes::from(bytes).slice(skip..))
     }
 
-    fn verify_record(&self, hash: &BlockHash, entry: &Entry) -> Result<(), StoreError> {
+    /// A block: its bytes are good, and the tree beside them is not.
+    fn check_record(&self, hash: &BlockHash, entry: &Entry) -> Result<Option<CheckedBlock>, StoreError> {
         let skip = RECORD_HEADER_LENGTH + tree_length(entry.length) as usize;
         let bytes = Bytes::from(self.read_checked(hash, entry, skip + entry.length as usize, Patience::Wait)?);
-        let damaged = |what: &dyn std::fmt::Display| StoreError::Damaged(what.to_string());
-        let block = CheckedBlock::verify(*hash, bytes.slice(skip..), entry.epoch).map_err(|error| damaged(&error))?;
-        if block.tree() == &bytes[RECORD_HEADER_LENGTH..skip] {
-            Ok(())
-        } else {
-            Err(damaged(&"its hash tree is wrong"))
-        }
+        let block = CheckedBlock::verify(*hash, bytes.slice(skip..), entry.epoch)
+            .map_err(|error| StoreError::Damaged(error.to_string()))?;
+        Ok((block.tree() != &bytes[RECORD_HEADER_LENGTH..skip]).then_some(block))
     }
 
     fn read_range(

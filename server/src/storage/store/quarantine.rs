@@ -49,7 +49,7 @@ impl Quarantine {
         Ok(Self { disk, directory, bytes_max, kept: Mutex::new(Kept { files: files.into(), bytes, next }) })
     }
 
-    /// Keeps `bytes`, which should have been the record of `hash`.
+    /// Keeps `bytes`, which should have been the record of `hash`; they are on stable storage when this returns.
     pub(super) fn keep(&self, hash: BlockHash, bytes: &[u8]) -> io::Result<()> {
         let length = bytes.len() as u64;
         if length > self.bytes_max {
@@ -63,7 +63,10 @@ impl Quarantine {
         }
         let number = kept.next;
         let path = self.directory.join(format!("{hash}-{number:08}"));
-        self.disk.open(&path, true)?.write_all_at(bytes, 0)?;
+        let file = self.disk.open(&path, true)?;
+        file.write_all_at(bytes, 0)?;
+        file.sync_data()?;
+        self.disk.sync_directory(&self.directory)?;
         kept.next += 1;
         kept.bytes += length;
         kept.files.push_back(Copy { number, path, length });

@@ -41,9 +41,36 @@ fn put_durable(store: &Store, block: &CheckedBlock) {
 }
 
 #[track_caller]
+fn verify(store: &Store, hash: &BlockHash) -> Result<(), String> {
+    match store.examine(hash) {
+        Ok(Verdict::Good) => Ok(()),
+        other => Err(format!("{other:?}")),
+    }
+}
+
+fn found_bad(store: &Store, block: &CheckedBlock) -> BadCopy {
+    match store.examine(&block.hash()) {
+        Ok(Verdict::Damaged(bad, _) | Verdict::BadTree(_, bad)) => bad,
+        other => panic!("{other:?}"),
+    }
+}
+
+/// Flips a bit of the block's bytes, wherever they are.
+fn damage(disk: &TestDisk, block: &CheckedBlock) {
+    let middle = block.bytes().len() / 2;
+    let sample = &block.bytes()[middle..middle + 16];
+    for path in disk.paths(".seg") {
+        disk.edit(&path, |bytes| {
+            if let Some(position) = bytes.windows(16).position(|window| window == sample) {
+                bytes[position] ^= 4;
+            }
+        });
+    }
+}
+
 fn assert_here(store: &Store, block: &CheckedBlock) {
     assert_eq!(store.get(&block.hash()).unwrap(), block.bytes());
-    store.verify(&block.hash()).unwrap();
+    verify(store, &block.hash()).unwrap();
 }
 
 #[track_caller]
@@ -271,16 +298,13 @@ fn a_flipped_bit_is_found_quarantined_and_replaced() {
     let (good, bad) = (block(1, 40_000), block_at(2, 40_000, Epoch(3)));
     put_durable(&store, &good);
     put_durable(&store, &bad);
-    disk.edit(&segment(1), |bytes| {
-        let position = bytes.windows(16).position(|window| window == &bad.bytes()[20_000..20_016]).unwrap();
-        bytes[position] ^= 4;
-    });
-    assert!(matches!(store.verify(&bad.hash()), Err(StoreError::Damaged(_))));
-    assert_eq!(store.quarantine(&bad.hash()).unwrap(), Some(Epoch(3)));
-    assert_missing(&store, &bad);
+    damage(&disk, &bad);
+    let copy = found_bad(&store, &bad);
+    let fetched = block_at(2, 40_000, Epoch(0));
+    let ticket = store.replace(&fetched, copy).unwrap().unwrap();
+    store.wait_durable(ticket).unwrap();
     assert_eq!(disk.paths("-00000000").len(), 1);
-    put_durable(&store, &bad);
-    store.note_repaired();
+    assert_eq!(store.delete(&[bad.hash()], Epoch(3)).unwrap(), 0, "the epoch is carried on");
     store.checkpoint().unwrap();
     let expected = (1, 1, 1);
     for disk in [disk.after_kill(), disk.after_power_cut(3)] {
@@ -290,6 +314,37 @@ fn a_flipped_bit_is_found_quarantined_and_replaced() {
         let found = store.statistics();
         assert_eq!((found.corrupt_found, found.repaired, found.quarantined), expected, "{:?}", store.recovery());
     }
+}
+
+#[test]
+fn a_copy_that_came_after_the_verdict_is_not_condemned_by_it() {
+    let disk = TestDisk::new();
+    let store = open(&disk);
+    put_durable(&store, &block(1, 40_000));
+    damage(&disk, &block(1, 40_000));
+    let copy = found_bad(&store, &block(1, 40_000));
+    let newer = block_at(1, 40_000, Epoch(1));
+    put_durable(&store, &newer);
+    assert!(!store.quarantine(copy).unwrap());
+    assert!(store.replace(&newer, copy).unwrap().is_none());
+    for disk in [disk.after_kill(), disk.after_power_cut(3)] {
+        assert_here(&open(&disk), &newer);
+    }
+}
+
+#[test]
+fn a_bad_tree_is_replaced_from_the_good_bytes_beside_it() {
+    let disk = TestDisk::new();
+    let store = open(&disk);
+    let block = block_at(1, 40_000, Epoch(2));
+    put_durable(&store, &block);
+    disk.edit(&segment(1), |bytes| {
+        let position = bytes.windows(32).position(|window| window == &block.tree()[..32]).unwrap();
+        bytes[position] ^= 1;
+    });
+    let Ok(Verdict::BadTree(good, bad)) = store.examine(&block.hash()) else { panic!("the tree is bad") };
+    assert!(store.replace(&good, bad).unwrap().is_some());
+    assert_here(&store, &block);
 }
 
 #[test]
@@ -317,7 +372,9 @@ fn quarantine_is_bounded_and_the_oldest_copy_goes() {
     for n in 0..10 {
         let block = block(n, 30_000);
         store.put(std::slice::from_ref(&block)).unwrap();
-        store.quarantine(&block.hash()).unwrap();
+        damage(&disk, &block);
+        assert!(store.quarantine(found_bad(&store, &block)).unwrap());
+        assert_missing(&store, &block);
     }
     let kept: Vec<_> = (0..10).filter(|n| !disk.paths(&format!("-{n:08}")).is_empty()).collect();
     assert_eq!(kept, [7, 8, 9]);
@@ -476,10 +533,10 @@ fn assert_kept(disk: &Arc<TestDisk>, promised: &BTreeSet<u32>, what: &str) {
     for n in promised {
         let block = life_block(*n);
         assert_eq!(store.get(&block.hash()).ok().as_ref(), Some(block.bytes()), "block {n} after {what}");
-        store.verify(&block.hash()).unwrap();
+        verify(&store, &block.hash()).unwrap();
     }
     for hash in store.list(None, 1000).unwrap().0 {
-        store.verify(&hash).unwrap_or_else(|error| {
+        verify(&store, &hash).unwrap_or_else(|error| {
             panic!(
                 "{hash:?} is listed but {error}, after {what}; {:?} {:?} {:?}",
                 store.inner.index.get(&hash),
