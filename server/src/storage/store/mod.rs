@@ -23,7 +23,10 @@ use std::{
     path::{Path, PathBuf},
     sync::{
         Arc,
-        atomic::{AtomicU64, Ordering::Relaxed},
+        atomic::{
+            AtomicU64,
+            Ordering::{Acquire, Relaxed},
+        },
     },
     thread::JoinHandle,
     time::Duration,
@@ -40,7 +43,7 @@ use holdfast_common::{
     limits::HASH_GROUP_SIZE,
     wire::storage::ByteRange,
 };
-use parking_lot::{Condvar, Mutex};
+use parking_lot::{Condvar, Mutex, MutexGuard};
 use rand::Rng;
 
 use self::{
@@ -183,6 +186,8 @@ struct Inner {
     segments: Segments,
     index: Index,
     tail: Mutex<Tail>,
+    /// The tail's sequence, without its lock.
+    appended: Arc<AtomicU64>,
     gate: SyncGate,
     quarantine: Quarantine,
     counters: Counters,
@@ -256,12 +261,18 @@ impl Store {
 
     /// Appends the blocks that are not here, all or none. They are visible when this returns; durable when the ticket is.
     pub fn put(&self, blocks: &[CheckedBlock]) -> Result<Ticket, StoreError> {
-        self.inner.put(blocks)
+        self.inner.put(self.inner.tail.lock(), blocks)
     }
 
-    /// Everything that is visible now.
+    /// As `put`, if nobody else writes now; else `None`, because that may take as long as a disk.
+    pub fn try_put(&self, blocks: &[CheckedBlock]) -> Option<Result<Ticket, StoreError>> {
+        let tail = self.inner.tail.try_lock()?;
+        Some(self.inner.put(tail, blocks))
+    }
+
+    /// Everything that is visible now. Waits for nothing.
     pub fn ticket(&self) -> Ticket {
-        Ticket(self.inner.tail.lock().sequence())
+        Ticket(self.inner.appended.load(Acquire))
     }
 
     /// Blocks this thread until `ticket` is on stable storage.
@@ -427,6 +438,7 @@ impl Inner {
             boot,
             segments,
             index,
+            appended: tail.appended(),
             tail: Mutex::new(tail),
             gate: SyncGate::new(0),
             quarantine,
@@ -511,12 +523,11 @@ impl Inner {
         StoreError::Failed(reason)
     }
 
-    fn put(&self, blocks: &[CheckedBlock]) -> Result<Ticket, StoreError> {
+    fn put(&self, mut tail: MutexGuard<'_, Tail>, blocks: &[CheckedBlock]) -> Result<Ticket, StoreError> {
         self.check_running()?;
         if self.index.pending() >= PENDING_MAX {
             return Err(StoreError::Busy);
         }
-        let mut tail = self.tail.lock();
         let new = self.new_among(blocks)?;
         if !new.is_empty() {
             self.append_blocks(&mut tail, &new)?;

@@ -442,6 +442,20 @@ fn puts_at_the_same_time_share_a_sync() {
 }
 
 #[test]
+fn a_slow_write_holds_up_only_those_who_write() {
+    let store = open(&TestDisk::new());
+    put_durable(&store, &block(1, 100));
+    let before = store.ticket();
+    let slow = store.inner.tail.lock();
+    assert_eq!(store.ticket(), before);
+    assert!(store.try_put(&[block(2, 100)]).is_none());
+    assert_eq!(store.has(&[block(1, 100).hash()]).unwrap(), [true]);
+    drop(slow);
+    let put = store.try_put(&[block(2, 100)]).unwrap().unwrap();
+    assert!(put > before && store.ticket() == put);
+}
+
+#[test]
 fn a_duplicate_is_durable_only_after_the_sync_of_the_first() {
     let disk = TestDisk::new();
     let store = open(&disk);
