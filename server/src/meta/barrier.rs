@@ -303,12 +303,11 @@ impl Barrier {
     }
 
     async fn sync_log(&self, position: Position) -> Result<(), Fault> {
-        let file = {
-            let mut log = self.core.log.lock();
-            log.mark(position)?;
-            log.file()
-        };
-        let synced = tokio::task::spawn_blocking(move || file.sync_data()).await;
-        synced.map_err(|_| Fault::Thread)?.map_err(Fault::Sync)
+        let (file, end) = self.core.log.lock().mark(position)?;
+        let syncing = Arc::clone(&file);
+        let synced = tokio::task::spawn_blocking(move || syncing.sync_data()).await;
+        synced.map_err(|_| Fault::Thread)?.map_err(Fault::Sync)?;
+        self.core.log.lock().synced(&file, end);
+        Ok(())
     }
 }

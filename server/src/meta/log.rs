@@ -11,7 +11,8 @@
 //!
 //! A sum is the first 8 bytes of the BLAKE3 of what it protects: all of the header before it; a record's head before
 //! it and its payload. Kinds: 1, a batch of entries, the first of which has `position`, each behind its length (u32);
-//! 2, a durable mark: everything through `position` was on stable storage, blocks included, when it was written.
+//! 2, a durable mark: everything through `position` is on stable storage, blocks included, once the mark is; its
+//! payload (u64) says how many bytes of this file were, whatever becomes of the mark, when it was written.
 
 use std::{
     io,
@@ -77,6 +78,8 @@ pub struct Log {
     path: PathBuf,
     file: Arc<dyn DiskFile>,
     end: u64,
+    /// Bytes that are on stable storage, at least.
+    synced: u64,
     next: Position,
 }
 
@@ -158,10 +161,12 @@ impl LogPlace {
                 Err(what) => bad = Some(what),
             }
         }
-        if let Some(what) = bad
-            && goes_on_after(&*file, at + 1, length, same_boot, next).map_err(io_error("read", &path))?
-        {
-            return Err(LogError::Damaged { path, offset: at, what });
+        if let Some(what) = bad {
+            if goes_on_after(&*file, at, at + 1, length, same_boot).map_err(io_error("read", &path))? {
+                return Err(LogError::Damaged { path, offset: at, what });
+            }
+            let bytes = length - at;
+            tracing::warn!(log = %path.display(), offset = at, bytes, what, "the end of the log is cut: as far as the log tells, it was never synced");
         }
         let before = Position(first.0 - 1);
         let (last, end) = match (same_boot, marked) {
@@ -187,7 +192,7 @@ impl LogPlace {
         file.read_exact_at(&mut header, 0).map_err(io_error("read", path))?;
         let (body, checksum) = header.split_at(FILE_HEADER_LENGTH - 8);
         if *checksum != sum(&[body]) || !body.starts_with(FILE_MAGIC) {
-            let searched = goes_on_after(file, header.len() as u64, length, false, Position(0));
+            let searched = goes_on_after(file, 0, header.len() as u64, length, false);
             return match searched.map_err(io_error("read", path))? {
                 true => Err(LogError::Damaged { path: path.to_owned(), offset: 0, what: "its header".into() }),
                 false => Ok(None),
@@ -219,7 +224,8 @@ impl LogPlace {
         for old in self.files()?.iter().filter(|old| **old != path) {
             self.disk.remove(old).map_err(io_error("remove", old))?;
         }
-        Ok(Log { place: self.clone(), path, file, end: FILE_HEADER_LENGTH as u64, next: first })
+        let end = FILE_HEADER_LENGTH as u64;
+        Ok(Log { place: self.clone(), path, file, end, synced: end, next: first })
     }
 
     fn header(&self, first: Position) -> Vec<u8> {
@@ -271,7 +277,8 @@ impl Found {
         let synced = self.write_again().and_then(|()| place.disk.sync_directory(&place.directory));
         synced.map_err(io_error("sync", &self.path))?;
         let next = Position(self.last.0 + 1);
-        Ok(Some(Log { place: place.clone(), path: self.path, file: self.file, end: self.end, next }))
+        let (end, synced) = (self.end, self.end);
+        Ok(Some(Log { place: place.clone(), path: self.path, file: self.file, end, synced, next }))
     }
 
     /// The same bytes once more, and a sync. After a sync that failed, the kernel holds what did not get to the disk
@@ -309,9 +316,19 @@ impl Log {
         Ok(first)
     }
 
-    /// Says that everything through `position` is durable. True once the file is synced.
-    pub fn mark(&mut self, position: Position) -> Result<(), LogError> {
-        self.write(KIND_MARK, position, &[])
+    /// Says that everything through `position` is durable. True once the file that is returned is synced, through that
+    /// many bytes: `synced` is then to be told.
+    pub fn mark(&mut self, position: Position) -> Result<(Arc<dyn DiskFile>, u64), LogError> {
+        self.write(KIND_MARK, position, &self.synced.to_le_bytes())?;
+        Ok((Arc::clone(&self.file), self.end))
+    }
+
+    /// A sync of `file` through `end` bytes has succeeded.
+    pub fn synced(&mut self, file: &Arc<dyn DiskFile>, end: u64) {
+        // A checkpoint may have begun another file meanwhile.
+        if Arc::ptr_eq(file, &self.file) {
+            self.synced = self.synced.max(end);
+        }
     }
 
     fn write(&mut self, kind: u8, position: Position, payload: &[u8]) -> Result<(), LogError> {
@@ -319,11 +336,6 @@ impl Log {
         self.file.write_all_at(&record, self.end).map_err(io_error("append to", &self.path))?;
         self.end += record.len() as u64;
         Ok(())
-    }
-
-    /// The file to sync, on a thread that may wait.
-    pub fn file(&self) -> Arc<dyn DiskFile> {
-        Arc::clone(&self.file)
     }
 
     pub fn length(&self) -> u64 {
@@ -399,6 +411,7 @@ fn read_record(file: &dyn DiskFile, at: u64, length: u64) -> io::Result<Result<R
 /// How many entries a whole record has, which must fit where it stands.
 fn count_entries(record: &Record, next: Position) -> Result<u64, String> {
     match record.kind {
+        KIND_MARK if record.payload.len() != 8 => Err("a mark is malformed".into()),
         KIND_MARK if record.position < next => Ok(0),
         KIND_ENTRIES if record.position == next => {
             let entries = split_entries(&record.payload).ok_or("a batch of entries is malformed")?;
@@ -419,10 +432,10 @@ fn split_entries(mut payload: &[u8]) -> Option<Vec<&[u8]>> {
     payload.is_empty().then_some(entries)
 }
 
-/// Is there, after a bad record, a good one that could not be there if the log simply ended? Under the same kernel
-/// writes arrive in order, so any; after a power cut a later write may have reached the disk before an
-/// earlier one, but nothing before a durable mark can be missing.
-fn goes_on_after(file: &dyn DiskFile, from: u64, length: u64, same_boot: bool, next: Position) -> io::Result<bool> {
+/// Is there, at `from` or later, a good record that could not be there if the log simply ended at `bad`? Under the
+/// same kernel writes arrive in order, so any; after a power cut a later write may have reached the disk before an
+/// earlier one, a mark before what it speaks of included, but nothing that was synced before the mark was written.
+fn goes_on_after(file: &dyn DiskFile, bad: u64, from: u64, length: u64, same_boot: bool) -> io::Result<bool> {
     let mut window = vec![0; WINDOW];
     let mut at = from;
     while at + (RECORD_HEADER_LENGTH as u64) <= length {
@@ -430,7 +443,9 @@ fn goes_on_after(file: &dyn DiskFile, from: u64, length: u64, same_boot: bool, n
         file.read_exact_at(&mut window[..size], at)?;
         let starts = window[..size].windows(4).enumerate().filter(|(_, bytes)| bytes == RECORD_MAGIC);
         for (offset, _) in starts {
-            let is_later = |record: &Record| same_boot || (record.kind == KIND_MARK && record.position >= next);
+            let proves =
+                |record: &Record| record.kind == KIND_MARK && u64::from_le_bytes(part(&record.payload, 0)) > bad;
+            let is_later = |record: &Record| same_boot || proves(record);
             if read_record(file, at + offset as u64, length)?.is_ok_and(|record| is_later(&record)) {
                 return Ok(true);
             }
