@@ -232,6 +232,7 @@ impl Store {
         let mut store = Self { inner: Arc::clone(&inner), recovery, threads: Vec::new() };
         store.spawn("holdfast-sync", Inner::sync_loop).map_err(io_error)?;
         inner.checkpoint().map_err(|error| io_error(io::Error::other(error.to_string())))?;
+        boot::commit(inner.segments.disk.as_ref(), directory, inner.boot).map_err(io_error)?;
         store.spawn("holdfast-index", Inner::housekeeping_loop).map_err(io_error)?;
         store.spawn_hints().map_err(io_error)?;
         Ok(store)
@@ -416,7 +417,7 @@ impl Inner {
             disk.create_directory(path)?;
         }
         disk.sync_directory(directory)?;
-        let boot = boot::open(disk.as_ref(), directory, || rand::rng().random())?;
+        let boot = boot::decide(disk.as_ref(), directory, || rand::rng().random())?;
         let quarantine = Quarantine::open(Arc::clone(&disk), directory.join("quarantine"), options.quarantine_bytes)?;
         let numbers = list_segments(disk.as_ref(), &segment_directory)?;
         let (index, saved) = open_index(disk.as_ref(), directory, options.index_cache_bytes)?;
