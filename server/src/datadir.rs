@@ -52,7 +52,7 @@ impl DataDir {
     /// Makes `path` if it is missing, locks it, and checks that it belongs to `owner`; a new one is given to `owner`.
     /// The lock is always a real file's; everything else goes through `disk`.
     pub fn open(disk: &dyn Disk, path: &Path, owner: PeerIdentity) -> Result<Self, DataDirError> {
-        fs::create_dir_all(path).map_err(io_error("create the data directory", path))?;
+        make_directory(path).map_err(io_error("create the data directory", path))?;
         let lock = lock(path)?;
         identify(disk, path, owner)?;
         Ok(Self { path: path.to_owned(), _lock: lock })
@@ -61,6 +61,17 @@ impl DataDir {
     pub fn path(&self) -> &Path {
         &self.path
     }
+}
+
+/// Makes `path` and what is missing above it; their names are on stable storage when this returns.
+fn make_directory(path: &Path) -> io::Result<()> {
+    let missing: Vec<&Path> = path.ancestors().take_while(|path| !path.exists()).collect();
+    fs::create_dir_all(path)?;
+    for parent in missing.iter().filter_map(|path| path.parent()) {
+        let parent = if parent.as_os_str().is_empty() { Path::new(".") } else { parent };
+        fs::File::open(parent)?.sync_all()?;
+    }
+    Ok(())
 }
 
 fn lock(directory: &Path) -> Result<fs::File, DataDirError> {

@@ -63,6 +63,8 @@ pub enum RunError {
     OtherCa { path: PathBuf, found: ClusterId, expected: ClusterId },
     #[error(transparent)]
     Store(#[from] OpenStoreError),
+    #[error("cannot sync the data directory {path}: {source}")]
+    Names { path: PathBuf, source: std::io::Error },
     #[error(transparent)]
     Bind(#[from] BindError),
     #[error("TLS cannot be set up: {0}")]
@@ -120,6 +122,8 @@ pub fn recover(
             place.begin(Position(applied.0 + 1))?
         }
     };
+    // The names of the database and of the log's directory: without them, what they hold is not durable either.
+    disk.sync_directory(directory).map_err(|source| RunError::Names { path: directory.to_owned(), source })?;
     tracing::info!(%checkpointed, %applied, %durable, "the metadata is recovered");
     let (now, view) = (clock.monotonic(), store.view()?);
     let version = u64::try_from(clock.now().secs).unwrap_or(0) * 1000;

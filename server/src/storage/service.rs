@@ -22,7 +22,7 @@ use tokio::sync::Mutex;
 
 use super::{
     replicate::{Fetcher, SOURCES_MAX, joined},
-    store::{CheckedBlock, Store, StoreError, Ticket, Verdict},
+    store::{CheckedBlock, Store, StoreError, Verdict},
     workers::{WorkError, Workers},
 };
 
@@ -132,10 +132,15 @@ impl StorageService {
     async fn put(&self, blocks: Vec<PutBlock>, durable: bool, payload: Bytes) -> Answer {
         check_batch(&blocks, payload.len())?;
         let ticket = if payload.len() <= INLINE_BYTES_MAX && self.workers.is_idle() {
-            put_batch(&self.store, &blocks, &payload)?
+            let checked = check_blocks(&blocks, &payload)?;
+            match self.store.try_put(&checked) {
+                Some(put) => put.map_err(logged)?,
+                None => self.blocking(move |store| store.put(&checked)).await.map_err(logged)?,
+            }
         } else {
             let store = Arc::clone(&self.store);
-            self.workers.run(move || put_batch(&store, &blocks, &payload)).await.map_err(work_refusal)??
+            let put = move || check_blocks(&blocks, &payload).and_then(|checked| store.put(&checked).map_err(logged));
+            self.workers.run(put).await.map_err(work_refusal)??
         };
         if durable {
             self.store.durable(ticket).await.map_err(logged)?;
@@ -171,7 +176,11 @@ impl StorageService {
 
     async fn has(&self, blocks: Vec<BlockHash>) -> Answer {
         check_list(&blocks)?;
-        let present = self.blocking(move |store| store.has(&blocks)).await.map_err(logged)?;
+        // No blocks: a probe, which must not wait for a disk behind the others.
+        let present = match blocks.is_empty() {
+            true => Vec::new(),
+            false => self.blocking(move |store| store.has(&blocks)).await.map_err(logged)?,
+        };
         Ok((StorageAnswer::Has { boot: self.store.boot(), present }, Vec::new()))
     }
 
@@ -189,7 +198,7 @@ impl StorageService {
     async fn obtain(&self, hash: BlockHash, sources: &[Source]) -> Answer {
         check_sources(sources)?;
         let _one_at_a_time = self.lane(&hash).lock().await;
-        let here = self.store.has(&[hash]).map_err(logged)?;
+        let here = self.blocking(move |store| store.has(&[hash])).await.map_err(logged)?;
         if here != [true] {
             self.fetch_and_store(hash, sources).await?;
         } else {
@@ -265,8 +274,8 @@ fn check_sources(sources: &[Source]) -> Result<(), Refusal> {
     if sources.len() <= SOURCES_MAX { Ok(()) } else { Err(Refusal::BadRequest) }
 }
 
-/// Checks each block of a batch whose lengths were checked, and stores all or none.
-fn put_batch(store: &Store, blocks: &[PutBlock], payload: &Bytes) -> Result<Ticket, Refusal> {
+/// Checks each block of a batch whose lengths were checked.
+fn check_blocks(blocks: &[PutBlock], payload: &Bytes) -> Result<Vec<CheckedBlock>, Refusal> {
     let mut start = 0;
     let mut checked = Vec::with_capacity(blocks.len());
     for block in blocks {
@@ -275,7 +284,7 @@ fn put_batch(store: &Store, blocks: &[PutBlock], payload: &Bytes) -> Result<Tick
         checked.push(CheckedBlock::verify(block.hash, bytes, block.epoch).map_err(|_| Refusal::HashMismatch)?);
         start = end;
     }
-    store.put(&checked).map_err(logged)
+    Ok(checked)
 }
 
 fn work_refusal(error: WorkError) -> Refusal {

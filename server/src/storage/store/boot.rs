@@ -29,16 +29,23 @@ pub(super) struct Boot {
     pub(super) cache_survived: bool,
 }
 
-/// The boot id of `directory`; `draw` gives a random one.
-pub(super) fn open(disk: &dyn Disk, directory: &Path, draw: impl FnOnce() -> u64) -> io::Result<Boot> {
+/// The boot id of `directory`; `draw` gives a random one, which counts once it is written with [`commit`].
+pub(super) fn decide(disk: &dyn Disk, directory: &Path, draw: impl FnOnce() -> u64) -> io::Result<Boot> {
     let machine = disk.machine_boot()?;
     if let Some(id) = read(disk, directory)?.filter(|file| file.machine == machine).and_then(|file| file.id()) {
         return Ok(Boot { id, cache_survived: true });
     }
-    let id = draw();
-    let text = format!("machine = {machine:?}\nboot = \"{id:016x}\"\n");
-    write_atomically(disk, &directory.join(BOOT_FILE), text.as_bytes())?;
-    Ok(Boot { id: BootId(id), cache_survived: false })
+    Ok(Boot { id: BootId(draw()), cache_survived: false })
+}
+
+/// Writes down a new boot id, when recovery has ended: a start that is cut short before leaves the next one to know
+/// that unsynced data may be lost.
+pub(super) fn commit(disk: &dyn Disk, directory: &Path, boot: Boot) -> io::Result<()> {
+    if boot.cache_survived {
+        return Ok(());
+    }
+    let text = format!("machine = {:?}\nboot = \"{:016x}\"\n", disk.machine_boot()?, boot.id.0);
+    write_atomically(disk, &directory.join(BOOT_FILE), text.as_bytes())
 }
 
 /// A file that does not parse is as good as none: a new id is always safe.
@@ -59,7 +66,10 @@ impl BootFile {
 
 /// After a failed sync nothing is known of what was written: the next start draws a new id.
 pub(super) fn forget(disk: &dyn Disk, directory: &Path) {
-    let removed = disk.remove(&directory.join(BOOT_FILE)).and_then(|()| disk.sync_directory(directory));
+    let removed = match disk.remove(&directory.join(BOOT_FILE)) {
+        Err(error) if error.kind() != io::ErrorKind::NotFound => Err(error),
+        _ => disk.sync_directory(directory),
+    };
     if let Err(error) = removed {
         tracing::error!(%error, "cannot remove {BOOT_FILE} after a failed sync: remove it by hand before the next start");
     }

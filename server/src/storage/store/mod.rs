@@ -23,7 +23,10 @@ use std::{
     path::{Path, PathBuf},
     sync::{
         Arc,
-        atomic::{AtomicU64, Ordering::Relaxed},
+        atomic::{
+            AtomicU64,
+            Ordering::{Acquire, Relaxed},
+        },
     },
     thread::JoinHandle,
     time::Duration,
@@ -40,7 +43,7 @@ use holdfast_common::{
     limits::HASH_GROUP_SIZE,
     wire::storage::ByteRange,
 };
-use parking_lot::{Condvar, Mutex};
+use parking_lot::{Condvar, Mutex, MutexGuard};
 use rand::Rng;
 
 use self::{
@@ -183,6 +186,8 @@ struct Inner {
     segments: Segments,
     index: Index,
     tail: Mutex<Tail>,
+    /// The tail's sequence, without its lock.
+    appended: Arc<AtomicU64>,
     gate: SyncGate,
     quarantine: Quarantine,
     counters: Counters,
@@ -227,6 +232,7 @@ impl Store {
         let mut store = Self { inner: Arc::clone(&inner), recovery, threads: Vec::new() };
         store.spawn("holdfast-sync", Inner::sync_loop).map_err(io_error)?;
         inner.checkpoint().map_err(|error| io_error(io::Error::other(error.to_string())))?;
+        boot::commit(inner.segments.disk.as_ref(), directory, inner.boot).map_err(io_error)?;
         store.spawn("holdfast-index", Inner::housekeeping_loop).map_err(io_error)?;
         store.spawn_hints().map_err(io_error)?;
         Ok(store)
@@ -256,12 +262,18 @@ impl Store {
 
     /// Appends the blocks that are not here, all or none. They are visible when this returns; durable when the ticket is.
     pub fn put(&self, blocks: &[CheckedBlock]) -> Result<Ticket, StoreError> {
-        self.inner.put(blocks)
+        self.inner.put(self.inner.tail.lock(), blocks)
     }
 
-    /// Everything that is visible now.
+    /// As `put`, if nobody else writes now; else `None`, because that may take as long as a disk.
+    pub fn try_put(&self, blocks: &[CheckedBlock]) -> Option<Result<Ticket, StoreError>> {
+        let tail = self.inner.tail.try_lock()?;
+        Some(self.inner.put(tail, blocks))
+    }
+
+    /// Everything that is visible now. Waits for nothing.
     pub fn ticket(&self) -> Ticket {
-        Ticket(self.inner.tail.lock().sequence())
+        Ticket(self.inner.appended.load(Acquire))
     }
 
     /// Blocks this thread until `ticket` is on stable storage.
@@ -405,7 +417,7 @@ impl Inner {
             disk.create_directory(path)?;
         }
         disk.sync_directory(directory)?;
-        let boot = boot::open(disk.as_ref(), directory, || rand::rng().random())?;
+        let boot = boot::decide(disk.as_ref(), directory, || rand::rng().random())?;
         let quarantine = Quarantine::open(Arc::clone(&disk), directory.join("quarantine"), options.quarantine_bytes)?;
         let numbers = list_segments(disk.as_ref(), &segment_directory)?;
         let (index, saved) = open_index(disk.as_ref(), directory, options.index_cache_bytes)?;
@@ -427,6 +439,7 @@ impl Inner {
             boot,
             segments,
             index,
+            appended: tail.appended(),
             tail: Mutex::new(tail),
             gate: SyncGate::new(0),
             quarantine,
@@ -511,12 +524,11 @@ impl Inner {
         StoreError::Failed(reason)
     }
 
-    fn put(&self, blocks: &[CheckedBlock]) -> Result<Ticket, StoreError> {
+    fn put(&self, mut tail: MutexGuard<'_, Tail>, blocks: &[CheckedBlock]) -> Result<Ticket, StoreError> {
         self.check_running()?;
         if self.index.pending() >= PENDING_MAX {
             return Err(StoreError::Busy);
         }
-        let mut tail = self.tail.lock();
         let new = self.new_among(blocks)?;
         if !new.is_empty() {
             self.append_blocks(&mut tail, &new)?;

@@ -205,6 +205,8 @@ impl<'a> Recoverer<'a> {
             }
             self.damaged(place, format_args!("the block {} does not match its hash", header.hash));
             self.keep_for_inspection(file, place, header.hash, header.end());
+            // Once it is synced, nobody would look at its bytes again before it is indexed.
+            self.void(file, &Lost { place, end: place.offset + header.span(), sequence: header.sequence })?;
             return Ok(true);
         }
         self.apply(place, header)?;

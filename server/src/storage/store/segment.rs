@@ -6,6 +6,7 @@ use std::{
     path::{Path, PathBuf},
     sync::{
         Arc,
+        atomic::{AtomicU64, Ordering},
         mpsc::{Receiver, SyncSender, sync_channel},
     },
 };
@@ -201,6 +202,8 @@ pub(super) struct Tail {
     end: Place,
     /// Of the last record that was appended; 0 before the first.
     sequence: u64,
+    /// The same, for those who must not wait for whoever holds the tail.
+    appended: Arc<AtomicU64>,
     hinted: u64,
     unsynced: BTreeMap<u64, Arc<dyn DiskFile>>,
     names_unsynced: bool,
@@ -225,10 +228,22 @@ impl Tail {
             place,
             end: place,
             sequence,
+            appended: Arc::new(AtomicU64::new(sequence)),
             hinted,
             unsynced: BTreeMap::new(),
             names_unsynced: true,
         }
+    }
+
+    /// Shows the sequence without the tail's lock, under which a disk is written.
+    pub(super) fn appended(&self) -> Arc<AtomicU64> {
+        Arc::clone(&self.appended)
+    }
+
+    fn set_sequence(&mut self, sequence: u64) {
+        self.sequence = sequence;
+        // Before the index shows what was appended: what is visible is always covered.
+        self.appended.store(sequence, Ordering::Release);
     }
 
     /// The end of what is durable when `sequence` is.
@@ -275,7 +290,7 @@ impl Tail {
         self.unsynced.entry(place.segment).or_insert(file);
         self.place = place;
         self.end = place;
-        self.sequence = sequence;
+        self.set_sequence(sequence);
     }
 
     /// Takes back a failed append. If not even that works, the segment is left as it is, and the next append starts
@@ -307,7 +322,7 @@ impl Tail {
     /// something to wait for.
     pub(super) fn touch(&mut self, number: u64, file: Arc<dyn DiskFile>) {
         self.unsynced.entry(number).or_insert(file);
-        self.sequence += 1;
+        self.set_sequence(self.sequence + 1);
     }
 
     pub(super) fn take_unsynced(&mut self) -> Unsynced {

@@ -221,6 +221,45 @@ fn a_killed_process_loses_nothing_visible_and_keeps_its_boot_id() {
 }
 
 #[test]
+fn a_start_that_is_cut_short_leaves_the_next_one_to_know_what_the_first_did() {
+    let disk = TestDisk::new();
+    let store = open(&disk);
+    put_durable(&store, &block(1, 40_000));
+    store.put(&[block(2, 40_000)]).unwrap();
+    let boot = store.boot();
+    let rebooted = disk.after_power_cut(3);
+    let directory = Path::new(DIRECTORY);
+    let decide = || boot::decide(rebooted.as_ref(), directory, || 77).unwrap();
+    for _ in 0..2 {
+        let decided = decide();
+        assert!(!decided.cache_survived && decided.id != boot, "nothing was committed");
+    }
+    let store = open(&rebooted);
+    let now = decide();
+    assert!(now.cache_survived && now.id == store.boot() && now.id != boot);
+}
+
+#[test]
+fn a_damaged_record_is_not_believed_by_a_later_rebuild() {
+    let disk = TestDisk::new();
+    let store = open(&disk);
+    put_durable(&store, &block(1, 40_000));
+    store.put(&[block(2, 40_000)]).unwrap();
+    damage(&disk, &block(2, 40_000));
+    let killed = disk.after_kill();
+    let store = open(&killed);
+    assert_eq!(store.recovery().damaged, 1);
+    put_durable(&store, &block(3, 100));
+    drop(store);
+    killed.remove(&index_path()).unwrap();
+    let store = open(&killed);
+    assert!(store.recovery().rebuilt);
+    assert_missing(&store, &block(2, 40_000));
+    assert_here(&store, &block(1, 40_000));
+    assert_here(&store, &block(3, 100));
+}
+
+#[test]
 fn a_torn_tail_is_cut_at_every_byte() {
     let disk = TestDisk::new();
     let store = open(&disk);
@@ -439,6 +478,20 @@ fn puts_at_the_same_time_share_a_sync() {
     });
     let syncs = disk.segment_syncs() - before;
     assert!((1..=2).contains(&syncs), "{syncs} syncs for 16 durable puts");
+}
+
+#[test]
+fn a_slow_write_holds_up_only_those_who_write() {
+    let store = open(&TestDisk::new());
+    put_durable(&store, &block(1, 100));
+    let before = store.ticket();
+    let slow = store.inner.tail.lock();
+    assert_eq!(store.ticket(), before);
+    assert!(store.try_put(&[block(2, 100)]).is_none());
+    assert_eq!(store.has(&[block(1, 100).hash()]).unwrap(), [true]);
+    drop(slow);
+    let put = store.try_put(&[block(2, 100)]).unwrap().unwrap();
+    assert!(put > before && store.ticket() == put);
 }
 
 #[test]
