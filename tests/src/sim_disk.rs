@@ -1,8 +1,8 @@
 //! A disk in memory that keeps only what it promised to keep.
 //!
 //! A crash undoes, tears and reorders writes that were not synced: each 512-byte sector that was written since the
-//! file's last sync is kept or lost by the toss of a seeded coin. Names behave as in a journal: a directory's sync makes
-//! every earlier change of names durable, and of the later ones a prefix survives. What a program holds open through
+//! file's last sync is kept or lost by the toss of a seeded coin. A directory's sync makes the changes of the names in it
+//! durable, and no others; of those that no sync has covered, a prefix survives. What a program holds open through
 //! a crash is dead.
 
 use std::{
@@ -178,6 +178,9 @@ fn surviving_names(state: &State, chance: &mut StdRng) -> Names {
     let survivors = chance.random_range(0..=state.pending.len());
     let mut names = state.durable.clone();
     state.pending[..survivors].iter().for_each(|change| names.apply(change));
+    // What lies in a directory goes with its name.
+    let Names { files, directories } = &mut names;
+    files.retain(|path, _| path.parent().is_none_or(|parent| directories.contains(parent)));
     names
 }
 
@@ -231,8 +234,7 @@ impl State {
     }
 
     fn sync_names(&mut self, directory: &Path) {
-        let through = self.pending.iter().rposition(|change| change.touches(directory)).map_or(0, |last| last + 1);
-        for change in self.pending.drain(..through).collect::<Vec<_>>() {
+        for change in self.pending.extract_if(.., |change| change.touches(directory)) {
             self.durable.apply(&change);
         }
     }
@@ -503,6 +505,7 @@ mod tests {
         let (disk, file) = disk_with_file();
         file.write_all_at(&[1; 2048], 0).unwrap();
         file.sync_data().unwrap();
+        disk.sync_directory(Path::new("/")).unwrap();
         disk.sync_directory(Path::new("/d")).unwrap();
         file.write_all_at(&[2; 2048], 0).unwrap();
         let outcomes: BTreeSet<_> = (0..200).filter_map(|seed| content(&disk.after_power_cut(seed))).collect();
@@ -515,6 +518,15 @@ mod tests {
     fn a_name_that_was_not_synced_may_be_gone() {
         let (disk, file) = disk_with_file();
         file.sync_data().unwrap();
+        let outcomes: BTreeSet<_> = (0..50).map(|seed| content(&disk.after_power_cut(seed)).is_some()).collect();
+        assert_eq!(outcomes.len(), 2);
+    }
+
+    #[test]
+    fn a_directory_that_was_not_synced_into_its_parent_takes_its_files_along() {
+        let (disk, file) = disk_with_file();
+        file.sync_data().unwrap();
+        disk.sync_directory(Path::new("/d")).unwrap();
         let outcomes: BTreeSet<_> = (0..50).map(|seed| content(&disk.after_power_cut(seed)).is_some()).collect();
         assert_eq!(outcomes.len(), 2);
     }

@@ -118,7 +118,7 @@ impl Life {
         let clock: Arc<dyn Clock> = Arc::new(SystemClock::default());
         // As a data directory does, which is opened before.
         for path in ["/", "/meta"] {
-            disk.create_directory(Path::new(path)).and_then(|()| disk.sync_directory(Path::new(path))).ok()?;
+            disk.create_directory(Path::new(path)).and_then(|()| disk.sync_directory(Path::new("/"))).ok()?;
         }
         let core = match recover(&disk, Path::new("/meta"), clock, &options) {
             Ok(core) => core,

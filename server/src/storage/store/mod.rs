@@ -333,6 +333,16 @@ impl Store {
         self.inner.examine(hash)
     }
 
+    /// As `examine`, for those who want a good copy or an error.
+    pub fn verify(&self, hash: &BlockHash) -> Result<(), StoreError> {
+        match self.examine(hash)? {
+            Verdict::Good => Ok(()),
+            Verdict::Missing => Err(StoreError::Missing),
+            Verdict::BadTree(..) => Err(StoreError::Damaged("its hash tree is wrong".to_owned())),
+            Verdict::Damaged(_, reason) => Err(StoreError::Damaged(reason)),
+        }
+    }
+
     /// Puts a good copy in the place of one that was found bad, whose epoch it carries on; the bad one is kept in
     /// quarantine. `None`: that copy is not what is here any more, and nothing was done.
     pub fn replace(&self, good: &CheckedBlock, bad: BadCopy) -> Result<Option<Ticket>, StoreError> {

@@ -41,13 +41,6 @@ fn put_durable(store: &Store, block: &CheckedBlock) {
 }
 
 #[track_caller]
-fn verify(store: &Store, hash: &BlockHash) -> Result<(), String> {
-    match store.examine(hash) {
-        Ok(Verdict::Good) => Ok(()),
-        other => Err(format!("{other:?}")),
-    }
-}
-
 fn found_bad(store: &Store, block: &CheckedBlock) -> BadCopy {
     match store.examine(&block.hash()) {
         Ok(Verdict::Damaged(bad, _) | Verdict::BadTree(_, bad)) => bad,
@@ -70,7 +63,7 @@ fn damage(disk: &TestDisk, block: &CheckedBlock) {
 
 fn assert_here(store: &Store, block: &CheckedBlock) {
     assert_eq!(store.get(&block.hash()).unwrap(), block.bytes());
-    verify(store, &block.hash()).unwrap();
+    store.verify(&block.hash()).unwrap();
 }
 
 #[track_caller]
@@ -586,10 +579,10 @@ fn assert_kept(disk: &Arc<TestDisk>, promised: &BTreeSet<u32>, what: &str) {
     for n in promised {
         let block = life_block(*n);
         assert_eq!(store.get(&block.hash()).ok().as_ref(), Some(block.bytes()), "block {n} after {what}");
-        verify(&store, &block.hash()).unwrap();
+        store.verify(&block.hash()).unwrap();
     }
     for hash in store.list(None, 1000).unwrap().0 {
-        verify(&store, &hash).unwrap_or_else(|error| {
+        store.verify(&hash).unwrap_or_else(|error| {
             panic!(
                 "{hash:?} is listed but {error}, after {what}; {:?} {:?} {:?}",
                 store.inner.index.get(&hash),
