@@ -20,6 +20,9 @@ use crate::{
     write::budget::NoRoom,
 };
 
+/// How long an unmount waits for repairs that its reads have begun.
+const MENDING_PATIENCE: std::time::Duration = std::time::Duration::from_secs(5);
+
 impl Fs {
     /// At most `size` bytes from `offset`, shorter only at the end of the file.
     pub async fn read(&self, _ino: Ino, handle: FileHandle, offset: u64, size: u32) -> FsResult<Bytes> {
@@ -205,6 +208,7 @@ impl Fs {
                 "data could not be stored before unmounting and are lost"
             );
         }
+        self.shared.blocks.mended(MENDING_PATIENCE).await;
         if let Err(error) = self.shared.meta.close().await {
             warn!(?error, "the session could not be closed; it will expire");
         }

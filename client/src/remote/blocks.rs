@@ -26,6 +26,7 @@ use holdfast_common::{
         storage::{ByteRange, PutBlock, Source, StorageAnswer, StorageReply, StorageRequest},
     },
 };
+use tokio::sync::watch;
 use tracing::{error, info, warn};
 
 use super::{health::Health, meta::MetaClient, retry::Retry};
@@ -50,6 +51,8 @@ pub struct BlockClient {
     health: Health,
     io_timeout: Duration,
     repairs: AtomicU64,
+    /// Repairs that have been ordered and not yet reported.
+    mending: watch::Sender<usize>,
 }
 
 impl std::fmt::Debug for BlockClient {
@@ -78,12 +81,28 @@ struct Wanted {
 
 impl BlockClient {
     pub fn new(peers: Arc<dyn Peers>, meta: Arc<MetaClient>, io_timeout: Duration) -> Arc<Self> {
-        Arc::new(Self { peers, meta, health: Health::default(), io_timeout, repairs: AtomicU64::new(0) })
+        Arc::new(Self {
+            peers,
+            meta,
+            health: Health::default(),
+            io_timeout,
+            repairs: AtomicU64::new(0),
+            mending: watch::Sender::new(0),
+        })
     }
 
     /// Bad copies that this client had replaced.
     pub fn repairs(&self) -> u64 {
         self.repairs.load(Ordering::Relaxed)
+    }
+
+    /// Waits until every repair that a read has begun is done and reported, at most `patience`.
+    pub async fn mended(&self, patience: Duration) {
+        let mut mending = self.mending.subscribe();
+        let done = mending.wait_for(|count| *count == 0);
+        if tokio::time::timeout(patience, done).await.is_err() {
+            warn!(unfinished = *self.mending.borrow(), "repairs were not finished in time");
+        }
     }
 
     fn endpoint(&self, server: ServerId) -> Option<Endpoint> {
@@ -282,11 +301,15 @@ impl BlockClient {
             let (client, place) = (Arc::clone(self), place.clone());
             let others: Vec<ServerId> =
                 place.holders.iter().copied().filter(|holder| bad.iter().all(|(bad, _)| bad != holder)).collect();
-            tokio::spawn(async move { client.mend_one(place.hash, server, fault, others).await });
+            self.mending.send_modify(|count| *count += 1);
+            tokio::spawn(async move {
+                client.mend_one(place.hash, server, fault, others).await;
+                client.mending.send_modify(|count| *count -= 1);
+            });
         }
     }
 
-    async fn mend_one(self: Arc<Self>, block: BlockHash, server: ServerId, fault: CopyFault, others: Vec<ServerId>) {
+    async fn mend_one(self: &Arc<Self>, block: BlockHash, server: ServerId, fault: CopyFault, others: Vec<ServerId>) {
         let repaired = !others.is_empty() && self.order_repair(block, server, &others).await;
         if repaired {
             self.repairs.fetch_add(1, Ordering::Relaxed);

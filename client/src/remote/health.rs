@@ -4,6 +4,7 @@ use std::{collections::HashMap, time::Duration};
 
 use holdfast_common::ServerId;
 use parking_lot::Mutex;
+use rand::Rng;
 use tokio::time::Instant;
 
 /// A server that failed is left alone for this long, doubling up to `AVOID_MAX` while it keeps failing.
@@ -57,18 +58,20 @@ impl Health {
         self.with(server, |seen, now| seen.avoid_until.is_some_and(|until| now < until))
     }
 
-    /// Orders by expected latency, those to be avoided last.
+    /// Orders by expected latency, those to be avoided last. Chance decides between servers that are about as fast (within
+    /// a factor of 1.7), so that no copy is always the one that is read, and none always the one that is not.
     pub fn rank(&self, servers: &mut [ServerId]) {
         let now = Instant::now();
         let known = self.servers.lock();
-        let key = |server: &ServerId| match known.get(server) {
-            Some(seen) => (seen.avoid_until.is_some_and(|until| now < until), seen.cost(now)),
-            None => (false, 0.0),
+        let mut chance = rand::rng();
+        let mut key = |server: ServerId| {
+            let seen = known.get(&server).copied().unwrap_or_else(|| Seen::new(now));
+            let avoided = seen.avoid_until.is_some_and(|until| now < until);
+            (server, avoided, seen.cost(now) * chance.random_range(0.75..1.3))
         };
-        servers.sort_by(|a, b| {
-            let (a, b) = (key(a), key(b));
-            a.0.cmp(&b.0).then(a.1.total_cmp(&b.1))
-        });
+        let mut ranked: Vec<(ServerId, bool, f64)> = servers.iter().map(|server| key(*server)).collect();
+        ranked.sort_by(|a, b| a.1.cmp(&b.1).then(a.2.total_cmp(&b.2)));
+        servers.iter_mut().zip(ranked).for_each(|(server, (ranked, ..))| *server = ranked);
     }
 
     /// When a second server should be asked as well.
@@ -157,6 +160,13 @@ mod tests {
         health.start(B).answered();
         let _busy = [health.start(A), health.start(A)];
         assert_eq!(first(&health), B);
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn equal_servers_are_read_from_in_equal_parts() {
+        let health = Health::default();
+        let firsts = (0..1000).filter(|_| first(&health) == A).count();
+        assert!((400..600).contains(&firsts), "{firsts} of 1000 reads went to one of two");
     }
 
     #[tokio::test(start_paused = true)]
