@@ -69,10 +69,13 @@ impl Fs {
     }
 
     async fn fetch_page(&self, ino: Ino, cookie: u64, plus: bool) -> FsResult<Page> {
-        let mut entries = self.dots(ino, cookie).await?;
         let after = cookie.saturating_sub(DOT_DOT);
         let entries_max = if after == 0 { PAGE_FIRST } else { PAGE };
-        match self.shared.meta.query(Query::ReadDir { ino, cookie: after, entries_max, plus }).await? {
+        let named = self.shared.meta.query(Query::ReadDir { ino, cookie: after, entries_max, plus });
+        // Asked together: one round trip.
+        let (dots, named) = futures_util::future::join(self.dots(ino, cookie), named).await;
+        let mut entries = dots?;
+        match named? {
             MetaAnswer::Directory { entries: named, end } => {
                 entries.extend(named.into_iter().map(|entry| self.shown(entry)));
                 Ok(Page { after: cookie, plus, entries: Arc::new(entries), end })

@@ -10,8 +10,9 @@ use crate::{cache::BlockCache, fs::FsResult, remote::blocks::BlockClient};
 
 /// A block no longer than this is fetched whole: the proof and the round trips cost more than its bytes.
 const WHOLE_MAX: u32 = 64 << 10;
-/// After this many partial reads of one block the rest is fetched too.
-const PARTIAL_READS_MAX: u8 = 8;
+/// After this many partial reads of one block, three quarters of its groups, the rest is fetched too. Earlier it would
+/// cost a mebibyte for each few KiB of a file that does not fit into the cache.
+const PARTIAL_READS_MAX: u8 = 48;
 /// Blocks whose partial reads are counted at a time.
 const COUNTED_MAX: usize = 8192;
 
