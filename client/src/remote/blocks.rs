@@ -127,7 +127,8 @@ impl BlockClient {
                 error!("the storage servers are full");
                 return Err(Errno(libc::ENOSPC));
             }
-            if retry.pause().await.is_err() {
+            let (paused, ()) = tokio::join!(retry.pause(), self.meta.refresh_map());
+            if paused.is_err() {
                 error!(within = ?self.io_timeout, "fewer than {REPLICAS_MIN} storage servers took the data");
                 return Err(Errno(libc::EIO));
             }

@@ -21,13 +21,15 @@ use holdfast_common::{
 };
 use parking_lot::{Mutex, RwLock};
 use tokio::sync::Notify;
-use tracing::{error, info, warn};
+use tracing::{debug, error, info, warn};
 
 use super::retry::Retry;
 use crate::fs::{Errno, FsResult};
 
 /// One attempt of a request that needs no disk.
 const ATTEMPT: Duration = Duration::from_secs(5);
+/// One attempt to get a newer map, by somebody who will try again anyway.
+const REFRESH: Duration = Duration::from_secs(1);
 /// How far the newest mutation may be ahead of the oldest that has no answer: the server keeps replies for no more, and
 /// one that waits for a slow disk must not make those after it fail.
 const SEQUENCE_SPAN_MAX: u64 = 1024;
@@ -47,7 +49,6 @@ pub struct MetaClient {
     io_timeout: Duration,
     session: Mutex<Session>,
     map: RwLock<Arc<ClusterMap>>,
-    map_version_seen: AtomicU64,
     map_being_fetched: AtomicBool,
     durable_through: AtomicU64,
     /// The last change that this mount made.
@@ -116,7 +117,6 @@ impl MetaClient {
             io_timeout,
             session: Mutex::default(),
             map: RwLock::default(),
-            map_version_seen: AtomicU64::new(0),
             map_being_fetched: AtomicBool::new(false),
             durable_through: AtomicU64::new(0),
             applied_through: AtomicU64::new(0),
@@ -309,7 +309,16 @@ impl MetaClient {
     /// Learns from a reply's envelope.
     fn note(self: &Arc<Self>, reply: &MetaReply) {
         self.durable_through.fetch_max(reply.durable_through.0, Ordering::AcqRel);
-        self.map_version_seen.fetch_max(reply.map_version, Ordering::AcqRel);
+        let restarted = self.is_new_instance(reply.server_instance);
+        if restarted {
+            info!("the metadata server has restarted: telling it what is open here");
+            self.opens_told.store(false, Ordering::Release);
+            // It counts the versions of its map anew, perhaps from below.
+            let old = Arc::clone(&self.map.read());
+            *self.map.write() = Arc::new(ClusterMap { version: 0, servers: old.servers.clone() });
+            let client = Arc::clone(self);
+            tokio::spawn(async move { client.tell_opens().await });
+        }
         if reply.map_version > self.map.read().version && !self.map_being_fetched.swap(true, Ordering::AcqRel) {
             let client = Arc::clone(self);
             tokio::spawn(async move {
@@ -318,12 +327,6 @@ impl MetaClient {
                 }
                 client.map_being_fetched.store(false, Ordering::Release);
             });
-        }
-        if self.is_new_instance(reply.server_instance) {
-            info!("the metadata server has restarted: telling it what is open here");
-            self.opens_told.store(false, Ordering::Release);
-            let client = Arc::clone(self);
-            tokio::spawn(async move { client.tell_opens().await });
         }
     }
 
@@ -391,7 +394,27 @@ impl MetaClient {
 
     async fn fetch_map(self: &Arc<Self>) -> FsResult<()> {
         let have = self.map.read().version;
-        match self.query(Query::ClusterMap { have }).await? {
+        let answer = self.query(Query::ClusterMap { have }).await?;
+        self.take_map(answer)
+    }
+
+    /// Asks once for the map as it is now. For whoever found no server that would do: which servers are up may have
+    /// changed, and no other answer may come by for a while to say so.
+    pub async fn refresh_map(self: &Arc<Self>) {
+        let have = self.map.read().version;
+        let request = MetaRequest::Query(Query::ClusterMap { have });
+        match self.once(&request, REFRESH).await {
+            Ok(answer) => {
+                if let Err(error) = self.take_map(answer) {
+                    warn!(?error, "the cluster map could not be read");
+                }
+            }
+            Err(trouble) => debug!(?trouble, "the cluster map could not be read"),
+        }
+    }
+
+    fn take_map(&self, answer: MetaAnswer) -> FsResult<()> {
+        match answer {
             MetaAnswer::ClusterMap(map) => {
                 let mut current = self.map.write();
                 if map.version > current.version {

@@ -223,6 +223,32 @@ fn a_metadata_server_that_is_killed_again_and_again_loses_nothing_and_does_nothi
     assert_eq!(cluster.violations(), Vec::<String>::new());
 }
 
+/// A restarted metadata server knows of no server that it is up until it hears it. A mount that asks in that moment must
+/// not go by the answer for longer than it is true.
+#[test]
+fn a_write_soon_after_a_metadata_server_came_back_does_not_wait_for_the_next_renewal() {
+    let cluster = Cluster::start();
+    let mount = cluster.mount();
+    fs::write(mount.join("before"), "before").expect("write");
+    cluster.storage_servers().iter().for_each(holdfast_tests::process::Process::freeze);
+    cluster.meta().kill();
+    cluster.meta().start();
+    wait::until("the status says that nobody is up", PATIENCE, || {
+        cluster.try_status().is_some_and(|status| status.servers_up() == 0)
+    });
+    // With the answer to this the mount knows it too, and asks nothing more.
+    let mut file = File::create(mount.join("after")).expect("create");
+    file.write_all(b"after").expect("write");
+    let syncing = thread::scope(|scope| {
+        let sync = scope.spawn(|| file.sync_all());
+        cluster.storage_servers().iter().for_each(holdfast_tests::process::Process::thaw);
+        let since = Instant::now();
+        sync.join().expect("no panic").expect("fsync");
+        since.elapsed()
+    });
+    assert!(syncing < STALL_MAX, "an fsync took {syncing:?} after every server could answer again");
+}
+
 #[test]
 fn a_kill_of_everything_at_any_moment_loses_nothing_that_fsync_acknowledged() {
     let cluster = Cluster::start();
