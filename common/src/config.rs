@@ -168,6 +168,10 @@ pub struct MetaOptions {
     /// Silence after which a mount counts as gone and its open files are released, in seconds [default: 60]
     #[arg(long, value_name = "SECONDS")]
     pub session_timeout_secs: Option<u64>,
+    /// How long mounts are waited for after a loss of power, so that they say again what was not yet durable, in seconds
+    /// [default: a tenth of session_timeout_secs]
+    #[arg(long, value_name = "SECONDS")]
+    pub recovery_window_secs: Option<u64>,
     /// Silence after which a storage server is suspect, in milliseconds [default: 2000]
     #[arg(long, value_name = "MS")]
     pub suspect_after_ms: Option<u64>,
@@ -183,8 +187,8 @@ pub struct MetaOptions {
 }
 
 options!(MetaOptions {
-    data_dir, tls_dir, listen, ca_dir, cache_bytes, checkpoint_log_bytes, session_timeout_secs, suspect_after_ms,
-    down_after_ms, log_level, log_format,
+    data_dir, tls_dir, listen, ca_dir, cache_bytes, checkpoint_log_bytes, session_timeout_secs,
+    recovery_window_secs, suspect_after_ms, down_after_ms, log_level, log_format,
 } paths { data_dir, tls_dir, ca_dir });
 
 /// Options of a storage server.
@@ -275,6 +279,8 @@ pub struct MetaConfig {
     pub cache_bytes: u64,
     pub checkpoint_log_bytes: u64,
     pub session_timeout: Duration,
+    /// How long mounts are waited for after a loss of power.
+    pub recovery_window: Duration,
     pub suspect_after: Duration,
     pub down_after: Duration,
     pub log_level: LogLevel,
@@ -289,6 +295,8 @@ impl MetaConfig {
 
     pub fn resolve(options: MetaOptions) -> Result<Self, ConfigError> {
         let data_dir = required("data_dir", options.data_dir)?;
+        let session_timeout = seconds("session_timeout_secs", options.session_timeout_secs, 60, 5)?;
+        let window = session_timeout.as_secs() / 10;
         let config = Self {
             tls_dir: options.tls_dir.unwrap_or_else(|| data_dir.join("tls")),
             data_dir,
@@ -296,7 +304,8 @@ impl MetaConfig {
             ca_dir: options.ca_dir,
             cache_bytes: size("cache_bytes", options.cache_bytes, 256 * MIB, MIB)?,
             checkpoint_log_bytes: size("checkpoint_log_bytes", options.checkpoint_log_bytes, 64 * MIB, MIB)?,
-            session_timeout: seconds("session_timeout_secs", options.session_timeout_secs, 60, 5)?,
+            session_timeout,
+            recovery_window: seconds("recovery_window_secs", options.recovery_window_secs, window.max(1), 1)?,
             suspect_after: milliseconds("suspect_after_ms", options.suspect_after_ms, 2_000)?,
             down_after: milliseconds("down_after_ms", options.down_after_ms, 10_000)?,
             log_level: options.log_level.unwrap_or_default(),

@@ -1,4 +1,4 @@
-//! Damage to what a storage server has on its disk.
+//! Damage to what a server has on its disk.
 //!
 //! Blocks lie in its files as they are, so a block is found by its own bytes: no format needs to be known here.
 
@@ -43,6 +43,31 @@ impl Copy {
     pub fn delete_file(&self) {
         fs::remove_file(&self.file).expect("delete a segment");
     }
+}
+
+/// Lengths in a metadata log, as the server's `log` module describes them.
+const LOG_HEADER: usize = 76;
+const LOG_BOOT: std::ops::Range<usize> = 36..68;
+const LOG_RECORD_HEADER: usize = 28;
+const LOG_KIND_MARK: u8 = 2;
+
+/// Makes the log in `directory` that of another boot of the machine, as if that had lost its power when its metadata server died:
+/// what no barrier had covered does not count any more. Returns how many bytes of entries that are.
+pub fn lose_power(directory: &Path) -> usize {
+    let [path] = &files(directory)[..] else { panic!("not one log in {}", directory.display()) };
+    let mut log = fs::read(path).expect("read the metadata log");
+    let (mut at, mut lost) = (LOG_HEADER, 0);
+    while at < log.len() {
+        assert_eq!(&log[at..][..4], b"HFR1", "a record at {at}");
+        let length = u32::from_le_bytes(log[at + 8..][..4].try_into().expect("four bytes")) as usize;
+        lost = if log[at + 4] == LOG_KIND_MARK { 0 } else { lost + length };
+        at += LOG_RECORD_HEADER + length;
+    }
+    log[LOG_BOOT].fill(0x5a);
+    let sum = blake3::hash(&log[..LOG_BOOT.end]);
+    log[LOG_BOOT.end..LOG_HEADER].copy_from_slice(&sum.as_bytes()[..8]);
+    fs::write(path, log).expect("write the metadata log");
+    lost
 }
 
 /// Every place under `data` where `block` (more than `NEEDLE_LENGTH` bytes) begins.

@@ -131,6 +131,7 @@ impl Fs {
             return Ok(());
         }
         self.write_out_old(std::time::Duration::ZERO);
+        self.shared.release_durable();
         self.shared.budget.wait_for_room(self.shared.io_timeout).await.map_err(|no_room| {
             warn!(dirty = self.dirty_bytes(), ?no_room, "a write found no room: what was written before is not stored");
             match no_room {
@@ -175,7 +176,7 @@ impl Fs {
             (state.errors() > errors, state.to_make_durable())
         };
         if !failed && !position.is_some_and(|position| self.shared.meta.is_durable(position)) {
-            self.shared.meta.barrier().await?;
+            self.shared.make_durable().await?;
             file.inode.lock().disinherit();
         }
         self.tell_error(&file)
@@ -193,7 +194,7 @@ impl Fs {
         let results = futures_util::future::join_all(settle).await;
         results.into_iter().collect::<FsResult<Vec<()>>>()?;
         if durable {
-            self.shared.meta.barrier().await?;
+            self.shared.make_durable().await?;
         }
         Ok(())
     }

@@ -19,15 +19,45 @@ pub struct Duties;
 impl Duties {
     /// Runs until the filesystem is dropped by everyone else or the future is.
     pub async fn run(fs: Arc<Fs>) {
-        tokio::join!(Self::storing(&fs), Self::renewing(&fs), Self::releasing(&fs));
+        tokio::join!(
+            Self::storing(&fs),
+            Self::settling(&fs),
+            Self::keeping(&fs),
+            Self::renewing(&fs),
+            Self::releasing(&fs)
+        );
     }
 
     async fn storing(fs: &Arc<Fs>) {
         loop {
             tokio::time::sleep(TICK).await;
-            let age = if fs.shared.budget.is_pressed() { Duration::ZERO } else { DIRTY_AGE_MAX };
+            let age = if fs.is_pressed() { Duration::ZERO } else { DIRTY_AGE_MAX };
             fs.write_out_old(age);
             fs.sweep();
+        }
+    }
+
+    /// Lets go of what has become durable, and has it become so when it takes much of the budget.
+    async fn settling(fs: &Arc<Fs>) {
+        loop {
+            tokio::time::sleep(TICK).await;
+            fs.shared.release_durable();
+            if fs.shared.budget.is_pressed()
+                && fs.shared.retained.lock().bytes() > 0
+                && let Err(error) = fs.shared.make_durable().await
+            {
+                warn!(?error, "what was written does not become durable");
+            }
+        }
+    }
+
+    /// Stores again what servers have lost. Apart, because nothing becomes durable before.
+    async fn keeping(fs: &Arc<Fs>) {
+        loop {
+            tokio::time::sleep(TICK).await;
+            if let Err(error) = fs.shared.store_again().await {
+                warn!(?error, "what storage servers have lost could not be stored again yet");
+            }
         }
     }
 

@@ -233,6 +233,15 @@ impl State {
         self.inherited = false;
     }
 
+    /// Believes nothing any more that the server has said: it may have lost it. What was written here stays.
+    pub(super) fn roll_back(&mut self) {
+        self.map = KnownMap::default();
+        self.attr.data_version = 0;
+        self.attr_at = None;
+        self.pages = PAGES_UNKNOWN;
+        self.inherited = true;
+    }
+
     /// Takes in an answer about the map of chunks `first..first+count`.
     pub(super) fn learn_map(&mut self, first: ChunkIndex, count: u32, map: FileMap) {
         // The size that is known says how many chunks there are at its own version, and at no other.

@@ -21,7 +21,7 @@ use std::{
 };
 
 use holdfast_common::{
-    Attr, DirEntry, Ino, Kind,
+    Attr, DirEntry, Ino, Kind, Position,
     net::{Endpoint, Peers},
 };
 use parking_lot::Mutex;
@@ -151,11 +151,12 @@ impl Fs {
             meta,
             blocks,
             budget: DirtyBudget::new(options.dirty_bytes),
+            retained: Mutex::default(),
             upload_slots: Semaphore::new(UPLOADS_IN_FLIGHT_MAX),
             io_timeout: options.io_timeout,
             clock,
         };
-        Ok(Arc::new(Self {
+        let fs = Arc::new(Self {
             shared: Arc::new(shared),
             inodes: Mutex::default(),
             files: Mutex::default(),
@@ -165,7 +166,28 @@ impl Fs {
             releases: Releases::default(),
             read_ahead_max: read_ahead_max(options.cache_bytes),
             kernel: OnceLock::new(),
-        }))
+        });
+        let weak = Arc::downgrade(&fs);
+        fs.shared.meta.tell_rolled_back(Box::new(move |after, through| {
+            if let Some(fs) = weak.upgrade() {
+                fs.roll_back(after, through);
+            }
+        }));
+        Ok(fs)
+    }
+
+    /// The server has lost what came after `after`; what this mount had done of it is done again, at or before `through`. What
+    /// others had done may be gone, so nothing that the server said of any file is to be believed any more.
+    fn roll_back(&self, after: Position, through: Position) {
+        self.shared.retained.lock().moved(after, through);
+        self.kernel_versions.lock().clear();
+        let inodes: Vec<Arc<Inode>> = self.inodes.lock().values().cloned().collect();
+        for inode in inodes {
+            inode.lock().roll_back();
+            if let Some(kernel) = self.kernel.get() {
+                kernel.attributes_changed(inode.ino);
+            }
+        }
     }
 
     /// From now on `kernel` hears of what it must no longer believe. The first one counts.
@@ -180,7 +202,13 @@ impl Fs {
 
     /// Bytes written and not yet stored.
     pub fn dirty_bytes(&self) -> u64 {
-        self.shared.budget.used()
+        let retained = self.shared.retained.lock().bytes();
+        self.shared.budget.used().saturating_sub(retained)
+    }
+
+    /// Half of the budget is dirty: time to store what is old, before anyone has to wait.
+    fn is_pressed(&self) -> bool {
+        self.dirty_bytes() >= self.shared.budget.limit() / 2
     }
 
     /// Bytes of verified blocks in memory.

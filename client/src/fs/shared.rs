@@ -1,13 +1,19 @@
 //! What the operations on files share: the servers, the queues and the bounds of one mount.
 
-use std::{ops::Range, sync::Arc, time::Duration};
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    ops::Range,
+    sync::Arc,
+    time::Duration,
+};
 
 use holdfast_common::{
-    ChunkIndex,
+    Block, BlockHash, ChunkIndex, Position, ServerId,
     clock::Clock,
-    limits::{BLOCK_SIZE_MAX, PIECES_PER_CHUNK_COMPACT, PIECES_PER_CHUNK_MAX, REPLICAS},
-    wire::meta::{BlockPlace, FileCommit, Holder, MetaAnswer, NewBlock, Query},
+    limits::{BLOCK_SIZE_MAX, PIECES_PER_CHUNK_COMPACT, PIECES_PER_CHUNK_MAX, REPLICAS, REPLICAS_MIN},
+    wire::meta::{BlockPlace, FileCommit, Holder, MetaAnswer, NewBlock, Op, Query},
 };
+use parking_lot::Mutex;
 use tokio::sync::Semaphore;
 use tracing::warn;
 
@@ -26,6 +32,7 @@ use crate::{
         buffer::Extent,
         commit::{Committed, Committer, Item},
         cut::{self, Cut},
+        retained::{Retained, RetainedBlock},
     },
 };
 
@@ -43,6 +50,11 @@ pub(super) const UPLOADS_IN_FLIGHT_MAX: usize = 24;
 /// stream and one barrier makes them durable together.
 const DURABLE_PUT_BYTES_MAX: u64 = 4 << 20;
 
+/// Blocks that are not durable after this long are looked after: barriers are made every second.
+const RETAINED_AGE_MAX: Duration = Duration::from_millis(1500);
+/// Blocks that are stored again at a time.
+const BLOCKS_AGAIN: usize = 64;
+
 #[derive(Debug)]
 pub(super) struct Shared {
     pub meta: Arc<MetaClient>,
@@ -50,6 +62,7 @@ pub(super) struct Shared {
     pub fetcher: Fetcher,
     pub committer: Committer,
     pub budget: DirtyBudget,
+    pub retained: Mutex<Retained>,
     pub upload_slots: Semaphore,
     pub io_timeout: Duration,
     pub clock: Arc<dyn ClockDebug>,
@@ -131,8 +144,68 @@ impl Shared {
             clear_suid: false,
             only_over,
         };
+        let kept = if urgency == Urgency::Visible { blocks.clone() } else { Vec::new() };
         let committed = self.committer.commit(Item { file, blocks }, urgency == Urgency::Durable).await?;
+        self.retain(committed.position, &cut, kept);
         Ok(Stored { cut, places, committed })
+    }
+
+    /// Keeps blocks that their servers have not synced, unless they have by now.
+    fn retain(&self, position: Position, cut: &Cut, named: Vec<NewBlock>) {
+        if named.is_empty() || self.meta.is_durable(position) {
+            return;
+        }
+        let kept = cut.blocks.iter().cloned().zip(named.into_iter().map(|block| block.holders)).collect();
+        self.budget.add(self.retained.lock().note(position, kept, std::time::Instant::now()));
+    }
+
+    /// Lets go of what is durable by now.
+    pub(super) fn release_durable(&self) {
+        let freed = self.retained.lock().release_through(self.meta.durable_through());
+        if freed > 0 {
+            self.budget.sub(freed);
+        }
+    }
+
+    /// Has everything made durable that is visible, so that its blocks need not be kept.
+    pub(super) async fn make_durable(&self) -> FsResult<()> {
+        self.meta.barrier().await?;
+        self.release_durable();
+        Ok(())
+    }
+
+    /// Stores blocks again that their servers have lost with their power before they were durable.
+    pub(super) async fn store_again(&self) -> FsResult<()> {
+        let unseen = self.retained.lock().unseen_for(RETAINED_AGE_MAX, std::time::Instant::now());
+        let lost = self.lost(&unseen).await;
+        for blocks in lost.chunks(BLOCKS_AGAIN) {
+            warn!(blocks = blocks.len(), "storage servers have lost what was not durable: storing it again");
+            let holders = self.blocks.put(blocks, true).await?;
+            let named = blocks.iter().zip(&holders).map(|(block, holders)| NewBlock {
+                hash: block.hash(),
+                length: block.length(),
+                holders: holders.clone(),
+            });
+            // A commit of no file: it only says who has the blocks now.
+            self.meta.mutate(Op::Commit { files: Vec::new(), blocks: named.collect() }, false).await?;
+            let mut retained = self.retained.lock();
+            blocks.iter().zip(&holders).for_each(|(block, holders)| retained.stored_again(block, holders));
+        }
+        Ok(())
+    }
+
+    /// Blocks that fewer servers have than they must.
+    async fn lost(&self, unseen: &[RetainedBlock]) -> Vec<Block> {
+        let mut asked: BTreeMap<ServerId, BTreeSet<BlockHash>> = BTreeMap::new();
+        for kept in unseen {
+            for holder in &kept.holders {
+                asked.entry(holder.server).or_default().insert(kept.block.hash());
+            }
+        }
+        let questions = asked.into_iter().map(|(server, hashes)| self.blocks.has(server, hashes));
+        let present: Vec<BTreeSet<BlockHash>> = futures_util::future::join_all(questions).await;
+        let copies = |block: &Block| present.iter().filter(|hashes| hashes.contains(&block.hash())).count();
+        unseen.iter().map(|kept| &kept.block).filter(|block| copies(block) < REPLICAS_MIN).cloned().collect()
     }
 
     /// The upload's extents with chunks that have come to be made of too many pieces written whole, and the digests of the
@@ -245,14 +318,24 @@ impl Shared {
         }
     }
 
+    /// What was written a moment ago is still here, perhaps nowhere else.
+    async fn bytes(&self, place: &BlockPlace, within: &Range<u32>, sequential: bool) -> FsResult<bytes::Bytes> {
+        let retained = self.retained.lock().block(place.hash).map(|block| block.bytes().clone());
+        match retained {
+            Some(bytes) if within.end as usize <= bytes.len() => {
+                Ok(bytes.slice(within.start as usize..within.end as usize))
+            }
+            _ => self.fetcher.bytes(place, within, sequential).await,
+        }
+    }
+
     /// Fetches what an assembly lacks and joins it.
     pub(super) async fn assemble(&self, assembly: Assembly, sequential: bool) -> FsResult<bytes::Bytes> {
         let mut fetched = Vec::with_capacity(assembly.parts.len());
         if let [(part, place)] = &assembly.parts[..] {
-            fetched.push(self.fetcher.bytes(place, &part.within, sequential).await?);
+            fetched.push(self.bytes(place, &part.within, sequential).await?);
         } else {
-            let fetches =
-                assembly.parts.iter().map(|(part, place)| self.fetcher.bytes(place, &part.within, sequential));
+            let fetches = assembly.parts.iter().map(|(part, place)| self.bytes(place, &part.within, sequential));
             for bytes in futures_util::future::join_all(fetches).await {
                 fetched.push(bytes?);
             }

@@ -1,7 +1,7 @@
 //! The storage servers as the client sees them: puts to three at once, reads verified, hedged and repaired.
 
 use std::{
-    collections::BTreeMap,
+    collections::{BTreeMap, BTreeSet},
     ops::Range,
     sync::{
         Arc,
@@ -14,7 +14,7 @@ use bytes::Bytes;
 use futures_util::{StreamExt, stream::FuturesUnordered};
 use holdfast_common::{
     Block, BlockHash, Epoch, Refusal, ServerId,
-    limits::{BLOCK_SIZE_MAX, PUT_BATCH_MAX, REPLICAS, REPLICAS_MIN},
+    limits::{BLOCK_SIZE_MAX, HASH_LIST_MAX, PUT_BATCH_MAX, REPLICAS, REPLICAS_MIN},
     net::{
         CallError, Endpoint, Frame, Peers,
         identity::{NodeName, Role},
@@ -39,6 +39,9 @@ use crate::{
 pub const TRY_FRESH_MAP: Errno = Errno(libc::EAGAIN);
 /// Rounds over all holders before that is said.
 const ROUNDS: usize = 3;
+
+/// How long a block that no server has is asked for.
+const VANISHED_PATIENCE: Duration = Duration::from_secs(6);
 
 /// An unanswered request is followed by a question that needs no disk: a server that does not answer that one either
 /// is dead, stopped or cut off, while one that does is only slow. Together below the 3 s that a reader or writer may stall.
@@ -136,6 +139,22 @@ impl BlockClient {
         }
     }
 
+    /// Which of `hashes` the server has; none, if it does not answer.
+    pub async fn has(&self, server: ServerId, hashes: BTreeSet<BlockHash>) -> BTreeSet<BlockHash> {
+        let hashes: Vec<BlockHash> = hashes.into_iter().collect();
+        let mut present = BTreeSet::new();
+        for part in hashes.chunks(HASH_LIST_MAX) {
+            let Some(request) = frame(&StorageRequest::Has { blocks: part.to_vec() }) else { continue };
+            match self.call_watched(server, request, self.io_timeout).await {
+                Ok(StorageReply(Ok(StorageAnswer::Has { present: has, .. }))) => {
+                    present.extend(part.iter().zip(has).filter(|(_, has)| *has).map(|(hash, _)| *hash));
+                }
+                other => warn!(%server, ?other, "a server does not tell what it still has"),
+            }
+        }
+        present
+    }
+
     /// Rounds of parallel puts until every block has its copies or has run out of candidates.
     async fn put_rounds(&self, puts: &mut [PutState<'_>], durable: bool) {
         loop {
@@ -215,8 +234,10 @@ impl BlockClient {
     async fn fetch(self: &Arc<Self>, place: &BlockPlace, range: Option<Range<u32>>) -> FsResult<Verified> {
         let wanted = Wanted { hash: place.hash, length: place.length, range };
         let mut retry = Retry::within(self.io_timeout);
+        let mut vanished = Retry::within(VANISHED_PATIENCE);
         let mut bad: Vec<(ServerId, CopyFault)> = Vec::new();
-        for _ in 0..ROUNDS {
+        let mut rounds = 0;
+        while rounds < ROUNDS {
             let round = self.ask_holders(&wanted, &place.holders).await;
             let news = |copy: &&(ServerId, CopyFault)| bad.iter().all(|(server, _)| *server != copy.0);
             let news: Vec<(ServerId, CopyFault)> = round.bad.iter().filter(news).copied().collect();
@@ -224,12 +245,14 @@ impl BlockClient {
             self.mend(place, &news, &bad);
             match round.found {
                 Some(found) => return Ok(found),
+                // Its servers may have lost it with their power a moment ago: whoever wrote it is about to store it again.
+                None if round.is_vanished() && vanished.pause().await.is_ok() => continue,
                 None if round.silent == 0 => {
                     error!(block = %place.hash, holders = ?place.holders, "every copy of the block is missing or damaged");
                     return Err(Errno(libc::EIO));
                 }
                 None if retry.pause().await.is_err() => break,
-                None => {}
+                None => rounds += 1,
             }
         }
         warn!(block = %place.hash, holders = ?place.holders, "no server that holds the block answered");
@@ -408,6 +431,13 @@ struct Round {
     found: Option<Verified>,
     bad: Vec<(ServerId, CopyFault)>,
     silent: usize,
+}
+
+impl Round {
+    /// Everybody answered, and nobody has it; a damaged copy is another matter.
+    fn is_vanished(&self) -> bool {
+        self.silent == 0 && self.bad.iter().all(|(_, fault)| *fault == CopyFault::Missing)
+    }
 }
 
 /// One block on its way to its servers.

@@ -3,7 +3,7 @@
 use std::{
     collections::{BTreeSet, HashSet},
     sync::{
-        Arc,
+        Arc, OnceLock,
         atomic::{AtomicBool, AtomicU64, Ordering},
     },
     time::Duration,
@@ -16,18 +16,22 @@ use holdfast_common::{
     net::{CallError, Endpoint, Frame, Peers},
     wire::{
         codec,
-        meta::{MetaAnswer, MetaReply, MetaRequest, Mutated, Op, Query, SessionRequest, StorageNotice},
+        meta::{
+            LostChange, MetaAnswer, MetaReply, MetaRequest, Mutated, Op, Query, Replayed, SessionRequest, StorageNotice,
+        },
     },
 };
 use parking_lot::{Mutex, RwLock};
-use tokio::sync::Notify;
+use tokio::sync::{Notify, watch};
 use tracing::{debug, error, info, warn};
 
-use super::retry::Retry;
+use super::{retry::Retry, undurable::Undurable};
 use crate::fs::{Errno, FsResult};
 
 /// One attempt of a request that needs no disk.
 const ATTEMPT: Duration = Duration::from_secs(5);
+/// Of a request that is answered when every mount has told what the server has lost.
+const REPLAY_ATTEMPT: Duration = Duration::from_secs(130);
 /// One attempt to get a newer map, by somebody who will try again anyway.
 const REFRESH: Duration = Duration::from_secs(1);
 /// How far the newest mutation may be ahead of the oldest that has no answer: the server keeps replies for no more, and
@@ -51,16 +55,31 @@ pub struct MetaClient {
     map: RwLock<Arc<ClusterMap>>,
     map_being_fetched: AtomicBool,
     durable_through: AtomicU64,
-    /// The last change that this mount made.
-    applied_through: AtomicU64,
+    /// What this session has changed and the server might still lose.
+    undurable: Mutex<Undurable>,
+    recovering: watch::Sender<Recovering>,
+    rolled_back: OnceLock<RolledBack>,
     /// A mutation has been answered, or given up.
     room: Notify,
     /// Inodes that the server should know as open by this session.
     opens: Mutex<HashSet<Ino>>,
-    /// False while the server has not taken in `opens` since it restarted, or since a new session began.
+    /// False while the server has not taken in `opens` since a new session began.
     opens_told: AtomicBool,
     entering: tokio::sync::Mutex<()>,
 }
+
+/// Is this mount telling a restarted server what that has to know before anything else?
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Recovering {
+    No,
+    Yes,
+    /// It has restarted once more meanwhile.
+    Again,
+}
+
+/// Told when the server has lost changes: all after the first position. Those of this mount have been made again, at or before
+/// the second; those of others may have come out differently.
+pub type RolledBack = Box<dyn Fn(Position, Position) + Send + Sync>;
 
 impl std::fmt::Debug for MetaClient {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
@@ -119,7 +138,9 @@ impl MetaClient {
             map: RwLock::default(),
             map_being_fetched: AtomicBool::new(false),
             durable_through: AtomicU64::new(0),
-            applied_through: AtomicU64::new(0),
+            undurable: Mutex::default(),
+            recovering: watch::Sender::new(Recovering::No),
+            rolled_back: OnceLock::new(),
             room: Notify::new(),
             opens: Mutex::default(),
             opens_told: AtomicBool::new(true),
@@ -164,9 +185,14 @@ impl MetaClient {
         position.0 <= self.durable_through.load(Ordering::Acquire)
     }
 
-    /// The last change that this mount made, of whatever.
-    pub fn applied_through(&self) -> Position {
-        Position(self.applied_through.load(Ordering::Acquire))
+    /// Everything up to here survives a power cut.
+    pub fn durable_through(&self) -> Position {
+        Position(self.durable_through.load(Ordering::Acquire))
+    }
+
+    /// `rolled_back` hears of every loss of the server. The first one counts.
+    pub fn tell_rolled_back(&self, rolled_back: RolledBack) {
+        self.rolled_back.get_or_init(|| rolled_back);
     }
 
     pub async fn query(self: &Arc<Self>, query: Query) -> FsResult<MetaAnswer> {
@@ -226,15 +252,30 @@ impl MetaClient {
 
     /// Applies `op` exactly once, however often the reply is lost (I5).
     pub async fn mutate(self: &Arc<Self>, op: Op, durable: bool) -> FsResult<Applied> {
-        let applied = match self.mutate_in_session(&op, durable).await {
+        if self.undurable.lock().is_full() {
+            self.make_room().await;
+        }
+        match self.mutate_in_session(&op, durable).await {
             Err(Failure::Expired { session, perhaps_applied: false }) => {
                 self.reenter(session).await;
-                self.mutate_in_session(&op, durable).await?
+                Ok(self.mutate_in_session(&op, durable).await?)
             }
-            result => result?,
-        };
-        self.applied_through.fetch_max(applied.position.0, Ordering::AcqRel);
-        Ok(applied)
+            result => Ok(result?),
+        }
+    }
+
+    /// Has so much made durable that there is room for more changes. Without servers that can, the oldest go without.
+    async fn make_room(self: &Arc<Self>) {
+        if !matches!(tokio::time::timeout(ATTEMPT, self.barrier()).await, Ok(Ok(()))) {
+            let mut undurable = self.undurable.lock();
+            if undurable.is_full() {
+                let changes = undurable.give_up_half();
+                warn!(
+                    changes,
+                    "nothing becomes durable: a power cut of the metadata server would take the oldest changes"
+                );
+            }
+        }
     }
 
     async fn mutate_in_session(self: &Arc<Self>, op: &Op, durable: bool) -> Result<Applied, Failure> {
@@ -248,7 +289,12 @@ impl MetaClient {
             op: op.clone(),
         };
         match self.ask_or_expire(attempt, request).await? {
-            MetaAnswer::Mutated { position, outcome } => Ok(Applied { position, outcome }),
+            MetaAnswer::Mutated { position, outcome } => {
+                if !self.is_durable(position) {
+                    self.undurable.lock().note(position, mutation.sequence, op.clone(), &outcome);
+                }
+                Ok(Applied { position, outcome })
+            }
             other => Err(Failure::Errno(unexpected(&other))),
         }
     }
@@ -272,6 +318,7 @@ impl MetaClient {
         let mut retry = Retry::within(self.io_timeout);
         let mut perhaps_applied = false;
         loop {
+            self.until_recovered(retry.remaining()).await?;
             let request = request();
             match self.once(&request, attempt.min(retry.remaining())).await {
                 Ok(answer) => return Ok(answer),
@@ -308,16 +355,21 @@ impl MetaClient {
 
     /// Learns from a reply's envelope.
     fn note(self: &Arc<Self>, reply: &MetaReply) {
-        self.durable_through.fetch_max(reply.durable_through.0, Ordering::AcqRel);
         let restarted = self.is_new_instance(reply.server_instance);
         if restarted {
-            info!("the metadata server has restarted: telling it what is open here");
-            self.opens_told.store(false, Ordering::Release);
+            info!("the metadata server has restarted: telling it what it has to know");
             // It counts the versions of its map anew, perhaps from below.
             let old = Arc::clone(&self.map.read());
             *self.map.write() = Arc::new(ClusterMap { version: 0, servers: old.servers.clone() });
-            let client = Arc::clone(self);
-            tokio::spawn(async move { client.tell_opens().await });
+            self.begin_recovery();
+        }
+        // A server that has lost changes counts on from where it came to itself: until those are made again, its positions
+        // are not those that they were answered with.
+        if *self.recovering.borrow() == Recovering::No {
+            let known = self.durable_through.fetch_max(reply.durable_through.0, Ordering::AcqRel);
+            if reply.durable_through.0 > known {
+                self.undurable.lock().forget_through(reply.durable_through);
+            }
         }
         if reply.map_version > self.map.read().version && !self.map_being_fetched.swap(true, Ordering::AcqRel) {
             let client = Arc::clone(self);
@@ -338,21 +390,123 @@ impl MetaClient {
         is_new
     }
 
+    fn begin_recovery(self: &Arc<Self>) {
+        let mut begun = false;
+        self.recovering.send_modify(|recovering| {
+            begun = *recovering == Recovering::No;
+            *recovering = if begun { Recovering::Yes } else { Recovering::Again };
+        });
+        if begun {
+            let client = Arc::clone(self);
+            tokio::spawn(async move { client.recover().await });
+        }
+    }
+
+    /// Until a server that has restarted knows what it has to, nothing else is asked of it.
+    async fn until_recovered(&self, patience: Duration) -> Result<(), Failure> {
+        if *self.recovering.borrow() == Recovering::No {
+            return Ok(());
+        }
+        let mut recovering = self.recovering.subscribe();
+        let recovered = recovering.wait_for(|recovering| *recovering == Recovering::No);
+        match tokio::time::timeout(patience, recovered).await {
+            Ok(Ok(_)) => Ok(()),
+            Ok(Err(_)) | Err(_) => {
+                error!(server = %self.server.address, "the metadata server has not recovered within {:?}", self.io_timeout);
+                Err(Failure::Errno(Errno(libc::EIO)))
+            }
+        }
+    }
+
+    /// Tries for as long as it takes: what a server has lost, nobody else can give back to it.
+    async fn recover(self: &Arc<Self>) {
+        let mut retry = Retry::endless();
+        loop {
+            self.recovering.send_replace(Recovering::Yes);
+            let session = self.session();
+            match self.recover_once(session).await {
+                Ok(()) => {}
+                Err(Trouble::Refused(Refusal::SessionExpired)) => self.reenter(session).await,
+                Err(trouble) => {
+                    warn!(?trouble, "the restarted metadata server does not know what it has to yet");
+                    retry.wait().await;
+                    continue;
+                }
+            }
+            let mut done = false;
+            self.recovering.send_modify(|recovering| {
+                done = *recovering == Recovering::Yes;
+                if done {
+                    *recovering = Recovering::No;
+                }
+            });
+            if done {
+                return;
+            }
+        }
+    }
+
+    async fn recover_once(self: &Arc<Self>, session: SessionId) -> Result<(), Trouble> {
+        match self.send_opens(session).await? {
+            Some(after) => self.replay(session, after).await,
+            None => Ok(()),
+        }
+    }
+
+    /// Has made again what came after `after` and was lost. The answer comes when every mount's has been.
+    async fn replay(self: &Arc<Self>, session: SessionId, after: Position) -> Result<(), Trouble> {
+        let lost = self.undurable.lock().lost_after(after);
+        let parts = u32::try_from(lost.len()).unwrap_or(u32::MAX);
+        let changes: usize = lost.iter().map(Vec::len).sum();
+        warn!(%after, changes, "the metadata server has lost what was not durable: having it made again");
+        let ask = |(part, changes): (u32, &Vec<LostChange>)| {
+            let replay = SessionRequest::Replay { session, part, parts, changes: changes.clone() };
+            async move { self.once(&MetaRequest::Session(replay), REPLAY_ATTEMPT).await }
+        };
+        let answers = futures_util::future::try_join_all((0..).zip(&lost).map(ask)).await?;
+        let mut through = after;
+        for (changes, answer) in lost.iter().zip(answers) {
+            let MetaAnswer::Replayed(replayed) = answer else { return Err(self.malformed(&answer)) };
+            for (change, replayed) in changes.iter().zip(replayed) {
+                through = through.max(self.take_replayed(change, &replayed));
+            }
+        }
+        if let Some(rolled_back) = self.rolled_back.get() {
+            rolled_back(after, through);
+        }
+        Ok(())
+    }
+
+    /// Returns where the change is now.
+    fn take_replayed(&self, change: &LostChange, replayed: &Replayed) -> Position {
+        if let Err(refusal) = replayed.result {
+            error!(op = ?change.op, %refusal, "a change that the metadata server has lost could not be made again");
+        }
+        self.undurable.lock().moved(change.position, change.sequence, replayed.result.ok());
+        replayed.result.unwrap_or(Position(0))
+    }
+
+    fn malformed(&self, answer: &MetaAnswer) -> Trouble {
+        Trouble::Call(CallError::Malformed(self.server.address, format!("{answer:?}")))
+    }
+
     /// Tells the server what is open here. What fails is tried again with the next renewal.
     async fn tell_opens(self: &Arc<Self>) {
         let session = self.session();
         match self.send_opens(session).await {
-            Ok(()) => {}
+            Ok(_) => {}
             Err(Trouble::Refused(Refusal::SessionExpired)) => self.reenter(session).await,
             Err(trouble) => warn!(?trouble, "the open files are not registered with the metadata server yet"),
         }
     }
 
-    async fn send_opens(self: &Arc<Self>, session: SessionId) -> Result<(), Trouble> {
+    /// Returns the position after which the server has lost everything, if it has.
+    async fn send_opens(self: &Arc<Self>, session: SessionId) -> Result<Option<Position>, Trouble> {
         let opens: Vec<Ino> = self.opens.lock().iter().copied().collect();
-        self.once(&MetaRequest::Session(SessionRequest::Reopen { session, opens }), ATTEMPT).await?;
+        let answer = self.once(&MetaRequest::Session(SessionRequest::Reopen { session, opens }), ATTEMPT).await?;
+        let MetaAnswer::Reopened { replay_after } = answer else { return Err(self.malformed(&answer)) };
         self.opens_told.store(true, Ordering::Release);
-        Ok(())
+        Ok(replay_after)
     }
 
     /// A new session in place of `expired`, with the same opens.
@@ -362,6 +516,11 @@ impl MetaClient {
             return;
         }
         warn!(session = %expired, "the session expired: opening another");
+        let undurable = std::mem::take(&mut *self.undurable.lock());
+        if !undurable.is_empty() {
+            // They are its own: in another session they might be made twice.
+            warn!("what was not durable in the old session is not made again, should the metadata server lose it");
+        }
         if let Err(trouble) = self.open_session(ATTEMPT).await {
             return warn!(?trouble, "no new session yet");
         }
@@ -388,7 +547,7 @@ impl MetaClient {
                 self.room.notify_waiters();
                 Ok(())
             }
-            other => Err(Trouble::Call(CallError::Malformed(self.server.address, format!("{other:?}")))),
+            other => Err(self.malformed(&other)),
         }
     }
 
@@ -465,7 +624,8 @@ fn session_of(request: &MetaRequest) -> Option<SessionId> {
             SessionRequest::Renew { session, .. }
             | SessionRequest::Reopen { session, .. }
             | SessionRequest::Close { session }
-            | SessionRequest::Opens { session, .. },
+            | SessionRequest::Opens { session, .. }
+            | SessionRequest::Replay { session, .. },
         ) => Some(*session),
         _ => None,
     }

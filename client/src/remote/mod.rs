@@ -5,3 +5,4 @@ pub mod blocks;
 pub mod health;
 pub mod meta;
 pub mod retry;
+pub mod undurable;

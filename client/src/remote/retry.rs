@@ -24,6 +24,18 @@ impl Retry {
         Self { until: Instant::now() + limit, pause: PAUSE_MIN }
     }
 
+    /// For what has to be tried until it is done.
+    pub fn endless() -> Self {
+        Self::within(Duration::from_secs(100 * 365 * 86_400))
+    }
+
+    /// As [`Retry::pause`], of a try that does not end.
+    pub async fn wait(&mut self) {
+        if self.pause().await.is_err() {
+            tokio::time::sleep(PAUSE_MAX).await;
+        }
+    }
+
     pub fn remaining(&self) -> Duration {
         self.until.saturating_duration_since(Instant::now())
     }

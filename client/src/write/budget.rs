@@ -1,4 +1,4 @@
-//! How many bytes may be written and not yet stored: the bound that makes writers wait.
+//! How many bytes may be written and not yet durable: the bound that makes writers wait.
 
 use std::{
     sync::atomic::{AtomicBool, AtomicU64, Ordering},
@@ -7,7 +7,7 @@ use std::{
 
 use tokio::sync::Notify;
 
-/// Counts dirty bytes of the whole mount.
+/// Counts the bytes of the whole mount that are dirty, or stored and not yet durable.
 #[derive(Debug)]
 pub struct DirtyBudget {
     limit: u64,
@@ -32,6 +32,10 @@ impl DirtyBudget {
         Self { limit, used: AtomicU64::new(0), full: AtomicBool::new(false), changed: Notify::new() }
     }
 
+    pub fn limit(&self) -> u64 {
+        self.limit
+    }
+
     pub fn used(&self) -> u64 {
         self.used.load(Ordering::Relaxed)
     }
@@ -41,7 +45,7 @@ impl DirtyBudget {
         self.used() < self.limit
     }
 
-    /// Half full: time to write out what is old, before anyone has to wait.
+    /// Half full: time to make room, before anyone has to wait.
     pub fn is_pressed(&self) -> bool {
         self.used() >= self.limit / 2
     }

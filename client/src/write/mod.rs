@@ -4,3 +4,4 @@ pub mod budget;
 pub mod buffer;
 pub mod commit;
 pub mod cut;
+pub mod retained;

@@ -43,12 +43,39 @@ pub enum SessionRequest {
     /// Renews the session; tells how much is dirty (for `status`). Every few seconds.
     /// After the metadata server restarted (another `server_instance`), the client sends `Reopen`.
     Renew { session: SessionId, dirty_bytes: u64, repairs: u64 },
-    /// After a restart of the server: which inodes this session holds open, so that unlinked ones stay (I9).
+    /// After a restart of the server: which inodes this session holds open, so that unlinked ones stay (I9). Answered
+    /// `Reopened`.
     Reopen { session: SessionId, opens: Vec<Ino> },
     /// Ends the session: its opens are released.
     Close { session: SessionId },
     /// Adds `opened` to, and removes `released` from, the inodes that this session holds open. Idempotent sets, not counts.
     Opens { session: SessionId, opened: Vec<Ino>, released: Vec<Ino> },
+    /// What the server has lost of this session's changes, to be made again (I3). Part `part` of `parts` (at least one,
+    /// also with nothing in it). Answered `Replayed` when every mount's are made, in their old order. Asked again it makes nothing
+    /// twice.
+    Replay { session: SessionId, part: u32, parts: u32, changes: Vec<LostChange> },
+}
+
+/// A change that was answered, and that the metadata server may have lost with its power.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct LostChange {
+    /// Where it was in the order of all changes.
+    pub position: Position,
+    /// Under which it was made.
+    pub sequence: Sequence,
+    pub op: Op,
+    /// The inode that a `Make` was answered with: whoever knows it has to find it again.
+    pub made: Option<Ino>,
+    /// When it was made, by the server's clock.
+    pub time: Option<Time>,
+}
+
+/// What became of a change that was to be made again.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Replayed {
+    pub sequence: Sequence,
+    /// Its new place in the order.
+    pub result: Result<Position, Refusal>,
 }
 
 /// Reads. Role: client, admin. Linearizable: sees every mutation that was answered before it was sent.
@@ -321,7 +348,7 @@ pub enum MetaAnswer {
         session: SessionId,
         renew_every_ms: u64,
     },
-    /// Renew, Reopen, Close, Opens, Barrier, Heartbeat, BadCopy.
+    /// Renew, Close, Opens, Barrier, Heartbeat, BadCopy.
     Done,
     Attr(Attr),
     Opened {
@@ -354,6 +381,12 @@ pub enum MetaAnswer {
         ca_fingerprint: [u8; 32],
     },
     Violations(Vec<String>),
+    /// `replay_after`: the server has lost its power, and with it what came after this position. Every mount sends
+    /// `Replay`, also one that has nothing to say; until all have, or have been silent for too long, nothing else is answered.
+    Reopened {
+        replay_after: Option<Position>,
+    },
+    Replayed(Vec<Replayed>),
 }
 
 /// The part of an answer to a mutation that is kept for I5.

@@ -36,6 +36,9 @@ const QUESTION_DEADLINE: Duration = Duration::from_secs(3);
 /// Wait before a barrier is tried again that could not be had.
 const RETRY_AFTER: Duration = Duration::from_millis(200);
 
+/// How long a mount has to store a block again that no server has any more.
+const VANISHED_PATIENCE: Duration = Duration::from_secs(15);
+
 type Copies = BTreeMap<BootId, BTreeSet<BlockHash>>;
 
 #[derive(Clone)]
@@ -242,6 +245,7 @@ impl Barrier {
     ) -> Result<Verdict, Fault> {
         let view = self.core.store.view()?;
         let mut verdict = Verdict::default();
+        let mut vanished = BTreeSet::new();
         for (server, of_server) in &copies {
             for (boot, hash) in of_server.iter().flat_map(|(boot, hashes)| hashes.iter().map(move |hash| (boot, hash)))
             {
@@ -255,9 +259,15 @@ impl Barrier {
                     continue;
                 }
                 if holders.iter().all(|holder| is_lost(&outcomes, *holder, hash)) {
-                    self.give_up(*server, *hash);
-                    if holders.len() > 1 {
-                        verdict.lose(*server, *hash);
+                    vanished.insert(*hash);
+                    if self.is_hopeless(*hash) {
+                        self.give_up(*server, *hash);
+                        if holders.len() > 1 {
+                            verdict.lose(*server, *hash);
+                        }
+                    } else {
+                        verdict.waits = true;
+                        self.core.unsynced.lock().add(*server, *boot, *hash);
                     }
                     continue;
                 }
@@ -275,7 +285,15 @@ impl Barrier {
                 }
             }
         }
+        self.core.vanished.lock().retain(|hash, _| vanished.contains(hash));
         Ok(verdict)
+    }
+
+    /// Nobody has it, and no mount has stored it again in all the time that it had for that.
+    fn is_hopeless(&self, hash: BlockHash) -> bool {
+        let now = self.core.clock.monotonic();
+        let since = *self.core.vanished.lock().entry(hash).or_insert(now);
+        now.saturating_sub(since) >= VANISHED_PATIENCE
     }
 
     /// No copy can be made of a block that nobody has: to wait for some would hold up every barrier from now on.

@@ -66,6 +66,11 @@ impl Proposer {
         self.propose_if(Condition::Always, command).await
     }
 
+    /// Will nothing be applied any more?
+    pub fn is_closed(&self) -> bool {
+        self.0.is_closed()
+    }
+
     /// Ends a session, if it has not been heard for `timeout` when it is this command's turn.
     pub async fn expire(&self, session: SessionId, timeout: Duration) -> Result<Answer, Refusal> {
         self.propose_if(Condition::Silent(session, timeout), Command::EndSession { session }).await
@@ -116,11 +121,11 @@ impl Committer {
             }
             let stop = self.commit_all(waiting.drain(..))?;
             let length = self.core.log.lock().length();
-            if stop || length >= self.next_checkpoint_at {
-                self.checkpoint(length).await?;
-            }
             if stop {
-                break;
+                return self.stop(length).await;
+            }
+            if length >= self.next_checkpoint_at {
+                self.checkpoint(length).await?;
             }
         }
         Ok(())
@@ -174,7 +179,9 @@ impl Committer {
     /// What depends on this server's memory, and so must be settled before the entry exists.
     fn check(&self, command: &mut Command) -> Result<(), Refusal> {
         match command {
-            Command::Mutate { op: Op::Commit { .. }, .. } if self.core.unsynced.lock().is_full() => {
+            Command::Mutate { op: Op::Commit { .. }, .. } | Command::Replay { op: Op::Commit { .. }, .. }
+                if self.core.unsynced.lock().is_full() =>
+            {
                 self.core.barrier_wanted.notify_one();
                 Err(Refusal::Unavailable)
             }
@@ -217,7 +224,7 @@ impl Committer {
     /// What this server must know at once, before anything else can happen to it.
     fn remember(&self, command: &Command, applied: &Applied) {
         let (session, op) = match command {
-            Command::Mutate { session, op, .. } => (session, op),
+            Command::Mutate { session, op, .. } | Command::Replay { session, op, .. } => (session, op),
             Command::OpenSession { node, host, mountpoint, .. } => {
                 // Before it is durable: who gives up waiting for that leaves a session that expires like any other.
                 if let Ok(Reply::Session(session)) = applied.outcome {
@@ -244,15 +251,24 @@ impl Committer {
         }
     }
 
+    /// Leaves nothing to be lost, if that can be had in time.
+    async fn stop(&mut self, length: u64) -> Result<(), Fault> {
+        if self.checkpoint(length).await? {
+            let core = Arc::clone(&self.core);
+            tokio::task::spawn_blocking(move || core.log.lock().close()).await.map_err(|_| Fault::Thread)??;
+        }
+        Ok(())
+    }
+
     /// Puts everything into the tables, on stable storage, and begins a new log. Nothing is applied meanwhile, so that
-    /// the tables never get ahead of what a barrier has covered (I3).
-    async fn checkpoint(&mut self, length: u64) -> Result<(), Fault> {
+    /// the tables never get ahead of what a barrier has covered (I3). `false`: the barrier could not be had.
+    async fn checkpoint(&mut self, length: u64) -> Result<bool, Fault> {
         let core = Arc::clone(&self.core);
         let position = core.applied();
         if core.until_durable(position, CHECKPOINT_BARRIER_TIMEOUT).await.is_err() {
             tracing::warn!(%position, "no checkpoint: what it would contain is not durable yet");
             self.next_checkpoint_at = length + CHECKPOINT_RETRY_BYTES;
-            return Ok(());
+            return Ok(false);
         }
         let started = core.clock.monotonic();
         let work = Arc::clone(&core);
@@ -265,7 +281,7 @@ impl Committer {
         .map_err(|_| Fault::Thread)??;
         self.next_checkpoint_at = self.checkpoint_log_bytes;
         tracing::info!(%position, log_bytes = length, took = ?core.clock.monotonic().saturating_sub(started), "checkpoint");
-        Ok(())
+        Ok(true)
     }
 }
 

@@ -15,12 +15,16 @@ use holdfast_common::{
     },
 };
 use parking_lot::Mutex;
-use std::{collections::BTreeSet, time::Duration};
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    time::Duration,
+};
 use tokio::sync::{Notify, watch};
 
 use super::{
     cluster::Cluster,
     log::{Log, LogError},
+    recovery::Recovery,
     sessions::Sessions,
     state::StorageError,
     store::Store,
@@ -56,6 +60,13 @@ pub struct Core {
     pub unsynced: Mutex<Unsynced>,
     /// Blocks whose durable copies are too few for a barrier: the duties make more.
     pub thin: Mutex<BTreeSet<BlockHash>>,
+    /// Here while mounts say again what was lost.
+    pub recovery: Mutex<Option<Recovery>>,
+    recovering: watch::Sender<bool>,
+    /// What came after this was lost before this life of the server.
+    pub lost_after: Option<Position>,
+    /// Blocks that none of their holders has any more, though none was ever durable, and since when that is known.
+    pub vanished: Mutex<BTreeMap<BlockHash, Duration>>,
     /// When silence was last judged.
     judged: Mutex<Duration>,
     applied: AtomicU64,
@@ -81,11 +92,12 @@ pub struct Recovered {
     pub sessions: Sessions,
     pub unsynced: Unsynced,
     pub durable: Position,
+    pub recovery: Option<Recovery>,
 }
 
 impl Core {
     pub fn new(clock: Arc<dyn Clock>, cluster_id: ClusterId, recovered: Recovered) -> Arc<Self> {
-        let Recovered { store, log, cluster, sessions, unsynced, durable } = recovered;
+        let Recovered { store, log, cluster, sessions, unsynced, durable, recovery } = recovered;
         let applied = log.next().0 - 1;
         let judged = Mutex::new(clock.monotonic());
         Arc::new(Self {
@@ -98,6 +110,10 @@ impl Core {
             sessions: Mutex::new(sessions),
             unsynced: Mutex::new(unsynced),
             thin: Mutex::default(),
+            recovering: watch::Sender::new(recovery.is_some()),
+            lost_after: recovery.as_ref().map(Recovery::after),
+            recovery: Mutex::new(recovery),
+            vanished: Mutex::default(),
             applied: AtomicU64::new(applied),
             durable: watch::Sender::new(durable),
             barrier_wanted: Notify::new(),
@@ -116,6 +132,30 @@ impl Core {
             self.sessions.lock().forgive(gap, now);
         }
         now
+    }
+
+    /// Do mounts still say again what was lost?
+    pub fn is_recovering(&self) -> bool {
+        *self.recovering.borrow()
+    }
+
+    /// Everybody has been heard who could be.
+    pub fn take_recovery(&self) -> Option<Recovery> {
+        self.recovery.lock().take()
+    }
+
+    /// What was lost is done again, or is lost for good.
+    pub fn end_recovery(&self) {
+        self.recovering.send_replace(false);
+    }
+
+    /// Waits until what was lost is done again. `Unavailable` past the deadline.
+    pub async fn until_recovered(&self, deadline: Duration) -> Result<(), Refusal> {
+        let mut recovering = self.recovering.subscribe();
+        match tokio::time::timeout(deadline, recovering.wait_for(|recovering| !recovering)).await {
+            Ok(Ok(_)) => Ok(()),
+            Ok(Err(_)) | Err(_) => Err(Refusal::Unavailable),
+        }
     }
 
     /// Everything through this is visible.

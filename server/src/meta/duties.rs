@@ -77,7 +77,7 @@ async fn expire_sessions(core: &Core, proposer: &Proposer, timeout: Duration) {
 /// Deletes what has no name and is open nowhere. After a restart not before every mount has said what it holds open.
 async fn reclaim_orphans(core: &Core, proposer: &Proposer) -> Result<(), Fault> {
     let mut after = Ino(0);
-    while core.sessions.lock().all_confirmed() {
+    while !core.is_recovering() && core.sessions.lock().all_confirmed() {
         let page = orphans::orphans_after(&*core.store.view()?, after, RECLAIM_BATCH)?;
         let Some(last) = page.last().copied() else { break };
         let mut inos = page;

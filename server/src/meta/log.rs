@@ -12,7 +12,8 @@
 //! A sum is the first 8 bytes of the BLAKE3 of what it protects: all of the header before it; a record's head before
 //! it and its payload. Kinds: 1, a batch of entries, the first of which has `position`, each behind its length (u32);
 //! 2, a durable mark: everything through `position` was on stable storage, blocks included, when it was synced; its
-//! payload is the number of bytes of this file that an earlier sync had covered (u64).
+//! payload is the number of bytes of this file that an earlier sync had covered (u64); 3, the last word of a server that
+//! stopped in good order, everything through `position` being durable: without a payload.
 
 use std::{
     io,
@@ -35,6 +36,7 @@ const FILE_HEADER_LENGTH: usize = 8 + 4 + 8 + 16 + 32 + 8;
 const RECORD_HEADER_LENGTH: usize = 4 + 4 + 4 + 8 + 8;
 const KIND_ENTRIES: u8 = 1;
 const KIND_MARK: u8 = 2;
+const KIND_CLOSED: u8 = 3;
 /// Bytes of a record's payload. A batch is cut before it gets there.
 pub const RECORD_LENGTH_MAX: usize = 16 << 20;
 /// Bytes read at a time where records do not matter.
@@ -90,6 +92,8 @@ pub struct Found {
     file: Arc<dyn DiskFile>,
     first: Position,
     same_boot: bool,
+    /// The server stopped in good order.
+    closed: bool,
     /// Bytes that count, and the last position among them.
     end: u64,
     /// Bytes that were synced for certain.
@@ -154,12 +158,13 @@ impl LogPlace {
         let Some((first, boot)) = self.read_header(&path, &*file, length)? else { return Ok(None) };
         let same_boot = boot == self.boot;
         let (mut at, mut next, mut marked) = (FILE_HEADER_LENGTH as u64, first, None);
-        let mut synced = at;
+        let (mut synced, mut closed_at) = (at, None);
         let mut bad = None;
         while at < length && bad.is_none() {
             match read_record(&*file, at, length).map_err(io_error("read", &path))? {
                 Ok(record) => match count_entries(&record, next) {
                     Ok(count) => {
+                        closed_at = (record.kind == KIND_CLOSED).then_some(at);
                         at = record.end;
                         next.0 += count;
                         if record.kind == KIND_MARK {
@@ -179,12 +184,14 @@ impl LogPlace {
         }
         let before = Position(first.0 - 1);
         let (last, end) = match (same_boot, marked) {
-            (true, _) => (Position(next.0 - 1), at),
+            // Without the last word: whoever goes on writing here has not stopped yet.
+            (true, _) => (Position(next.0 - 1), closed_at.unwrap_or(at)),
             (false, Some((position, end))) => (position, end),
             (false, None) => (before, FILE_HEADER_LENGTH as u64),
         };
         let marked = marked.map_or(before, |(position, _)| position);
-        Ok(Some(Found { path, file, first, same_boot, end, synced, last, marked }))
+        let closed = closed_at.is_some();
+        Ok(Some(Found { path, file, first, same_boot, closed, end, synced, last, marked }))
     }
 
     /// `None`: the header is not whole, which only a cut-short creation leaves.
@@ -257,6 +264,11 @@ impl LogPlace {
 }
 
 impl Found {
+    /// Nothing can be missing: the kernel has been up ever since, or there was nothing that it could lose.
+    pub fn is_whole(&self) -> bool {
+        self.same_boot || self.closed
+    }
+
     /// Shows every entry that counts and is newer than `applied`, in order.
     pub fn replay<E: From<LogError>>(
         &self,
@@ -340,6 +352,12 @@ impl Log {
     /// Says that everything through `position` is durable. True once the file is synced.
     pub fn mark(&mut self, position: Position) -> Result<(), LogError> {
         self.write(KIND_MARK, position, &self.synced.to_le_bytes())
+    }
+
+    /// The last word of a server that stops: all that it had said yes to is durable. Waits for the disk.
+    pub fn close(&mut self) -> Result<(), LogError> {
+        self.write(KIND_CLOSED, Position(self.next.0 - 1), &[])?;
+        self.file.sync_data().map_err(io_error("sync", &self.path))
     }
 
     /// `file` was synced when it had `end` bytes, the last of them the mark of `position`. A second mark, which waits for
@@ -439,11 +457,14 @@ fn read_record(file: &dyn DiskFile, at: u64, length: u64) -> io::Result<Result<R
 fn count_entries(record: &Record, next: Position) -> Result<u64, String> {
     match record.kind {
         KIND_MARK if record.position < next => Ok(0),
+        KIND_CLOSED if record.position.0 + 1 == next.0 => Ok(0),
         KIND_ENTRIES if record.position == next => {
             let entries = split_entries(&record.payload).ok_or("a batch of entries is malformed")?;
             Ok(entries.len() as u64)
         }
-        KIND_MARK | KIND_ENTRIES => Err(format!("it speaks of entry {} where {next} comes next", record.position)),
+        KIND_MARK | KIND_ENTRIES | KIND_CLOSED => {
+            Err(format!("it speaks of entry {} where {next} comes next", record.position))
+        }
         kind => Err(format!("there is no kind {kind} of record")),
     }
 }

@@ -8,6 +8,7 @@ pub mod duties;
 pub mod log;
 #[cfg(test)]
 mod memory_disk;
+pub mod recovery;
 pub mod server;
 pub mod service;
 pub mod sessions;

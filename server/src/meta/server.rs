@@ -8,7 +8,7 @@ use std::{
 };
 
 use holdfast_common::{
-    ClusterId, Position,
+    ClusterId, Position, Time,
     clock::Clock,
     config::MetaConfig,
     disk::Disk,
@@ -33,9 +33,10 @@ use super::{
     core::{Core, Fault, Recovered},
     duties::{self, Copier},
     log::LogPlace,
+    recovery::{self, Recovery},
     service::{Secrets, Service},
     sessions::Sessions,
-    state::{Command, Entry, StorageError, apply, servers, session},
+    state::{self, Command, Entry, StorageError, apply, servers, session},
     store::{OpenStoreError, Store},
     unsynced::Unsynced,
 };
@@ -92,6 +93,7 @@ pub struct Options {
     pub cache_bytes: u64,
     pub checkpoint_log_bytes: u64,
     pub session_timeout: Duration,
+    pub recovery_window: Duration,
     pub suspect_after: Duration,
     pub down_after: Duration,
 }
@@ -107,7 +109,9 @@ pub fn recover(
     let place = LogPlace::new(Arc::clone(disk), directory.join("log"), options.cluster)?;
     let checkpointed = store.applied()?;
     let (mut durable, mut unsynced, mut log) = (checkpointed, Unsynced::default(), None);
+    let mut rolled_back = false;
     if let Some(found) = place.find(checkpointed)? {
+        rolled_back = !found.is_whole();
         durable = durable.max(found.marked);
         replay(&store, &found, checkpointed, durable, &mut unsynced)?;
         log = found.resume(&place, store.applied()?)?;
@@ -117,19 +121,38 @@ pub fn recover(
         Some(log) => log,
         None => {
             // Another boot, or no log: all that is here is durable.
+            if rolled_back && !session::sessions(&*store.view()?)?.is_empty() {
+                begin_recovery(&store, clock.now())?;
+            }
             store.checkpoint()?;
-            durable = applied;
-            place.begin(Position(applied.0 + 1))?
+            durable = store.applied()?;
+            place.begin(Position(durable.0 + 1))?
         }
     };
     // The names of the database and of the log's directory: without them, what they hold is not durable either.
     disk.sync_directory(directory).map_err(|source| RunError::Names { path: directory.to_owned(), source })?;
     tracing::info!(%checkpointed, %applied, %durable, "the metadata is recovered");
     let (now, view) = (clock.monotonic(), store.view()?);
+    let recovery = match state::recovery::open(&*view)? {
+        Some(after) => {
+            tracing::warn!(%after, "the power was lost: mounts are waited for, to say again what was not durable");
+            let sessions = session::sessions(&*view)?.into_iter().map(|(id, _)| id);
+            Some(Recovery::new(after, sessions, now, options.recovery_window, options.session_timeout))
+        }
+        None => None,
+    };
     let version = u64::try_from(clock.now().secs).unwrap_or(0) * 1000;
     let cluster = Cluster::new(version, servers::servers(&*view)?, now, options.suspect_after, options.down_after);
     let sessions = Sessions::restored(session::sessions(&*view)?, now);
-    Ok(Core::new(clock, options.cluster, Recovered { store, log, cluster, sessions, unsynced, durable }))
+    Ok(Core::new(clock, options.cluster, Recovered { store, log, cluster, sessions, unsynced, durable, recovery }))
+}
+
+/// As an entry that the checkpoint covers.
+fn begin_recovery(store: &Store, time: Time) -> Result<(), Fault> {
+    store.write_visible(|tables| {
+        apply(tables, &Entry { time, command: Command::BeginRecovery })?;
+        Ok(())
+    })
 }
 
 fn replay(
@@ -190,6 +213,7 @@ impl Running {
         let mut tasks = JoinSet::new();
         tasks.spawn(Barrier::new(Arc::clone(&core), Arc::clone(&peers), proposer.clone()).run());
         tasks.spawn(duties::watch(Arc::clone(&core), proposer.clone(), options.session_timeout));
+        tasks.spawn(recovery::run(Arc::clone(&core), proposer.clone()));
         tasks.spawn(Copier::new(Arc::clone(&core), proposer.clone(), peers).run());
         let (fault_sender, faults) = mpsc::unbounded_channel();
         let service = Service::new(core, proposer, options.session_timeout, authority, fault_sender);
@@ -243,6 +267,7 @@ pub async fn run(
         cache_bytes: config.cache_bytes,
         checkpoint_log_bytes: config.checkpoint_log_bytes,
         session_timeout: config.session_timeout,
+        recovery_window: config.recovery_window,
         suspect_after: config.suspect_after,
         down_after: config.down_after,
     };

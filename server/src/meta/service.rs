@@ -15,8 +15,8 @@ use holdfast_common::{
         codec,
         enrol::{EnrolReply, EnrolRequest, Enrolled},
         meta::{
-            AdminRequest, ClusterStatus, FileMap, MetaAnswer, MetaReply, MetaRequest, Query, SessionRequest,
-            StorageNotice,
+            AdminRequest, ClusterStatus, FileMap, LostChange, MetaAnswer, MetaReply, MetaRequest, Query, Replayed,
+            SessionRequest, StorageNotice,
         },
     },
 };
@@ -27,12 +27,17 @@ use super::{
     cluster::Heartbeat,
     committer::Proposer,
     core::Core,
+    recovery,
     server::Authority,
     state::{Command, Reply, Rows, Step, StorageError, View, query, settled, violations::violations},
 };
 
 /// How long a mutation or a barrier may wait to become durable.
 const DURABLE_DEADLINE: Duration = Duration::from_secs(30);
+/// How long a mount that has said what it had done may wait for the others.
+const REPLAY_DEADLINE: Duration = Duration::from_secs(120);
+/// Renewals of a session in the time after which it would end.
+const RENEWALS_PER_TIMEOUT: u32 = 30;
 /// Inodes in one `Opens` or `Reopen`.
 const OPENS_MAX: usize = 64 << 10;
 /// Sentences in an answer to `Check`.
@@ -111,6 +116,9 @@ impl Service {
         check_role(from.node.role, &request).inspect_err(|_| {
             tracing::warn!(peer = %from.node, "a request that its role does not allow");
         })?;
+        if self.core.is_recovering() && !is_for_recovery(&request) {
+            return Err(Refusal::Unavailable);
+        }
         match request {
             MetaRequest::Query(query) => self.query(from.node, query).await,
             MetaRequest::Mutate { session, sequence, answered_below, durable, op } => {
@@ -220,7 +228,8 @@ impl Service {
                 let command = Command::OpenSession { node, instance, host, mountpoint };
                 let Reply::Session(session) = self.decree(command).await? else { return Err(Refusal::Fault) };
                 tracing::info!(%session, peer = %node, "a mount opened a session");
-                let renew_every = self.session_timeout / 6;
+                // Often enough that a mount which has nothing else to say notices a restart within the recovery window.
+                let renew_every = self.session_timeout / RENEWALS_PER_TIMEOUT;
                 return Ok(MetaAnswer::Session { session, renew_every_ms: super::cluster::millis(renew_every) });
             }
             SessionRequest::Renew { session, dirty_bytes, repairs } => {
@@ -230,6 +239,14 @@ impl Service {
             SessionRequest::Reopen { session, opens } => {
                 self.check_session(session, node)?;
                 self.core.sessions.lock().reopen(session, bounded(&opens)?, now)?;
+                if let Some(recovery) = &mut *self.core.recovery.lock() {
+                    recovery.heard(session);
+                }
+                return Ok(MetaAnswer::Reopened { replay_after: self.core.lost_after });
+            }
+            SessionRequest::Replay { session, part, parts, changes } => {
+                self.check_session(session, node)?;
+                return self.replay(session, part, parts, changes).await.map(MetaAnswer::Replayed);
             }
             SessionRequest::Opens { session, opened, released } => {
                 self.check_session(session, node)?;
@@ -244,6 +261,25 @@ impl Service {
             }
         }
         Ok(MetaAnswer::Done)
+    }
+
+    async fn replay(
+        &self,
+        session: SessionId,
+        part: u32,
+        parts: u32,
+        changes: Vec<LostChange>,
+    ) -> Result<Vec<Replayed>, Refusal> {
+        if let Some(recovery) = &mut *self.core.recovery.lock() {
+            recovery.take(session, part, parts, changes.clone())?;
+        }
+        self.core.until_recovered(REPLAY_DEADLINE).await?;
+        // What came in time is done by now, and only gets its answer here; what came too late is done last.
+        let mut replayed = Vec::with_capacity(changes.len());
+        for change in changes {
+            replayed.push(recovery::replay(&self.proposer, session, change).await.ok_or(Refusal::Unavailable)?);
+        }
+        Ok(replayed)
     }
 
     async fn storage(&self, node: NodeName, notice: StorageNotice) -> Answer {
@@ -360,6 +396,17 @@ fn secret_hash(secret: &[u8; 32]) -> [u8; 32] {
 
 fn bounded(inos: &[Ino]) -> Result<&[Ino], Refusal> {
     if inos.len() <= OPENS_MAX { Ok(inos) } else { Err(Refusal::TooLarge) }
+}
+
+/// What is answered while mounts say again what was lost: what tells, and what changes nothing that they could have seen.
+fn is_for_recovery(request: &MetaRequest) -> bool {
+    match request {
+        MetaRequest::Session(_)
+        | MetaRequest::Storage(_)
+        | MetaRequest::Admin(_)
+        | MetaRequest::Query(Query::ClusterMap { .. }) => true,
+        MetaRequest::Query(_) | MetaRequest::Mutate { .. } | MetaRequest::Barrier { .. } => false,
+    }
 }
 
 /// Who may send what. No `_` arm: a new request must say who may.

@@ -139,6 +139,10 @@ impl Sessions {
         }
     }
 
+    pub fn exists(&self, id: SessionId) -> bool {
+        self.mounts.contains_key(&id)
+    }
+
     pub fn holds(&self, id: SessionId, ino: Ino) -> bool {
         self.mounts.get(&id).is_some_and(|mount| mount.opens.contains(&ino))
     }

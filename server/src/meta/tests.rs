@@ -8,7 +8,7 @@ use std::{
 };
 
 use holdfast_common::{
-    BlockHash, BootId, ClusterId, Ino, Kind, Position, Refusal, Sequence, ServerId, SessionId, Time,
+    Attr, BlockHash, BootId, ClusterId, Ino, Kind, Position, Refusal, Sequence, ServerId, SessionId, Time,
     clock::Clock,
     disk::Disk,
     net::{
@@ -21,8 +21,8 @@ use holdfast_common::{
         codec,
         enrol::EnrolRequest,
         meta::{
-            AdminRequest, FileCommit, Holder, MetaAnswer, MetaReply, MetaRequest, Mutated, NewBlock, Op, Query,
-            SessionRequest, StorageLoad, StorageNotice,
+            AdminRequest, FileCommit, Holder, LostChange, MetaAnswer, MetaReply, MetaRequest, Mutated, NewBlock, Op,
+            Query, RenameMode, Replayed, SessionRequest, StorageLoad, StorageNotice,
         },
         storage::{StorageAnswer, StorageReply, StorageRequest},
     },
@@ -35,6 +35,9 @@ use super::{
     server::{Authority, Options, Running, recover},
     state::{Rows, blocks, tests as words, violations::violations},
 };
+
+#[path = "recovery_tests.rs"]
+mod recovery_tests;
 
 const CLUSTER: ClusterId = ClusterId([9; 16]);
 const MOUNT: NodeName = NodeName { role: Role::Client, id: 1 };
@@ -142,6 +145,7 @@ fn options() -> Options {
         cache_bytes: 4 << 20,
         checkpoint_log_bytes: 1 << 40,
         session_timeout: Duration::from_secs(60),
+        recovery_window: Duration::from_secs(6),
         suspect_after: Duration::from_secs(2),
         down_after: Duration::from_secs(10),
     }
@@ -406,6 +410,9 @@ async fn a_block_that_everybody_lost_does_not_hold_up_the_others() {
             cluster.until("the first loss is known", |cluster| cluster.holders(1) == [2]).await;
             cluster.storages.with(2, |storage| storage.dead = false);
         }
+        cluster.until("the loss is known", |cluster| !cluster.core().vanished.lock().is_empty()).await;
+        assert!(cluster.core().durable() < cluster.core().applied(), "a mount may still have it");
+        cluster.clock.advance(Duration::from_secs(15));
         let later = tokio::time::timeout(Duration::from_secs(10), cluster.create("b", true)).await;
         assert!(matches!(later, Ok(Ok(_))), "silent first: {silent_first}: {later:?}");
         cluster.check();

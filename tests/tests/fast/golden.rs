@@ -14,9 +14,9 @@ use holdfast_common::{
         codec::{CodecError, decode, encode},
         enrol::{EnrolReply, EnrolRequest, Enrolled},
         meta::{
-            AdminRequest, BlockPlace, ClusterStatus, CopyFault, FileCommit, FileMap, Holder, MetaAnswer, MetaReply,
-            MetaRequest, MountStatus, Mutated, NewBlock, NewInode, Op, Query, RenameMode, ServerStatus, SessionRequest,
-            SetAttr, SetTime, StatFs, StorageLoad, StorageNotice, XattrMode,
+            AdminRequest, BlockPlace, ClusterStatus, CopyFault, FileCommit, FileMap, Holder, LostChange, MetaAnswer,
+            MetaReply, MetaRequest, MountStatus, Mutated, NewBlock, NewInode, Op, Query, RenameMode, Replayed,
+            ServerStatus, SessionRequest, SetAttr, SetTime, StatFs, StorageLoad, StorageNotice, XattrMode,
         },
         storage::{ByteRange, PutBlock, Source, StorageAnswer, StorageReply, StorageRequest},
     },
@@ -142,7 +142,18 @@ fn sessions() -> Vec<SessionRequest> {
         SessionRequest::Reopen { session, opens: vec![Ino(8), Ino(9)] },
         SessionRequest::Close { session },
         SessionRequest::Opens { session, opened: vec![Ino(1)], released: vec![Ino(2)] },
+        SessionRequest::Replay { session, part: 1, parts: 3, changes: vec![lost_change()] },
     ]
+}
+
+fn lost_change() -> LostChange {
+    LostChange {
+        position: Position(11),
+        sequence: Sequence(4),
+        op: Op::Unlink { parent: Ino::ROOT, name: name() },
+        made: Some(Ino(9)),
+        time: Some(time()),
+    }
 }
 
 fn queries() -> Vec<Query> {
@@ -300,6 +311,11 @@ fn answers() -> Vec<MetaAnswer> {
         MetaAnswer::Status(Box::new(status())),
         MetaAnswer::Token { secret: [1; 32], ca_fingerprint: [2; 32] },
         MetaAnswer::Violations(vec!["a sentence".into()]),
+        MetaAnswer::Reopened { replay_after: Some(Position(10)) },
+        MetaAnswer::Replayed(vec![
+            Replayed { sequence: Sequence(4), result: Ok(Position(13)) },
+            Replayed { sequence: Sequence(5), result: Err(Refusal::Exists) },
+        ]),
     ]
 }
 

@@ -12,7 +12,7 @@ use std::{
 
 use holdfast_tests::{
     cluster::{Cluster, Options, PATIENCE},
-    fault::random_bytes,
+    fault::{self, random_bytes},
     wait,
 };
 
@@ -185,31 +185,32 @@ fn change_names(root: &Path, stop: &AtomicBool) -> u64 {
     0
 }
 
-#[test]
-fn a_metadata_server_that_is_killed_again_and_again_loses_nothing_and_does_nothing_twice() {
+/// The metadata server is killed `rounds` times under load of two mounts, and hurt each time before it starts again.
+fn check_metadata_restarts(rounds: u32, hurt: impl Fn(&Cluster)) {
     let cluster = Cluster::start();
-    let mount = cluster.mount();
+    let mounts = [cluster.mount(), cluster.mount()];
     let stop = AtomicBool::new(false);
     let done: Vec<u64> = thread::scope(|scope| {
         let stop = &stop;
-        let workers: Vec<_> = (0..3).map(|n| mount.join(format!("worker-{n}"))).collect();
+        let workers: Vec<_> = (0..4).map(|n| mounts[n % 2].join(format!("worker-{n}"))).collect();
         let threads: Vec<_> = workers.into_iter().map(|root| scope.spawn(move || change_names(&root, stop))).collect();
-        for _ in 0..5 {
+        for _ in 0..rounds {
             let before = cluster.status().number("log_position");
             let worked = || cluster.try_status().is_some_and(|status| status.number("log_position") > before + 50);
             wait::until("the workers get on", PATIENCE, || {
                 threads.iter().any(thread::ScopedJoinHandle::is_finished) || worked()
             });
             cluster.meta().kill();
+            hurt(&cluster);
             cluster.start_daemons();
         }
         stop.store(true, Ordering::SeqCst);
         threads.into_iter().map(|thread| thread.join().expect("a worker meets no error")).collect()
     });
-    mount.remount();
+    mounts[0].remount();
     for (worker, count) in done.into_iter().enumerate() {
         assert!(count > 5, "worker {worker} did only {count} rounds");
-        let root = mount.join(format!("worker-{worker}"));
+        let root = mounts[0].join(format!("worker-{worker}"));
         for number in 0..count {
             let moved =
                 fs::read_to_string(root.join(format!("dir-{number}/moved"))).expect("nothing acknowledged is lost");
@@ -221,6 +222,21 @@ fn a_metadata_server_that_is_killed_again_and_again_loses_nothing_and_does_nothi
         assert_eq!(log, (0..count).map(|number| format!("{number}\n")).collect::<String>());
     }
     assert_eq!(cluster.violations(), Vec::<String>::new());
+}
+
+#[test]
+fn a_metadata_server_that_is_killed_again_and_again_loses_nothing_and_does_nothing_twice() {
+    check_metadata_restarts(5, |_| {});
+}
+
+#[test]
+fn a_metadata_server_that_loses_its_power_again_and_again_takes_nothing_from_mounts_that_live_on() {
+    let lost = AtomicU64::new(0);
+    check_metadata_restarts(4, |cluster| {
+        let bytes = fault::lose_power(&cluster.path().join("meta/data/log"));
+        lost.fetch_add(bytes as u64, Ordering::SeqCst);
+    });
+    assert!(lost.load(Ordering::SeqCst) > 1000, "hardly anything was lost, so hardly anything was tested");
 }
 
 /// A restarted metadata server knows of no server that it is up until it hears it. A mount that asks in that moment must

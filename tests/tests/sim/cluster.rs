@@ -58,8 +58,26 @@ impl<'a> Writer<'a> {
     async fn open(life: &'a Life) -> Option<Self> {
         let open = SessionRequest::Open { instance: [1; 16], host: "host".into(), mountpoint: "/mnt".into() };
         match life.meta(MetaRequest::Session(open)).await? {
-            Ok(MetaAnswer::Session { session, .. }) => Some(Self { life, session, sequence: 0 }),
+            Ok(MetaAnswer::Session { session, .. }) => {
+                let writer = Self { life, session, sequence: 0 };
+                writer.recover().await?;
+                Some(writer)
+            }
             _ => None,
+        }
+    }
+
+    /// The mount has been restarted too, and remembers nothing.
+    async fn recover(&self) -> Option<()> {
+        let session = self.session;
+        let reopen = SessionRequest::Reopen { session, opens: Vec::new() };
+        match self.life.meta(MetaRequest::Session(reopen)).await? {
+            Ok(MetaAnswer::Reopened { replay_after: None }) => Some(()),
+            Ok(MetaAnswer::Reopened { replay_after: Some(_) }) => {
+                let replay = SessionRequest::Replay { session, part: 0, parts: 1, changes: Vec::new() };
+                self.life.meta(MetaRequest::Session(replay)).await?.ok().map(drop)
+            }
+            other => panic!("a reopen was answered with {other:?}"),
         }
     }
 

@@ -1,5 +1,6 @@
 //! Servers on simulated disks that lose, tear and fail.
 
 mod cluster;
+mod live_mount;
 mod node;
 mod store;

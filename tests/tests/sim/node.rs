@@ -47,6 +47,21 @@ pub(crate) fn run<T>(future: impl Future<Output = T>) -> T {
 
 type Services = Arc<Mutex<BTreeMap<NodeName, Weak<dyn Serve>>>>;
 
+/// Where callers find the services of the life that goes on.
+#[derive(Clone, Default)]
+pub(crate) struct Network(Services);
+
+impl Network {
+    /// As a mount has it.
+    pub(crate) fn of_client(&self, id: u32) -> Arc<dyn Peers> {
+        Arc::new(Calls { from: identity(Role::Client, id), services: Arc::clone(&self.0) })
+    }
+
+    pub(crate) fn meta() -> Endpoint {
+        endpoint(Role::Meta, 1)
+    }
+}
+
 /// The network as one node has it.
 #[derive(Clone)]
 struct Calls {
@@ -96,7 +111,12 @@ pub(crate) struct Life {
 impl Life {
     /// `disks`: the metadata server's, then one for each storage server. `None`: the power is gone.
     pub(crate) async fn start(disks: Vec<SimDisk>) -> Option<Self> {
-        let services = Services::default();
+        Self::start_on(disks, Network::default()).await
+    }
+
+    /// On a network that others use too.
+    pub(crate) async fn start_on(disks: Vec<SimDisk>, network: Network) -> Option<Self> {
+        let Network(services) = network;
         let calls = |role, id| Arc::new(Calls { from: identity(role, id), services: Arc::clone(&services) });
         let mut storage: Vec<Arc<dyn Serve>> = Vec::new();
         for id in STORAGE_SERVERS {
@@ -111,7 +131,9 @@ impl Life {
             cache_bytes: 1 << 20,
             // Small, so that a short history has checkpoints.
             checkpoint_log_bytes: 4096,
-            session_timeout: Duration::from_secs(60),
+            // Mounts say every half second that they are alive.
+            session_timeout: Duration::from_secs(15),
+            recovery_window: Duration::from_millis(1500),
             suspect_after: Duration::from_secs(20),
             down_after: Duration::from_secs(60),
         };
@@ -125,7 +147,7 @@ impl Life {
             Err(_) if disks[0].has_struck() => return None,
             Err(error) => panic!("the metadata does not recover: {error}"),
         };
-        let authority = Authority { ca: None, ca_fingerprint: Fingerprint([0; 32]), secrets: Box::new(|| [9; 32]) };
+        let authority = Authority { ca: None, ca_fingerprint: Fingerprint([0; 32]), secrets: Box::new(rand::random) };
         let meta = Running::start(core, calls(Role::Meta, 1), authority, &options);
         let service: Arc<dyn Serve> = Arc::clone(&meta.service) as Arc<dyn Serve>;
         services.lock().insert(NodeName { role: Role::Meta, id: 1 }, Arc::downgrade(&service));
@@ -141,7 +163,8 @@ impl Life {
                 return false;
             };
             let address = endpoint(Role::Storage, id).address;
-            let beat = StorageNotice::Heartbeat { address, zone: String::new(), boot, load: StorageLoad::default() };
+            let load = StorageLoad { capacity_bytes: 1 << 40, free_bytes: 1 << 39, ..StorageLoad::default() };
+            let beat = StorageNotice::Heartbeat { address, zone: String::new(), boot, load };
             let request = MetaRequest::Storage(beat);
             if !matches!(self.ask_meta(Role::Storage, id, request).await, Some(Ok(_))) {
                 return false;

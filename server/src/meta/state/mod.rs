@@ -10,6 +10,7 @@ pub mod file;
 pub mod namespace;
 pub mod orphans;
 pub mod query;
+pub mod recovery;
 pub mod rows;
 pub mod servers;
 pub mod session;
@@ -91,6 +92,19 @@ pub enum Command {
         secret_hash: [u8; 32],
         csr_hash: [u8; 32],
     },
+    /// The server has come back without what was not durable: mounts say again what they had done since.
+    BeginRecovery,
+    /// A change of the time before, made again.
+    Replay {
+        session: SessionId,
+        sequence: Sequence,
+        op: Op,
+        made: Option<Ino>,
+        /// When it was made first.
+        time: Option<Time>,
+    },
+    /// Whatever has not been said again is lost.
+    EndRecovery,
 }
 
 /// An answer that every replica computes alike.
@@ -169,9 +183,16 @@ pub fn apply(tables: &mut Tables<'_>, entry: &Entry) -> Result<Applied, StorageE
     let outcome = match &entry.command {
         Command::Mutate { session, sequence, answered_below, op } => {
             return session::once(tables, *session, *sequence, *answered_below, |tables| {
-                mutate(tables, op, entry.time)
+                mutate(tables, op, None, entry.time)
             });
         }
+        Command::Replay { session, sequence, op, made, time } => {
+            return session::again(tables, *session, *sequence, |tables| {
+                mutate(tables, op, *made, time.unwrap_or(entry.time))
+            });
+        }
+        Command::BeginRecovery => Ok(recovery::begin(tables)?),
+        Command::EndRecovery => Ok(recovery::end(tables)?),
         Command::OpenSession { node, instance, host, mountpoint } => {
             settled(session::open(tables, *node, instance, host, mountpoint))?
         }
@@ -201,10 +222,11 @@ pub(super) fn advance(tables: &mut Tables<'_>) -> Position {
     tables.counters.position
 }
 
-fn mutate(tables: &mut Tables<'_>, op: &Op, now: Time) -> Step<Mutated> {
+/// `made`: the number that a new inode gets, if not the next.
+fn mutate(tables: &mut Tables<'_>, op: &Op, made: Option<Ino>, now: Time) -> Step<Mutated> {
     match op {
         Op::Make { parent, name, new, exclusive, open: _ } => {
-            namespace::make(tables, *parent, name, new, *exclusive, now)
+            namespace::make(tables, (*parent, name), new, *exclusive, made, now)
         }
         Op::Link { ino, parent, name } => namespace::link(tables, *ino, *parent, name, now),
         Op::Unlink { parent, name } => namespace::unlink(tables, *parent, name, now),

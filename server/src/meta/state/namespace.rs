@@ -16,6 +16,8 @@ use super::{
 };
 
 const SETGID: u32 = 0o2000;
+/// Numbers of inodes that may have been given out and lost.
+const NUMBERS_LOST_MAX: u64 = 1 << 32;
 
 /// A name in a directory.
 type Place<'a> = (Ino, &'a [u8]);
@@ -81,10 +83,10 @@ fn target(rows: &impl Rows, dentry: &Dentry) -> Result<Inode> {
 
 pub(super) fn make(
     tables: &mut Tables<'_>,
-    parent: Ino,
-    name: &[u8],
+    (parent, name): Place<'_>,
     new: &NewInode,
     exclusive: bool,
+    made: Option<Ino>,
     now: Time,
 ) -> Step<Mutated> {
     check_name(name)?;
@@ -98,8 +100,8 @@ pub(super) fn make(
     check_new(new)?;
     let mut inode = child(new, &directory, now);
     check_room(&directory, inode.kind)?;
-    let ino = Ino(tables.counters.ino_next);
-    tables.counters.ino_next += 1;
+    let ino = free_number(tables, made)?;
+    tables.counters.ino_next = tables.counters.ino_next.max(ino.0 + 1);
     tables.counters.inodes += 1;
     if inode.kind == Kind::Symlink {
         tables.put_tree(&key::symlink(ino), &new.target)?;
@@ -109,6 +111,17 @@ pub(super) fn make(
     tables.put_inode(ino, inode);
     tables.put_inode(parent, directory);
     Ok(Mutated::Inode { attr, created: true })
+}
+
+/// The next number, or, for an inode that was made before and lost, the one that it had.
+fn free_number(tables: &Tables<'_>, made: Option<Ino>) -> Step<Ino> {
+    let next = tables.counters.ino_next;
+    match made {
+        None => Ok(Ino(next)),
+        Some(ino) if ino <= Ino::ROOT || ino.0 > next.saturating_add(NUMBERS_LOST_MAX) => Err(Refusal::Invalid.into()),
+        Some(ino) if tables.inode(ino)?.is_some() => Err(Refusal::Exists.into()),
+        Some(ino) => Ok(ino),
+    }
 }
 
 fn check_new(new: &NewInode) -> Result<(), Refusal> {

@@ -85,6 +85,34 @@ pub(super) fn once(
         drop_replies(tables, &key::reply(id, first), &key::reply(id, answered_below))?;
         tables.watermarks.insert(id, answered_below);
     }
+    perform(tables, id, sequence, operation)
+}
+
+/// Applies a mutation that had been answered and was lost, once. The session has gone on since, so its sequence may be
+/// anywhere.
+pub(super) fn again(
+    tables: &mut Tables<'_>,
+    id: SessionId,
+    sequence: Sequence,
+    operation: impl FnOnce(&mut Tables<'_>) -> Step<Mutated>,
+) -> Result<Applied> {
+    let position = tables.counters.position;
+    if watermark(tables, id)?.is_none() {
+        return Ok(Applied { position, changed: false, outcome: Err(Refusal::SessionExpired) });
+    }
+    if let Some((position, outcome)) = fetch(tables.state(), &key::reply(id, sequence), decode_kept)? {
+        return Ok(Applied { position, changed: false, outcome: outcome.map(Reply::Mutated) });
+    }
+    perform(tables, id, sequence, operation)
+}
+
+/// Does it, and keeps the answer.
+fn perform(
+    tables: &mut Tables<'_>,
+    id: SessionId,
+    sequence: Sequence,
+    operation: impl FnOnce(&mut Tables<'_>) -> Step<Mutated>,
+) -> Result<Applied> {
     let outcome = settled(operation(tables))?;
     let position = advance(tables);
     let kept: Kept = (position, outcome);

@@ -22,6 +22,7 @@
 //! |          | 4, ino                     | (orphan) |
 //! |          | 5, server                  | registered storage server |
 //! |          | 6, hash of the secret      | token |
+//! |          | 7                          | position after which changes were lost, while mounts say them again |
 
 use std::{collections::BTreeMap, ops::ControlFlow};
 
@@ -290,6 +291,7 @@ pub mod key {
     pub const ORPHAN: u8 = 4;
     pub const SERVER: u8 = 5;
     pub const TOKEN: u8 = 6;
+    pub const RECOVERY: u8 = 7;
 
     /// All rows of a family of an inode: `ino, tag`.
     pub fn family(ino: Ino, tag: u8) -> Vec<u8> {
@@ -369,6 +371,10 @@ pub mod key {
     }
     pub fn token(secret_hash: &[u8; 32]) -> Vec<u8> {
         tagged(TOKEN, &[secret_hash])
+    }
+
+    pub fn recovery() -> Vec<u8> {
+        vec![RECOVERY]
     }
 
     /// A role's byte on disk.

@@ -1,0 +1,213 @@
+//! Mounts that outlive the power of their metadata server.
+
+use super::*;
+
+/// One mount, with what it remembers of what it has done.
+struct Mount {
+    session: SessionId,
+    done: Vec<LostChange>,
+}
+
+impl Mount {
+    async fn open(cluster: &Cluster, instance: u8) -> Self {
+        let open = SessionRequest::Open { instance: [instance; 16], host: "host".into(), mountpoint: "/mnt".into() };
+        match cluster.ask(MOUNT, MetaRequest::Session(open)).await {
+            Ok(MetaAnswer::Session { session, .. }) => Self { session, done: Vec::new() },
+            other => panic!("{other:?}"),
+        }
+    }
+
+    async fn mutate(&mut self, cluster: &Cluster, op: Op) -> Mutated {
+        let (session, sequence) = (self.session, Sequence(self.done.len() as u64 + 1));
+        let request =
+            MetaRequest::Mutate { session, sequence, answered_below: sequence, durable: false, op: op.clone() };
+        let Ok(MetaAnswer::Mutated { position, outcome }) = cluster.ask(MOUNT, request).await else {
+            panic!("{op:?} is not done")
+        };
+        let (made, time) = match &outcome {
+            Mutated::Inode { attr, created } => (created.then_some(attr.ino), Some(attr.ctime)),
+            _ => (None, None),
+        };
+        self.done.push(LostChange { position, sequence, op, made, time });
+        outcome
+    }
+
+    async fn make(&mut self, cluster: &Cluster, parent: Ino, name: &str, kind: Kind) -> Attr {
+        match self.mutate(cluster, words::make(parent, name, kind)).await {
+            Mutated::Inode { attr, .. } => attr,
+            other => panic!("{other:?}"),
+        }
+    }
+
+    async fn reopen(&self, cluster: &Cluster) -> Option<Position> {
+        let reopen = SessionRequest::Reopen { session: self.session, opens: Vec::new() };
+        match cluster.ask(MOUNT, MetaRequest::Session(reopen)).await {
+            Ok(MetaAnswer::Reopened { replay_after }) => replay_after,
+            other => panic!("{other:?}"),
+        }
+    }
+
+    /// What was lost, in two parts.
+    async fn replay(&self, cluster: &Cluster) -> Vec<Replayed> {
+        let after = self.reopen(cluster).await.expect("the power was lost");
+        let lost: Vec<_> = self.done.iter().filter(|change| change.position > after).cloned().collect();
+        let (head, tail) = lost.split_at(lost.len() / 2);
+        let part = |part, changes: &[LostChange]| {
+            let replay = SessionRequest::Replay { session: self.session, part, parts: 2, changes: changes.to_vec() };
+            cluster.ask(MOUNT, MetaRequest::Session(replay))
+        };
+        let (tail, head) = tokio::join!(part(1, tail), part(0, head));
+        let replayed = |answer| match answer {
+            Ok(MetaAnswer::Replayed(replayed)) => replayed,
+            other => panic!("{other:?}"),
+        };
+        [replayed(head), replayed(tail)].concat()
+    }
+}
+
+async fn is_refused(cluster: &Cluster) -> bool {
+    let attr = MetaRequest::Query(Query::GetAttr { ino: Ino::ROOT });
+    matches!(cluster.ask(MOUNT, attr).await, Err(Refusal::Unavailable))
+}
+
+/// Two mounts whose changes hang together, none of them durable.
+async fn history(cluster: &Cluster) -> (Mount, Mount, Attr, Attr) {
+    let (mut a, mut b) = (Mount::open(cluster, 2).await, Mount::open(cluster, 3).await);
+    let directory = a.make(cluster, Ino::ROOT, "d", Kind::Directory).await;
+    let file = b.make(cluster, directory.ino, "f", Kind::File).await;
+    a.mutate(cluster, cluster.put(file.ino, 1, &[1, 2, 3])).await;
+    b.mutate(
+        cluster,
+        Op::Rename {
+            from: directory.ino,
+            from_name: b"f".to_vec(),
+            to: Ino::ROOT,
+            to_name: b"g".to_vec(),
+            mode: RenameMode::Replace,
+        },
+    )
+    .await;
+    let last = a.make(cluster, directory.ino, "f", Kind::File).await;
+    (a, b, file, last)
+}
+
+async fn assert_done_once(cluster: &Cluster, file: Attr, last: Attr) {
+    assert_eq!(cluster.names(), BTreeSet::from(["d".into(), "g".into()]));
+    let lookup = |parent, name: &str| {
+        cluster.ask(MOUNT, MetaRequest::Query(Query::Lookup { parent, name: name.as_bytes().to_vec() }))
+    };
+    let Ok(MetaAnswer::Attr(found)) = lookup(Ino::ROOT, "g").await else { panic!("g is gone") };
+    assert_eq!((found.ino, found.size, found.btime), (file.ino, 8, file.btime));
+    let Ok(MetaAnswer::Attr(directory)) = lookup(Ino::ROOT, "d").await else { panic!("d is gone") };
+    let Ok(MetaAnswer::Attr(found)) = lookup(directory.ino, "f").await else { panic!("d/f is gone") };
+    assert_eq!(found.ino, last.ino);
+    cluster.check();
+}
+
+#[tokio::test]
+async fn what_a_power_cut_took_is_done_again_in_its_old_order_across_mounts() {
+    for first in [0, 1] {
+        let cluster = Cluster::new().await;
+        cluster.core().until_durable(cluster.core().applied(), Duration::from_secs(10)).await.unwrap();
+        let (a, b, file, last) = history(&cluster).await;
+        let disk = cluster.disk.power_cut(first);
+        let cluster = cluster.restarted(disk);
+        assert!(!cluster.names().contains("g"), "the power cut took something");
+        assert!(is_refused(&cluster).await, "nobody sees what is about to be overtaken");
+        // The mount that the harness opened has nothing to say, and has to say so.
+        let quiet = Mount { session: cluster.session, done: Vec::new() };
+        // The two come at different times, and the one that comes first waits for the other.
+        let pause = |turn| tokio::time::sleep(Duration::from_millis(if turn == first { 0 } else { 100 }));
+        let (from_a, from_b, from_quiet, ()) = tokio::join!(
+            async {
+                pause(0).await;
+                a.replay(&cluster).await
+            },
+            async {
+                pause(1).await;
+                b.replay(&cluster).await
+            },
+            quiet.replay(&cluster),
+            async {
+                tokio::time::sleep(Duration::from_millis(50)).await;
+                assert!(is_refused(&cluster).await, "one is missing");
+            }
+        );
+        assert_eq!(from_quiet, []);
+        assert!(from_a.iter().chain(&from_b).all(|replayed| replayed.result.is_ok()), "{from_a:?} {from_b:?}");
+        assert!(!is_refused(&cluster).await);
+        assert_done_once(&cluster, file, last).await;
+        assert_eq!(a.replay(&cluster).await, from_a, "asked again, it gives the first answer");
+        assert_done_once(&cluster, file, last).await;
+    }
+}
+
+#[tokio::test]
+async fn a_server_that_is_killed_while_it_waits_for_mounts_goes_on_waiting() {
+    let cluster = Cluster::new().await;
+    let (a, b, file, last) = history(&cluster).await;
+    let disk = cluster.disk.power_cut(1);
+    let cluster = cluster.restarted(disk);
+    assert!(a.reopen(&cluster).await.is_some());
+    let disk = cluster.disk.process_death();
+    let cluster = cluster.restarted(disk);
+    assert!(is_refused(&cluster).await);
+    let quiet = Mount { session: cluster.session, done: Vec::new() };
+    tokio::join!(a.replay(&cluster), b.replay(&cluster), quiet.replay(&cluster));
+    assert_done_once(&cluster, file, last).await;
+    // What is done again is as good as any other change.
+    let disk = cluster.disk.process_death();
+    let cluster = cluster.restarted(disk);
+    assert_eq!(a.reopen(&cluster).await, None);
+    assert_done_once(&cluster, file, last).await;
+}
+
+#[tokio::test]
+async fn mounts_that_died_with_the_server_are_waited_for_only_so_long() {
+    let cluster = Cluster::new().await;
+    let (a, _dead, ..) = history(&cluster).await;
+    let disk = cluster.disk.power_cut(1);
+    let cluster = cluster.restarted(disk);
+    let clock = Arc::clone(&cluster.clock);
+    let (replayed, ()) = tokio::join!(a.replay(&cluster), async {
+        tokio::time::sleep(Duration::from_millis(100)).await;
+        assert!(is_refused(&cluster).await);
+        clock.advance(Duration::from_secs(6));
+    });
+    assert!(!is_refused(&cluster).await);
+    let ok = |replayed: &Replayed| replayed.result.is_ok();
+    assert!(replayed.iter().any(ok), "its own directory is there again: {replayed:?}");
+    assert!(!replayed.iter().all(ok), "what hung on the dead mount's changes is not: {replayed:?}");
+    cluster.check();
+}
+
+#[tokio::test]
+async fn a_mount_that_comes_too_late_has_its_changes_made_last() {
+    let cluster = Cluster::new().await;
+    let mut late = Mount::open(&cluster, 2).await;
+    let made = late.make(&cluster, Ino::ROOT, "late", Kind::File).await;
+    let disk = cluster.disk.power_cut(1);
+    let mut cluster = cluster.restarted(disk);
+    cluster.clock.advance(Duration::from_secs(6));
+    cluster.until("the window is over", |cluster| !cluster.core().is_recovering()).await;
+    let taken = cluster.create("other", false).await.unwrap();
+    let replayed = late.replay(&cluster).await;
+    assert_eq!(made.ino, taken, "numbers are given out from where the disk ends");
+    assert!(replayed[0].result.is_err(), "whoever has that number must not get another file");
+    cluster.check();
+}
+
+#[tokio::test]
+async fn a_server_that_was_stopped_in_good_order_waits_for_nobody() {
+    let mut cluster = Cluster::new().await;
+    cluster.create("a", false).await.unwrap();
+    let Cluster { running, disk, storages, clock, options, .. } = cluster;
+    running.stop().await.unwrap();
+    let disk = disk.power_cut(0);
+    let again = start(&disk, &storages, &clock, &options).unwrap();
+    assert!(!again.service.core.is_recovering());
+    // Neither does one after it, though the last word of the first is no longer its own.
+    drop(again);
+    let again = start(&disk.power_cut(1), &storages, &clock, &options).unwrap();
+    assert!(again.service.core.is_recovering(), "this one lost its power");
+}

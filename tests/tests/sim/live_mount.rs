@@ -1,0 +1,161 @@
+//! A mount that stays alive while every server loses its power: it loses nothing, fsynced or not (I3).
+
+use std::{sync::Arc, time::Duration};
+
+use bytes::Bytes;
+use holdfast_client::{
+    fs::{Caller, Duties, Errno, FileHandle, Fs, FsOptions, FsResult, MakeRequest},
+    remote::meta::MountName,
+};
+use holdfast_common::{
+    Attr, Ino, Kind, clock::SystemClock, wire::meta::AdminRequest, wire::meta::MetaAnswer, wire::meta::MetaRequest,
+};
+use holdfast_tests::{fault::random_bytes, sim_disk::SimDisk};
+
+use crate::node::{Life, Network, STORAGE_SERVERS, run};
+
+const CALLER: Caller = Caller { uid: 0, gid: 0, pid: 1 };
+const PATIENCE: Duration = Duration::from_secs(40);
+
+/// A mount, until it is dropped.
+struct Mount {
+    fs: Arc<Fs>,
+    duties: tokio::task::JoinHandle<()>,
+}
+
+impl std::ops::Deref for Mount {
+    type Target = Fs;
+    fn deref(&self) -> &Fs {
+        &self.fs
+    }
+}
+
+impl Drop for Mount {
+    fn drop(&mut self) {
+        self.duties.abort();
+    }
+}
+
+async fn mount(network: &Network, id: u32) -> Mount {
+    let options = FsOptions {
+        cache_bytes: 8 << 20,
+        dirty_bytes: 8 << 20,
+        io_timeout: PATIENCE,
+        connect_timeout: Duration::from_secs(10),
+    };
+    let name = MountName { host: "sim".into(), mountpoint: format!("/mnt-{id}") };
+    let clock = Arc::new(SystemClock::default());
+    let fs = Fs::connect(network.of_client(id), Network::meta(), name, options, clock).await.expect("a session");
+    let duties = tokio::spawn(Duties::run(Arc::clone(&fs)));
+    Mount { fs, duties }
+}
+
+async fn create(fs: &Fs, parent: Ino, name: &str) -> (Attr, FileHandle) {
+    let flags = libc::O_RDWR | libc::O_CREAT | libc::O_EXCL;
+    let (attr, opened) = fs.create(CALLER, parent, name.as_bytes(), 0o644, flags).await.expect("create");
+    (attr, opened.handle)
+}
+
+/// Makes a file that everybody sees; nothing is fsynced.
+async fn write_file(fs: &Fs, parent: Ino, name: &str, content: &[u8]) -> Attr {
+    let (attr, handle) = create(fs, parent, name).await;
+    fs.write(CALLER, attr.ino, handle, 0, Bytes::copy_from_slice(content)).await.expect("write");
+    fs.flush(attr.ino, handle).await.expect("close");
+    fs.release(attr.ino, handle).await;
+    attr
+}
+
+async fn read_file(fs: &Fs, parent: Ino, name: &str) -> FsResult<Bytes> {
+    let attr = fs.lookup(parent, name.as_bytes()).await?;
+    let opened = fs.open(CALLER, attr.ino, libc::O_RDONLY).await?;
+    let bytes = fs.read(attr.ino, opened.handle, 0, 1 << 20).await;
+    fs.release(attr.ino, opened.handle).await;
+    bytes
+}
+
+async fn assert_reads(fs: &Fs, parent: Ino, name: &str, content: &[u8], when: &str) {
+    match read_file(fs, parent, name).await {
+        Ok(bytes) => assert!(bytes == content, "{when}: {name} has other bytes"),
+        Err(Errno(errno)) => panic!("{when}: {name} cannot be read: errno {errno}"),
+    }
+}
+
+async fn violations(life: &Life) -> Vec<String> {
+    match life.meta(MetaRequest::Admin(AdminRequest::Check)).await {
+        Some(Ok(MetaAnswer::Violations(found))) => found,
+        other => panic!("the check was answered with {other:?}"),
+    }
+}
+
+/// Which disks lose what they had not synced; the processes of all die.
+fn after(disks: &[SimDisk], meta: bool, storage: bool, seed: u64) -> Vec<SimDisk> {
+    let cut = |n: usize| if n == 0 { meta } else { storage };
+    let numbered = disks.iter().enumerate();
+    numbered.map(|(n, disk)| if cut(n) { disk.after_power_cut(seed + n as u64) } else { disk.after_kill() }).collect()
+}
+
+/// Two mounts work in one tree, every server dies, and both go on.
+async fn check(meta: bool, storage: bool, seed: u64) {
+    let when = format!("power cut of the metadata server: {meta}, of the storage servers: {storage}, seed {seed}");
+    let network = Network::default();
+    let disks = SimDisk::rack(1 + STORAGE_SERVERS.count());
+    let life = Life::start_on(disks.clone(), network.clone()).await.expect("a start");
+    let (a, b) = (mount(&network, 1).await, mount(&network, 2).await);
+    let contents: Vec<Vec<u8>> =
+        (0..4).zip([3000, 23_000, 43_000, 63_000]).map(|(n, length)| random_bytes(seed * 10 + n, length)).collect();
+    let request = MakeRequest { kind: Kind::Directory, mode: 0o755, rdev: 0, target: Vec::new() };
+    let directory = a.make(CALLER, Ino::ROOT, b"d", request).await.expect("mkdir").ino;
+    let first = write_file(&b, directory, "from-b", &contents[0]).await;
+    write_file(&a, directory, "from-a", &contents[1]).await;
+    a.rename(directory, b"from-b", directory, b"renamed", holdfast_common::wire::meta::RenameMode::Replace)
+        .await
+        .expect("rename");
+    // Open, written, committed and dirty, and unlinked by the other mount.
+    let (open, handle) = create(&a, directory, "open").await;
+    a.write(CALLER, open.ino, handle, 0, Bytes::from(contents[2].clone())).await.expect("write");
+    a.flush(open.ino, handle).await.expect("flush");
+    a.write(CALLER, open.ino, handle, 0, Bytes::from(contents[3][..100].to_vec())).await.expect("write");
+    b.unlink(directory, b"open").await.expect("unlink");
+
+    drop(life);
+    let disks = after(&disks, meta, storage, seed);
+    let life = Life::start_on(disks.clone(), network.clone()).await.expect("a start");
+    for fs in [&*a, &*b] {
+        assert_reads(fs, directory, "renamed", &contents[0], &when).await;
+        assert_reads(fs, directory, "from-a", &contents[1], &when).await;
+        assert!(fs.lookup(directory, b"open").await.is_err(), "{when}: an unlinked file is there again");
+    }
+    assert_eq!(a.lookup(directory, b"renamed").await.map(|attr| attr.ino), Ok(first.ino), "{when}");
+    let mut expected = contents[2].clone();
+    expected[..100].copy_from_slice(&contents[3][..100]);
+    let found = a.read(open.ino, handle, 0, 1 << 20).await.expect("a file that is open");
+    assert!(found == expected, "{when}: the open file has other bytes");
+    a.fsync(open.ino, handle, false).await.expect("fsync");
+    write_file(&b, directory, "later", &contents[3]).await;
+    b.sync_all(true).await.expect("sync");
+    assert_eq!(violations(&life).await, Vec::<String>::new(), "{when}");
+
+    // All that was fsynced survives without the mounts.
+    drop((life, a, b));
+    let life = Life::start_on(after(&disks, true, true, seed + 50), network.clone()).await.expect("a start");
+    let fresh = mount(&network, 3).await;
+    for (name, content) in [("renamed", &contents[0]), ("from-a", &contents[1]), ("later", &contents[3])] {
+        assert_reads(&fresh, directory, name, content, &when).await;
+    }
+    assert_eq!(violations(&life).await, Vec::<String>::new(), "{when}");
+}
+
+#[test]
+fn a_mount_that_stays_alive_loses_nothing_when_the_metadata_server_loses_its_power() {
+    (0..4).for_each(|seed| run(check(true, false, seed)));
+}
+
+#[test]
+fn a_mount_that_stays_alive_loses_nothing_when_all_storage_servers_lose_their_power() {
+    (0..4).for_each(|seed| run(check(false, true, seed)));
+}
+
+#[test]
+fn a_mount_that_stays_alive_loses_nothing_when_every_server_loses_its_power() {
+    (0..4).for_each(|seed| run(check(true, true, seed)));
+}
