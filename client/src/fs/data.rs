@@ -106,12 +106,20 @@ impl Fs {
             return Ok(());
         }
         self.wait_for_room().await?;
+        let appends = file.flags & libc::O_APPEND != 0;
+        if appends && file.inode.lock().append_offset().is_none() {
+            self.settle(&file.inode).await?;
+        }
         let full = {
             let mut state = file.inode.lock();
-            // The kernel's idea of the end may be older than another mount's last append.
-            let offset = if file.flags & libc::O_APPEND != 0 { state.size() } else { offset };
-            let end = offset.checked_add(data.len() as u64).filter(|end| *end <= FILE_SIZE_MAX);
-            end.ok_or(Errno(libc::EFBIG))?;
+            // Only the commit knows the end for certain. What cannot move is laid where this mount has its end.
+            let end = if appends { state.append_offset() } else { None };
+            let offset = if appends { end.unwrap_or(state.size()) } else { offset };
+            let range = written_range(offset, data.len())?;
+            match end {
+                Some(_) => state.note_append(range),
+                None => state.note_write(&range),
+            }
             let (grown, full) = state.write(offset, data, self.shared.clock.now());
             self.shared.budget.add(grown);
             full
@@ -235,6 +243,11 @@ impl super::shared::Shared {
         }
         Err(unsteady(inode))
     }
+}
+
+fn written_range(offset: u64, length: usize) -> FsResult<Range<u64>> {
+    let end = offset.checked_add(length as u64).filter(|end| *end <= FILE_SIZE_MAX);
+    Ok(offset..end.ok_or(Errno(libc::EFBIG))?)
 }
 
 /// The chunks that `range` reaches into, and where.

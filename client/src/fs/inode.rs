@@ -53,6 +53,7 @@ pub(super) struct State {
     /// Chunks that an upload has.
     busy: BTreeSet<ChunkIndex>,
     next_upload: u64,
+    appended: Option<Appended>,
     pub map: KnownMap,
     /// The version of the data that the kernel's pages show.
     pages: u64,
@@ -68,6 +69,15 @@ pub(super) struct State {
     inherited: bool,
 }
 
+/// Bytes that were appended and are not committed: the commit decides where they come to lie, for another mount may append too.
+#[derive(Debug)]
+struct Appended {
+    /// Where this mount takes them to be.
+    range: Range<u64>,
+    /// Its first part is on its way. One at a time, or they could change places.
+    sent: bool,
+}
+
 /// Extents on their way: at most one upload at a time has a chunk.
 #[derive(Debug)]
 pub(super) struct Upload {
@@ -79,6 +89,9 @@ pub(super) struct Upload {
     /// Chunks that have been written bit by bit so often that they may need compacting, with the pieces that they
     /// have at most.
     pub scattered: Vec<(ChunkIndex, usize)>,
+    /// The part of it that belongs at the end of the file, wherever that is. Whole records: one of another mount may come to lie
+    /// before it.
+    pub append: Option<Range<u64>>,
 }
 
 impl Upload {
@@ -144,6 +157,7 @@ impl Inode {
             uploads: BTreeMap::new(),
             busy: BTreeSet::new(),
             next_upload: 1,
+            appended: None,
             map,
             pages,
             forgotten: false,
@@ -303,6 +317,30 @@ impl State {
         self.next_upload - 1
     }
 
+    /// Where the next bytes that are appended go, as far as this mount knows; `None`: what it has written past the end
+    /// that the server knows has to be stored first.
+    pub(super) fn append_offset(&self) -> Option<u64> {
+        match &self.appended {
+            Some(appended) => Some(appended.range.end),
+            None => (self.written_end() <= self.attr.size).then_some(self.attr.size),
+        }
+    }
+
+    /// `range`, which begins at [`State::append_offset`], is about to be written by an append.
+    pub(super) fn note_append(&mut self, range: Range<u64>) {
+        match &mut self.appended {
+            Some(appended) => appended.range.end = range.end,
+            None => self.appended = Some(Appended { range, sent: false }),
+        }
+    }
+
+    /// `range` is about to be written where it is said. What was appended after its start stays where it is taken to be.
+    pub(super) fn note_write(&mut self, range: &Range<u64>) {
+        if self.appended.as_ref().is_some_and(|appended| range.end > appended.range.start) {
+            self.appended = None;
+        }
+    }
+
     /// Takes in written bytes. Returns how many more are held, and whether a chunk is now complete.
     pub(super) fn write(&mut self, offset: u64, mut data: Bytes, now: Time) -> (u64, bool) {
         let (mut grown, mut full, mut at) = (0, false, offset);
@@ -352,6 +390,7 @@ impl State {
 
     /// Forgets dirty bytes in `range`. Returns how many.
     pub(super) fn forget_dirty(&mut self, range: Range<u64>) -> u64 {
+        self.note_write(&range);
         let mut freed = 0;
         let chunks: Vec<ChunkIndex> = self.dirty.keys().copied().collect();
         for chunk in chunks {
@@ -377,9 +416,11 @@ impl State {
 
     /// Takes dirty chunks for upload, leaving out those that an earlier upload still has.
     pub(super) fn take_uploads(&mut self, which: Which, compact_from: usize) -> Vec<Arc<Upload>> {
+        let appended_from =
+            self.appended.as_ref().map_or(ChunkIndex(u32::MAX), |appended| split(appended.range.start).0);
         let ready: Vec<ChunkIndex> = self
             .dirty
-            .iter()
+            .range(..appended_from)
             .filter(|(chunk, dirty)| !self.busy.contains(chunk) && (which == Which::All || dirty.is_full()))
             .map(|(chunk, _)| *chunk)
             .collect();
@@ -402,17 +443,46 @@ impl State {
         if !batch.is_empty() {
             taken.push(self.start_upload(batch, bytes, compact_from));
         }
+        taken.extend(self.take_appended(which, compact_from));
         self.dirty_since = if self.dirty.is_empty() { None } else { self.dirty_since };
         taken
     }
 
+    /// Takes all that was appended, unless some of it is on its way, or there is too little of it.
+    fn take_appended(&mut self, which: Which, compact_from: usize) -> Option<Arc<Upload>> {
+        let appended = self.appended.as_ref()?;
+        let range = appended.range.clone();
+        let from = split(range.start).0;
+        let too_little = which == Which::Full && range.end - range.start < CHUNK_SIZE;
+        if appended.sent || too_little || self.busy.range(from..).next().is_some() {
+            return None;
+        }
+        let mut extents = Vec::new();
+        for (chunk, mut dirty) in self.dirty.split_off(&from) {
+            extents.extend(dirty.take().into_iter().map(|extent| (chunk, extent)));
+        }
+        let bytes = extents.iter().map(|(_, extent)| extent.bytes.len() as u64).sum();
+        self.appended = Some(Appended { range: range.clone(), sent: true });
+        Some(self.start_upload_of(extents, bytes, compact_from, Some(range)))
+    }
+
     fn start_upload(&mut self, extents: Vec<(ChunkIndex, Extent)>, bytes: u64, compact_from: usize) -> Arc<Upload> {
+        self.start_upload_of(extents, bytes, compact_from, None)
+    }
+
+    fn start_upload_of(
+        &mut self,
+        extents: Vec<(ChunkIndex, Extent)>,
+        bytes: u64,
+        compact_from: usize,
+        append: Option<Range<u64>>,
+    ) -> Arc<Upload> {
         let id = self.next_upload;
         self.next_upload += 1;
         let scattered = self.note_scattered(&extents, compact_from);
         self.dirty_bytes -= bytes;
         self.busy.extend(extents.iter().map(|(chunk, _)| *chunk));
-        let upload = Arc::new(Upload { id, extents, bytes, mtime: self.attr.mtime, scattered });
+        let upload = Arc::new(Upload { id, extents, bytes, mtime: self.attr.mtime, scattered, append });
         self.uploads.insert(id, Arc::clone(&upload));
         upload
     }
@@ -439,23 +509,46 @@ impl State {
         self.scattered.insert(chunk, pieces);
     }
 
-    /// The upload has been committed as `pieces`. Returns the bytes that are no longer held.
+    /// The upload has been committed as `pieces`, what was appended `moved` bytes further than it was taken to be. Returns the
+    /// bytes that are no longer held.
     pub(super) fn finish(
         &mut self,
         upload: &Upload,
         pieces: &[(ChunkIndex, Piece)],
         places: &[BlockPlace],
         attr: Attr,
+        moved: u64,
     ) -> u64 {
         self.end_upload(upload);
         self.map.commit(attr.data_version, pieces, places);
         self.learn_own(attr);
+        if let Some(range) = &upload.append {
+            self.finish_append(range.end, moved);
+        }
         upload.bytes
+    }
+
+    /// What was appended up to `end` is committed, and what follows it moves with it.
+    fn finish_append(&mut self, end: u64, moved: u64) {
+        let Some(Appended { range, .. }) = self.appended.take() else { return };
+        if end >= range.end {
+            return;
+        }
+        if moved > 0 {
+            let mtime = self.attr.mtime;
+            for (chunk, extent) in self.take_dirty(end..u64::MAX) {
+                self.write(position(chunk, extent.offset) + moved, extent.bytes, mtime);
+            }
+        }
+        self.appended = Some(Appended { range: end + moved..range.end + moved, sent: false });
     }
 
     /// The upload failed: its bytes are dirty again, under those written since. Returns the bytes that are no longer held.
     pub(super) fn fail(&mut self, upload: &Upload, error: Errno) -> u64 {
         self.end_upload(upload);
+        if let (Some(_), Some(appended)) = (&upload.append, &mut self.appended) {
+            appended.sent = false;
+        }
         let freed = self.put_back_dirty(upload.extents.clone());
         self.note_error(error);
         freed
@@ -464,6 +557,7 @@ impl State {
     /// The upload can never succeed (the file is gone): its bytes are given up.
     pub(super) fn give_up(&mut self, upload: &Upload, error: Errno) -> u64 {
         self.end_upload(upload);
+        self.appended = None;
         self.note_error(error);
         upload.bytes
     }

@@ -11,7 +11,7 @@ use holdfast_common::{
     Block, BlockHash, ChunkIndex, Position, ServerId,
     clock::Clock,
     limits::{BLOCK_SIZE_MAX, PIECES_PER_CHUNK_COMPACT, PIECES_PER_CHUNK_MAX, REPLICAS, REPLICAS_MIN},
-    wire::meta::{BlockPlace, FileCommit, Holder, MetaAnswer, NewBlock, Op, Query},
+    wire::meta::{BlockPlace, FileCommit, Holder, MetaAnswer, Mutated, NewBlock, Op, Query},
 };
 use parking_lot::Mutex;
 use tokio::sync::Semaphore;
@@ -19,7 +19,7 @@ use tracing::warn;
 
 use super::{
     Errno, FsResult,
-    inode::{Assembly, ChunkPlan, Inode, Upload, Which},
+    inode::{Assembly, ChunkPlan, Inode, Upload, Which, position, split},
 };
 use crate::{
     read::fetch::Fetcher,
@@ -92,7 +92,7 @@ impl Shared {
                 self.budget.set_full(false);
                 let mut state = inode.lock();
                 state.note_position(stored.committed.position);
-                state.finish(upload, &stored.cut.pieces, &stored.places, stored.committed.attr)
+                state.finish(upload, &stored.cut.pieces, &stored.places, stored.committed.attr, stored.moved)
             }
             Err(error @ Errno(libc::ESTALE)) => {
                 warn!(ino = %inode.ino, bytes = upload.bytes, "the file is gone: what was written to it is dropped");
@@ -106,12 +106,19 @@ impl Shared {
         };
         self.budget.sub(freed);
         inode.settled.notify_waiters();
+        if upload.append.is_some() {
+            // What was appended meanwhile had to wait.
+            self.start_uploads(inode, Which::Full, Urgency::Visible);
+        }
     }
 
     /// Puts the upload's blocks and commits its pieces.
     async fn store(&self, inode: &Arc<Inode>, upload: &Upload, cut: Option<Cut>, urgency: Urgency) -> FsResult<Stored> {
         let slot = tokio::time::timeout(self.io_timeout, self.upload_slots.acquire());
         let _slot = slot.await.map_err(|_| Errno(libc::EIO))?.map_err(|_| Errno(libc::EIO))?;
+        if let Some(range) = &upload.append {
+            return self.append(inode, upload, range, urgency).await;
+        }
         if let Some(cut) = cut {
             return self.put_and_commit(inode, upload, cut, Vec::new(), urgency).await;
         }
@@ -124,6 +131,74 @@ impl Shared {
             }
         }
         self.put_and_commit(inode, upload, sealed(&upload.extents)?, Vec::new(), urgency).await
+    }
+
+    /// Commits the upload with `range` of it at the end of the file.
+    async fn append(
+        &self,
+        inode: &Arc<Inode>,
+        upload: &Upload,
+        range: &Range<u64>,
+        urgency: Urgency,
+    ) -> FsResult<Stored> {
+        if let Some((extents, over)) = self.compacted(inode, upload).await? {
+            match self.put_and_append(inode, upload, &extents, over, range.start, urgency).await {
+                Err(Errno(libc::EBUSY)) => {}
+                result => return result,
+            }
+        }
+        let mut end = range.start;
+        loop {
+            let moved = end - range.start;
+            let extents = moved_by(&upload.extents, range.start, moved);
+            match self.put_and_append(inode, upload, &extents, Vec::new(), end, urgency).await {
+                Ok(stored) => return Ok(Stored { moved, ..stored }),
+                // Another mount has changed the size: by its progress, so this ends.
+                Err(Errno(libc::EBUSY)) => end = self.end_of(inode).await?.max(range.start),
+                Err(error) => return Err(error),
+            }
+        }
+    }
+
+    async fn end_of(&self, inode: &Arc<Inode>) -> FsResult<u64> {
+        match self.meta.query(Query::GetAttr { ino: inode.ino }).await? {
+            MetaAnswer::Attr(attr) => Ok(attr.size),
+            other => Err(unexpected(&other)),
+        }
+    }
+
+    async fn put_and_append(
+        &self,
+        inode: &Arc<Inode>,
+        upload: &Upload,
+        extents: &[(ChunkIndex, Extent)],
+        only_over: Vec<(ChunkIndex, u64)>,
+        at_size: u64,
+        urgency: Urgency,
+    ) -> FsResult<Stored> {
+        let cut = sealed(extents)?;
+        let holders = self.blocks.put(&cut.blocks, urgency != Urgency::Visible).await?;
+        let (blocks, places) = named(&cut, holders);
+        let kept = if urgency == Urgency::Visible { blocks.clone() } else { Vec::new() };
+        let file = FileCommit {
+            ino: inode.ino,
+            pieces: cut.pieces.clone(),
+            size_at_least: end_of_extents(extents),
+            mtime: upload.mtime,
+            clear_suid: false,
+            only_over,
+        };
+        let applied = self.meta.mutate(Op::Append { file, blocks, at_size }, urgency == Urgency::Durable).await?;
+        let attr = match &applied.outcome {
+            Mutated::Committed(files) if matches!(files[..], [Ok(_)]) => files[0],
+            other => {
+                tracing::error!(?other, "the metadata server answered an append with something else");
+                return Err(Errno(libc::EIO));
+            }
+        };
+        let attr = attr.map_err(|refusal| Errno(refusal.errno()))?;
+        self.retain(applied.position, &cut, kept);
+        Ok(Stored { cut, places, committed: Committed { attr, position: applied.position }, moved: 0 })
     }
 
     async fn put_and_commit(
@@ -147,7 +222,7 @@ impl Shared {
         let kept = if urgency == Urgency::Visible { blocks.clone() } else { Vec::new() };
         let committed = self.committer.commit(Item { file, blocks }, urgency == Urgency::Durable).await?;
         self.retain(committed.position, &cut, kept);
-        Ok(Stored { cut, places, committed })
+        Ok(Stored { cut, places, committed, moved: 0 })
     }
 
     /// Keeps blocks that their servers have not synced, unless they have by now.
@@ -268,7 +343,7 @@ impl Shared {
         let few = inode.lock().dirty_bytes() <= DURABLE_PUT_BYTES_MAX;
         let urgency = if few { urgency } else { Urgency::Visible };
         let errors = inode.lock().errors();
-        // Twice: a chunk that an earlier upload still had the first time is free the second time.
+        // Twice: a chunk that an earlier upload still had the first time is free the second time, and so is what was appended.
         for _ in 0..2 {
             self.start_uploads(inode, Which::All, urgency);
             self.wait_for_uploads(inode).await;
@@ -397,6 +472,35 @@ struct Stored {
     cut: Cut,
     places: Vec<BlockPlace>,
     committed: Committed,
+    /// How much further than it was taken to be what was appended came to lie.
+    moved: u64,
+}
+
+/// The extents, what lies at or after `from` by `moved` bytes further.
+fn moved_by(extents: &[(ChunkIndex, Extent)], from: u64, moved: u64) -> Vec<(ChunkIndex, Extent)> {
+    if moved == 0 {
+        return extents.to_vec();
+    }
+    let mut all = Vec::with_capacity(extents.len() + 2);
+    for (chunk, extent) in extents {
+        let start = position(*chunk, extent.offset);
+        let staying = usize::try_from(from.saturating_sub(start)).unwrap_or(usize::MAX).min(extent.bytes.len());
+        if staying > 0 {
+            all.push((*chunk, Extent { offset: extent.offset, bytes: extent.bytes.slice(..staying) }));
+        }
+        let (mut at, mut rest) = (start + staying as u64 + moved, extent.bytes.slice(staying..));
+        while !rest.is_empty() {
+            let (chunk, offset) = split(at);
+            let bytes = rest.split_to(rest.len().min((BLOCK_SIZE_MAX - offset) as usize));
+            at += bytes.len() as u64;
+            all.push((chunk, Extent { offset, bytes }));
+        }
+    }
+    all
+}
+
+fn end_of_extents(extents: &[(ChunkIndex, Extent)]) -> u64 {
+    extents.last().map_or(0, |(chunk, extent)| position(*chunk, extent.range().end))
 }
 
 fn is_full(upload: &Upload) -> bool {
@@ -436,6 +540,29 @@ fn merged(mut ranges: Vec<Range<u32>>) -> Vec<Range<u32>> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn what_was_appended_moves_and_is_cut_anew_at_the_borders_of_chunks() {
+        let mib = BLOCK_SIZE_MAX;
+        let extent = |chunk, offset, length: u32| {
+            let bytes: Vec<u8> = (0..length).map(|n| (n % 251) as u8).collect();
+            (ChunkIndex(chunk), Extent { offset, bytes: bytes.into() })
+        };
+        let shape = |extents: &[(ChunkIndex, Extent)]| -> Vec<(u32, Range<u32>)> {
+            extents.iter().map(|(chunk, extent)| (chunk.0, extent.range())).collect()
+        };
+        // 100 bytes that stay, and what was appended after them, over the end of the first chunk.
+        let extents = [extent(0, mib - 300, 300), extent(1, 0, 50)];
+        let base = u64::from(mib) - 200;
+        assert_eq!(shape(&moved_by(&extents, base, 0)), shape(&extents));
+        let moved = moved_by(&extents, base, 150);
+        assert_eq!(shape(&moved), [(0, mib - 300..mib - 200), (0, mib - 50..mib), (1, 0..150), (1, 150..200)]);
+        let joined = |extents: &[(ChunkIndex, Extent)]| -> Vec<u8> {
+            extents.iter().flat_map(|(_, extent)| extent.bytes.to_vec()).collect()
+        };
+        assert_eq!(joined(&moved), joined(&extents));
+        assert_eq!(end_of_extents(&moved), u64::from(mib) + 200);
+    }
 
     #[test]
     fn ranges_that_touch_are_one_and_too_many_become_one() {

@@ -203,6 +203,23 @@ pub enum Op {
         length: u64,
         grow: bool,
     },
+    /// As a `Commit` of one file, at its end: refused `Busy` unless the file has `at_size` bytes. Whoever is refused lays its
+    /// pieces at the end that there is by then.
+    Append {
+        file: FileCommit,
+        blocks: Vec<NewBlock>,
+        at_size: u64,
+    },
+}
+
+impl Op {
+    /// The blocks that it brings, with who has them.
+    pub fn new_blocks(&self) -> &[NewBlock] {
+        match self {
+            Self::Commit { blocks, .. } | Self::Append { blocks, .. } => blocks,
+            _ => &[],
+        }
+    }
 }
 
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]

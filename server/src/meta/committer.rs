@@ -41,6 +41,10 @@ enum Condition {
     Silent(SessionId, Duration),
 }
 
+#[expect(
+    clippy::large_enum_variant,
+    reason = "nearly every message is the large one: a box would be one more allocation"
+)]
 enum Message {
     Propose(Proposal),
     /// Make everything durable, put it into the tables, and end.
@@ -179,9 +183,7 @@ impl Committer {
     /// What depends on this server's memory, and so must be settled before the entry exists.
     fn check(&self, command: &mut Command) -> Result<(), Refusal> {
         match command {
-            Command::Mutate { op: Op::Commit { .. }, .. } | Command::Replay { op: Op::Commit { .. }, .. }
-                if self.core.unsynced.lock().is_full() =>
-            {
+            command if !command.new_blocks().is_empty() && self.core.unsynced.lock().is_full() => {
                 self.core.barrier_wanted.notify_one();
                 Err(Refusal::Unavailable)
             }
@@ -237,7 +239,9 @@ impl Committer {
             _ => return,
         };
         match (op, &applied.outcome) {
-            (Op::Commit { blocks, .. }, Ok(_)) if applied.changed => self.core.unsynced.lock().note(blocks),
+            (op, Ok(_)) if applied.changed && !op.new_blocks().is_empty() => {
+                self.core.unsynced.lock().note(op.new_blocks());
+            }
             (Op::Make { open: true, .. }, Ok(Reply::Mutated(Mutated::Inode { attr, .. }))) => {
                 self.hold_open(*session, attr.ino);
             }

@@ -19,7 +19,6 @@ use holdfast_common::{
         quic::{BindError, NetOptions, Node},
         tls::{Ca, Credentials, Fingerprint, TlsError},
     },
-    wire::meta::Op,
 };
 use tokio::{
     sync::mpsc,
@@ -164,10 +163,8 @@ fn replay(
 ) -> Result<(), Fault> {
     let mut batch: Vec<(Position, Entry)> = Vec::new();
     found.replay(checkpointed, |position, entry| {
-        if position > durable
-            && let Command::Mutate { op: Op::Commit { blocks, .. }, .. } = &entry.command
-        {
-            unsynced.note(blocks);
+        if position > durable {
+            unsynced.note(entry.command.new_blocks());
         }
         batch.push((position, entry));
         if batch.len() == REPLAY_BATCH { replay_batch(store, std::mem::take(&mut batch)) } else { Ok(()) }

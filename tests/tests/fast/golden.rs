@@ -211,6 +211,7 @@ fn ops() -> Vec<Op> {
         Op::Commit { files: vec![file_commit()], blocks: vec![new_block()] },
         Op::CopyRange { from: ino, from_offset: 1, to: Ino(8), to_offset: 2, length: 3 },
         Op::Punch { ino, offset: 5, length: 6, grow: true },
+        Op::Append { file: file_commit(), blocks: vec![new_block()], at_size: 1 << 21 },
     ]
 }
 

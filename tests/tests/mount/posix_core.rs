@@ -189,6 +189,42 @@ fn appends_of_several_mounts_and_descriptors_never_overwrite_each_other() {
     assert_eq!((text.lines().count(), lines.len()), (820, 820));
 }
 
+/// A record that says who wrote it as which, up to 20 KB long, so that records cross the borders of chunks.
+fn record(who: usize, round: usize) -> String {
+    format!("{who} {round} {}\n", "x".repeat((who * 7919 + round * 104_729) % 20_000))
+}
+
+#[test]
+fn records_that_mounts_append_at_the_same_time_are_all_whole_and_in_each_writers_order() {
+    const ROUNDS: usize = 300;
+    let cluster = Cluster::start();
+    let mounts = [cluster.mount(), cluster.mount()];
+    File::create(mounts[0].join("log")).expect("create");
+    thread::scope(|scope| {
+        for who in 0..4 {
+            let path = mounts[who % 2].join("log");
+            scope.spawn(move || {
+                let mut file = OpenOptions::new().append(true).open(path).expect("open");
+                for round in 0..ROUNDS {
+                    file.write_all(record(who, round).as_bytes()).expect("append");
+                    if (round + who) % 40 == 0 {
+                        file.sync_data().expect("fdatasync");
+                    }
+                }
+            });
+        }
+    });
+    mounts[0].remount();
+    let text = fs::read_to_string(mounts[0].join("log")).expect("read");
+    let mut next = [0; 4];
+    for line in text.split_inclusive('\n') {
+        let who: usize = line.split(' ').next().and_then(|who| who.parse().ok()).expect("a whole record");
+        assert_eq!(line, record(who, next[who]), "record {} of writer {who}", next[who]);
+        next[who] += 1;
+    }
+    assert_eq!(next, [ROUNDS; 4]);
+}
+
 #[test]
 fn a_file_that_another_mount_lengthens_while_it_is_open_never_reads_as_zeroes() {
     let cluster = Cluster::start();

@@ -42,6 +42,28 @@ pub(super) fn commit(tables: &mut Tables<'_>, files: &[FileCommit], blocks: &[Ne
     Ok(Mutated::Committed(answers))
 }
 
+/// New data at the end of a file, if the end is where the writer thinks that it is.
+pub(super) fn append(
+    tables: &mut Tables<'_>,
+    file: &FileCommit,
+    blocks: &[NewBlock],
+    at_size: u64,
+    now: Time,
+) -> Step<Mutated> {
+    if regular(tables, file.ino)?.size != at_size {
+        return Err(Refusal::Busy.into());
+    }
+    let outcome = commit(tables, std::slice::from_ref(file), blocks, now)?;
+    match outcome {
+        // One file, one answer.
+        Mutated::Committed(ref files) => match files[..] {
+            [Err(refusal)] => Err(refusal.into()),
+            _ => Ok(outcome),
+        },
+        other => Ok(other),
+    }
+}
+
 fn commit_file(tables: &mut Tables<'_>, changes: &mut Changes, file: &FileCommit, now: Time) -> Step<Inode> {
     let mut inode = regular(tables, file.ino)?;
     if file.size_at_least > FILE_SIZE_MAX {

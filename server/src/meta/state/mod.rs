@@ -25,7 +25,7 @@ pub(crate) mod tests;
 use holdfast_common::{
     BlockHash, Ino, Position, Refusal, Sequence, ServerId, SessionId, Time,
     net::identity::{NodeName, Role},
-    wire::meta::{CopyFault, Mutated, Op},
+    wire::meta::{CopyFault, Mutated, NewBlock, Op},
 };
 use serde::{Deserialize, Serialize};
 
@@ -105,6 +105,16 @@ pub enum Command {
     },
     /// Whatever has not been said again is lost.
     EndRecovery,
+}
+
+impl Command {
+    /// The blocks that it brings, with who has them.
+    pub fn new_blocks(&self) -> &[NewBlock] {
+        match self {
+            Self::Mutate { op, .. } | Self::Replay { op, .. } => op.new_blocks(),
+            _ => &[],
+        }
+    }
 }
 
 /// An answer that every replica computes alike.
@@ -187,8 +197,11 @@ pub fn apply(tables: &mut Tables<'_>, entry: &Entry) -> Result<Applied, StorageE
             });
         }
         Command::Replay { session, sequence, op, made, time } => {
-            return session::again(tables, *session, *sequence, |tables| {
-                mutate(tables, op, *made, time.unwrap_or(entry.time))
+            let now = time.unwrap_or(entry.time);
+            return session::again(tables, *session, *sequence, |tables| match op {
+                // Its place was decided the first time, and has been seen.
+                Op::Append { file, blocks, .. } => file::commit(tables, std::slice::from_ref(file), blocks, now),
+                op => mutate(tables, op, *made, now),
             });
         }
         Command::BeginRecovery => Ok(recovery::begin(tables)?),
@@ -241,6 +254,7 @@ fn mutate(tables: &mut Tables<'_>, op: &Op, made: Option<Ino>, now: Time) -> Ste
         Op::CopyRange { from, from_offset, to, to_offset, length } => {
             file::copy_range(tables, (*from, *from_offset), (*to, *to_offset), *length, now)
         }
+        Op::Append { file, blocks, at_size } => file::append(tables, file, blocks, *at_size, now),
         Op::Punch { ino, offset, length, grow } => file::punch(tables, *ino, *offset, *length, *grow, now),
     }
 }

@@ -288,6 +288,26 @@ fn a_commit_must_name_copies_that_exist() {
 }
 
 #[test]
+fn an_append_lies_at_the_end_or_is_refused_and_leaves_nothing_behind() {
+    let mut state = World::new();
+    let ino = state.make(Ino::ROOT, "a", Kind::File).unwrap();
+    let mut append = |seed, at_size: u64| {
+        let at = u32::try_from(at_size).unwrap();
+        let file = file(ino, vec![(0, piece(seed, at, 10, 0))], at_size + 10);
+        let outcome = state.mutate(Op::Append { file, blocks: vec![block(seed, 10, 3)], at_size });
+        state.check();
+        outcome.map(|_| state.ask(|view| query::attr(view, ino)).unwrap().size)
+    };
+    assert_eq!(append(1, 0), Ok(10));
+    assert_eq!(append(2, 0), Err(Refusal::Busy));
+    assert_eq!(append(2, 20), Err(Refusal::Busy));
+    assert_eq!(append(2, 10), Ok(20));
+    assert_eq!(append(3, 20), Ok(30));
+    let gone = Op::Append { file: file(Ino(99), vec![], 0), blocks: vec![], at_size: 0 };
+    assert_eq!(state.mutate(gone), Err(Refusal::Stale));
+}
+
+#[test]
 fn one_file_that_is_gone_does_not_stop_the_others() {
     let mut world = World::new();
     let ino = world.make(Ino::ROOT, "f", Kind::File).unwrap();
