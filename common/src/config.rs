@@ -165,6 +165,10 @@ pub struct MetaOptions {
     /// Length of the log at which the tables are made durable and the log is dropped [default: 64MiB]
     #[arg(long, value_name = "BYTES")]
     pub checkpoint_log_bytes: Option<ByteSize>,
+    /// Space that is left free on the disk of data_dir, so that the tables can still be made durable and things be deleted: with
+    /// less, what would make the tables grow is refused [default: 2 x checkpoint_log_bytes]
+    #[arg(long, value_name = "BYTES")]
+    pub reserve_bytes: Option<ByteSize>,
     /// Silence after which a mount counts as gone and its open files are released, in seconds [default: 60]
     #[arg(long, value_name = "SECONDS")]
     pub session_timeout_secs: Option<u64>,
@@ -187,7 +191,7 @@ pub struct MetaOptions {
 }
 
 options!(MetaOptions {
-    data_dir, tls_dir, listen, ca_dir, cache_bytes, checkpoint_log_bytes, session_timeout_secs,
+    data_dir, tls_dir, listen, ca_dir, cache_bytes, checkpoint_log_bytes, reserve_bytes, session_timeout_secs,
     recovery_window_secs, suspect_after_ms, down_after_ms, log_level, log_format,
 } paths { data_dir, tls_dir, ca_dir });
 
@@ -278,6 +282,8 @@ pub struct MetaConfig {
     pub ca_dir: Option<PathBuf>,
     pub cache_bytes: u64,
     pub checkpoint_log_bytes: u64,
+    /// Of the disk of `data_dir`, left free.
+    pub reserve_bytes: u64,
     pub session_timeout: Duration,
     /// How long mounts are waited for after a loss of power.
     pub recovery_window: Duration,
@@ -297,13 +303,15 @@ impl MetaConfig {
         let data_dir = required("data_dir", options.data_dir)?;
         let session_timeout = seconds("session_timeout_secs", options.session_timeout_secs, 60, 5)?;
         let window = session_timeout.as_secs() / 10;
+        let checkpoint_log_bytes = size("checkpoint_log_bytes", options.checkpoint_log_bytes, 64 * MIB, MIB)?;
         let config = Self {
             tls_dir: options.tls_dir.unwrap_or_else(|| data_dir.join("tls")),
             data_dir,
             listen: options.listen.unwrap_or(SocketAddr::from(([0, 0, 0, 0], META_PORT))),
             ca_dir: options.ca_dir,
             cache_bytes: size("cache_bytes", options.cache_bytes, 256 * MIB, MIB)?,
-            checkpoint_log_bytes: size("checkpoint_log_bytes", options.checkpoint_log_bytes, 64 * MIB, MIB)?,
+            checkpoint_log_bytes,
+            reserve_bytes: options.reserve_bytes.map_or(2 * checkpoint_log_bytes, |reserve| reserve.0),
             session_timeout,
             recovery_window: seconds("recovery_window_secs", options.recovery_window_secs, window.max(1), 1)?,
             suspect_after: milliseconds("suspect_after_ms", options.suspect_after_ms, 2_000)?,

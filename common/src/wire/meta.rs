@@ -213,6 +213,24 @@ pub enum Op {
 }
 
 impl Op {
+    /// Does it make the metadata larger? No `_` arm: a new operation must say so.
+    pub fn grows(&self) -> bool {
+        match self {
+            Self::Make { .. }
+            | Self::Link { .. }
+            | Self::SetXattr { .. }
+            | Self::Commit { .. }
+            | Self::CopyRange { .. }
+            | Self::Append { .. } => true,
+            Self::Unlink { .. }
+            | Self::Rmdir { .. }
+            | Self::Rename { .. }
+            | Self::SetAttr { .. }
+            | Self::RemoveXattr { .. }
+            | Self::Punch { .. } => false,
+        }
+    }
+
     /// The blocks that it brings, with who has them.
     pub fn new_blocks(&self) -> &[NewBlock] {
         match self {

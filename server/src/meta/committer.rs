@@ -1,6 +1,9 @@
 //! The one that applies entries: takes all that wait, applies them in one transaction, logs them, answers all.
 
-use std::{sync::Arc, time::Duration};
+use std::{
+    sync::{Arc, atomic::Ordering},
+    time::Duration,
+};
 
 use holdfast_common::{
     Ino, Position, Refusal, SessionId, Time,
@@ -183,6 +186,7 @@ impl Committer {
     /// What depends on this server's memory, and so must be settled before the entry exists.
     fn check(&self, command: &mut Command) -> Result<(), Refusal> {
         match command {
+            Command::Mutate { op, .. } if op.grows() && self.core.full.load(Ordering::Relaxed) => Err(Refusal::NoSpace),
             command if !command.new_blocks().is_empty() && self.core.unsynced.lock().is_full() => {
                 self.core.barrier_wanted.notify_one();
                 Err(Refusal::Unavailable)

@@ -2,12 +2,13 @@
 
 use std::sync::{
     Arc,
-    atomic::{AtomicU64, Ordering},
+    atomic::{AtomicBool, AtomicU64, Ordering},
 };
 
 use holdfast_common::{
     BlockHash, ClusterId, Position, Refusal,
     clock::Clock,
+    disk::Disk,
     net::{CallError, Endpoint, Frame, Peers},
     wire::{
         codec,
@@ -17,6 +18,7 @@ use holdfast_common::{
 use parking_lot::Mutex;
 use std::{
     collections::{BTreeMap, BTreeSet},
+    path::PathBuf,
     time::Duration,
 };
 use tokio::sync::{Notify, watch};
@@ -60,6 +62,11 @@ pub struct Core {
     pub unsynced: Mutex<Unsynced>,
     /// Blocks whose durable copies are too few for a barrier: the duties make more.
     pub thin: Mutex<BTreeSet<BlockHash>>,
+    /// Where the tables and the log are.
+    pub disk: Arc<dyn Disk>,
+    pub directory: PathBuf,
+    /// There is less room on that disk than has to stay free.
+    pub full: AtomicBool,
     /// Here while mounts say again what was lost.
     pub recovery: Mutex<Option<Recovery>>,
     recovering: watch::Sender<bool>,
@@ -86,6 +93,8 @@ impl std::fmt::Debug for Core {
 /// What the last life left, on disk and by memory of it.
 #[derive(Debug)]
 pub struct Recovered {
+    pub disk: Arc<dyn Disk>,
+    pub directory: PathBuf,
     pub store: Store,
     pub log: Log,
     pub cluster: Cluster,
@@ -97,10 +106,13 @@ pub struct Recovered {
 
 impl Core {
     pub fn new(clock: Arc<dyn Clock>, cluster_id: ClusterId, recovered: Recovered) -> Arc<Self> {
-        let Recovered { store, log, cluster, sessions, unsynced, durable, recovery } = recovered;
+        let Recovered { disk, directory, store, log, cluster, sessions, unsynced, durable, recovery } = recovered;
         let applied = log.next().0 - 1;
         let judged = Mutex::new(clock.monotonic());
         Arc::new(Self {
+            disk,
+            directory,
+            full: AtomicBool::new(false),
             judged,
             store,
             log: Mutex::new(log),

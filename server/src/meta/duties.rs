@@ -3,7 +3,7 @@
 
 use std::{
     collections::{BTreeMap, BTreeSet},
-    sync::Arc,
+    sync::{Arc, atomic::Ordering},
     time::Duration,
 };
 
@@ -23,6 +23,7 @@ use super::{
 };
 
 const TICK: Duration = Duration::from_millis(200);
+const SPACE_INTERVAL: Duration = Duration::from_millis(500);
 /// Orphans that one entry reclaims.
 const RECLAIM_BATCH: usize = 256;
 /// Wait before owed blocks are looked at again of which none could be paid.
@@ -51,6 +52,30 @@ pub async fn watch(core: Arc<Core>, proposer: Proposer, session_timeout: Duratio
     tokio::select! {
         never = judging => never,
         fault = reclaiming => fault,
+    }
+}
+
+/// Notices when the metadata's own disk has no room left for growth, before writes to it fail.
+pub async fn watch_space(core: Arc<Core>, reserve_bytes: u64) -> Result<(), Fault> {
+    loop {
+        let looking = Arc::clone(&core);
+        let space = tokio::task::spawn_blocking(move || looking.disk.space(&looking.directory)).await;
+        match space.map_err(|_| Fault::Thread)? {
+            Ok(space) => note_space(&core, space.free, reserve_bytes),
+            Err(error) => tracing::warn!(%error, "the space on the metadata's disk is not known"),
+        }
+        tokio::time::sleep(SPACE_INTERVAL).await;
+    }
+}
+
+fn note_space(core: &Core, free_bytes: u64, reserve_bytes: u64) {
+    let full = free_bytes < reserve_bytes;
+    match (core.full.swap(full, Ordering::Relaxed), full) {
+        (false, true) => {
+            tracing::error!(free_bytes, reserve_bytes, directory = %core.directory.display(), "the metadata's disk is full: what needs more of it is refused; delete something and restart this server, or make room there");
+        }
+        (true, false) => tracing::info!(free_bytes, "there is room again on the metadata's disk"),
+        _ => {}
     }
 }
 

@@ -93,6 +93,7 @@ pub struct Options {
     pub checkpoint_log_bytes: u64,
     pub session_timeout: Duration,
     pub recovery_window: Duration,
+    pub reserve_bytes: u64,
     pub suspect_after: Duration,
     pub down_after: Duration,
 }
@@ -104,7 +105,16 @@ pub fn recover(
     clock: Arc<dyn Clock>,
     options: &Options,
 ) -> Result<Arc<Core>, RunError> {
-    let store = Store::open(&**disk, &directory.join("meta.redb"), options.cache_bytes)?;
+    let free = disk.space(directory).map_or(u64::MAX, |space| space.free);
+    let short = free < options.reserve_bytes;
+    if short {
+        tracing::warn!(
+            free,
+            reserve = options.reserve_bytes,
+            "the metadata's disk is full: giving back what its database does not need"
+        );
+    }
+    let store = Store::open(&**disk, &directory.join("meta.redb"), options.cache_bytes, short)?;
     let place = LogPlace::new(Arc::clone(disk), directory.join("log"), options.cluster)?;
     let checkpointed = store.applied()?;
     let (mut durable, mut unsynced, mut log) = (checkpointed, Unsynced::default(), None);
@@ -143,7 +153,21 @@ pub fn recover(
     let version = u64::try_from(clock.now().secs).unwrap_or(0) * 1000;
     let cluster = Cluster::new(version, servers::servers(&*view)?, now, options.suspect_after, options.down_after);
     let sessions = Sessions::restored(session::sessions(&*view)?, now);
-    Ok(Core::new(clock, options.cluster, Recovered { store, log, cluster, sessions, unsynced, durable, recovery }))
+    Ok(Core::new(
+        clock,
+        options.cluster,
+        Recovered {
+            disk: Arc::clone(disk),
+            directory: directory.to_owned(),
+            store,
+            log,
+            cluster,
+            sessions,
+            unsynced,
+            durable,
+            recovery,
+        },
+    ))
 }
 
 /// As an entry that the checkpoint covers.
@@ -210,6 +234,7 @@ impl Running {
         let mut tasks = JoinSet::new();
         tasks.spawn(Barrier::new(Arc::clone(&core), Arc::clone(&peers), proposer.clone()).run());
         tasks.spawn(duties::watch(Arc::clone(&core), proposer.clone(), options.session_timeout));
+        tasks.spawn(duties::watch_space(Arc::clone(&core), options.reserve_bytes));
         tasks.spawn(recovery::run(Arc::clone(&core), proposer.clone()));
         tasks.spawn(Copier::new(Arc::clone(&core), proposer.clone(), peers).run());
         let (fault_sender, faults) = mpsc::unbounded_channel();
@@ -265,6 +290,7 @@ pub async fn run(
         checkpoint_log_bytes: config.checkpoint_log_bytes,
         session_timeout: config.session_timeout,
         recovery_window: config.recovery_window,
+        reserve_bytes: config.reserve_bytes,
         suspect_after: config.suspect_after,
         down_after: config.down_after,
     };

@@ -20,6 +20,9 @@ pub enum OpenStoreError {
     Unusable { path: std::path::PathBuf, source: StorageError },
 }
 
+/// Of a database that is made and closed.
+const DRAFT_CACHE_BYTES: u64 = 1 << 20;
+
 /// The database. Never closed by being dropped: redb would then make durable what no barrier has covered (I3).
 #[derive(Debug)]
 pub struct Store {
@@ -29,32 +32,38 @@ pub struct Store {
 }
 
 impl Store {
-    /// Opens the database at its last checkpoint, or makes it.
-    pub fn open(disk: &dyn Disk, path: &Path, cache_bytes: u64) -> Result<Self, OpenStoreError> {
+    /// Opens the database at its last checkpoint, or makes it. `compact`: gives space back to the disk that deleted rows have left
+    /// in its file; as long as it takes to move the rest.
+    pub fn open(disk: &dyn Disk, path: &Path, cache_bytes: u64, compact: bool) -> Result<Self, OpenStoreError> {
         let failed = |source| OpenStoreError::Open { path: path.to_owned(), source };
         match disk.open(path, false) {
             Ok(_) => {}
-            Err(error) if error.kind() == io::ErrorKind::NotFound => Self::make(disk, path, cache_bytes)?,
+            Err(error) if error.kind() == io::ErrorKind::NotFound => Self::make(disk, path)?,
             Err(error) => return Err(failed(error)),
         }
         let file = disk.open(path, false).map_err(failed)?;
-        Self::on(file, cache_bytes).map_err(|source| OpenStoreError::Unusable { path: path.to_owned(), source })
+        Self::on(file, cache_bytes, compact)
+            .map_err(|source| OpenStoreError::Unusable { path: path.to_owned(), source })
     }
 
     /// An empty database under its name, whole or not at all: redb cannot open one whose first writes were cut short.
-    fn make(disk: &dyn Disk, path: &Path, cache_bytes: u64) -> Result<(), OpenStoreError> {
+    fn make(disk: &dyn Disk, path: &Path) -> Result<(), OpenStoreError> {
         let failed = |source| OpenStoreError::Open { path: path.to_owned(), source };
         let draft = path.with_extension("new");
         let file = disk.open(&draft, true).map_err(failed)?;
         file.set_length(0).map_err(failed)?;
-        Self::on(file, cache_bytes).map_err(|source| OpenStoreError::Unusable { path: draft.clone(), source })?;
+        Self::on(file, DRAFT_CACHE_BYTES, false)
+            .map_err(|source| OpenStoreError::Unusable { path: draft.clone(), source })?;
         disk.rename(&draft, path).map_err(failed)?;
         disk.sync_directory(path.parent().unwrap_or(Path::new("/"))).map_err(failed)
     }
 
-    fn on(file: Arc<dyn DiskFile>, cache_bytes: u64) -> Result<Self, StorageError> {
+    fn on(file: Arc<dyn DiskFile>, cache_bytes: u64, compact: bool) -> Result<Self, StorageError> {
         let cache = usize::try_from(cache_bytes).unwrap_or(usize::MAX);
-        let database = Database::builder().set_cache_size(cache).create_with_backend(RedbFile::new(file))?;
+        let mut database = Database::builder().set_cache_size(cache).create_with_backend(RedbFile::new(file))?;
+        if compact {
+            database.compact()?;
+        }
         let store = Self { database: ManuallyDrop::new(database), view: Mutex::new(None) };
         store.write(Durability::Immediate, state::initialize)?;
         Ok(store)

@@ -146,6 +146,7 @@ fn options() -> Options {
         checkpoint_log_bytes: 1 << 40,
         session_timeout: Duration::from_secs(60),
         recovery_window: Duration::from_secs(6),
+        reserve_bytes: 0,
         suspect_after: Duration::from_secs(2),
         down_after: Duration::from_secs(10),
     }

@@ -11,9 +11,9 @@ use std::{
 };
 
 use holdfast_tests::{
-    cluster::{Cluster, Options, free_address},
+    cluster::{Cluster, Options, PATIENCE, free_address},
     fault::random_bytes,
-    mount, process, shell, sys,
+    mount, process, shell, sys, wait,
 };
 
 /// A daemon that cannot run says so within this.
@@ -139,6 +139,50 @@ impl Drop for SmallDisk<'_> {
     fn drop(&mut self) {
         mount::detach(self.0);
     }
+}
+
+/// Makes files with long names in `directory` until one is refused; returns how many there are, and why not more.
+fn make_until_refused(directory: &Path) -> (usize, std::io::Error) {
+    let name = |number| directory.join(format!("{number:-<200}"));
+    (0..)
+        .find_map(|number: usize| File::create(name(number)).err().map(|error| (number, error)))
+        .expect("a disk has an end")
+}
+
+#[test]
+fn a_full_metadata_disk_refuses_growth_and_nothing_else() {
+    if !sys::is_root() {
+        eprintln!("SKIPPED: only root can mount small filesystems");
+        return;
+    }
+    let cluster = Cluster::prepare(&Options::default());
+    let path = cluster.path().join("disk");
+    let disk = SmallDisk::mount(&path, 40);
+    let data = path.join("data").to_str().expect("test paths are UTF-8").to_owned();
+    cluster.set("meta/meta.toml", "data_dir", data);
+    cluster.set("meta/meta.toml", "checkpoint_log_bytes", "1MiB");
+    cluster.set("meta/meta.toml", "reserve_bytes", "20MiB");
+    cluster.start_daemons();
+    let mount = cluster.mount();
+    fs::write(mount.join("early"), "early").expect("there is room");
+    fs::create_dir(mount.join("d")).expect("there is room");
+    let (made, error) = make_until_refused(&mount.join("d"));
+    assert_eq!(error.raw_os_error(), Some(libc::ENOSPC), "{error}");
+    assert!(made > 1000, "only {made} files fit");
+    assert_eq!(fs::read_to_string(mount.join("early")).expect("reads go on"), "early");
+    fs::rename(mount.join("early"), mount.join("moved")).expect("a rename needs no room");
+    fs::remove_dir_all(mount.join("d")).expect("deleting needs no room");
+    wait::until("what was deleted is in the tables", PATIENCE, || {
+        fs::read_dir(mount.path()).is_ok_and(|all| all.count() == 1)
+    });
+    cluster.meta().terminate(PATIENCE);
+    cluster.start_daemons();
+    wait::until("there is room again", PATIENCE, || fs::create_dir(mount.join("d")).is_ok());
+    assert_eq!(fs::read_to_string(mount.join("moved")).expect("read"), "early");
+    assert!(!cluster.meta().log().contains("panicked"), "{}", cluster.meta().log());
+    mount.unmount();
+    cluster.meta().kill();
+    drop(disk);
 }
 
 #[test]

@@ -134,6 +134,7 @@ impl Life {
             // Mounts say every half second that they are alive.
             session_timeout: Duration::from_secs(15),
             recovery_window: Duration::from_millis(1500),
+            reserve_bytes: 0,
             suspect_after: Duration::from_secs(20),
             down_after: Duration::from_secs(60),
         };

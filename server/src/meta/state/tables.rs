@@ -56,7 +56,7 @@ macro_rules! from_redb {
     )*};
 }
 from_redb!(redb::StorageError, redb::TableError, redb::TransactionError, redb::CommitError, redb::DatabaseError);
-from_redb!(redb::SetDurabilityError);
+from_redb!(redb::SetDurabilityError, redb::CompactionError);
 
 pub type Result<T, E = StorageError> = std::result::Result<T, E>;
 
