@@ -94,7 +94,7 @@ pub enum Kind {
 pub struct Attr {
     pub ino: Ino,
     pub kind: Kind,
-    /// Permission bits with setuid, setgid and sticky: 0..=0o7777.
+    /// Permission bits with setuid, setgid and sticky, 0..=0o7777, and above them the flags of [`mode`].
     pub mode: u32,
     pub uid: u32,
     pub gid: u32,
@@ -110,6 +110,19 @@ pub struct Attr {
     pub btime: Time,
     /// Grows with every change of the file's bytes or size: equal numbers mean equal data.
     pub data_version: u64,
+}
+
+/// What is above the permission bits of an inode's mode: which attributes it has that the kernel asks for again and again, so that
+/// a client knows without asking that there are none.
+pub mod mode {
+    /// setuid, setgid, sticky, and read, write, execute for owner, group and others.
+    pub const PERMISSIONS: u32 = 0o7777;
+    /// `system.posix_acl_access`.
+    pub const HAS_ACCESS_LIST: u32 = 1 << 16;
+    /// `system.posix_acl_default`.
+    pub const HAS_DEFAULT_LIST: u32 = 1 << 17;
+    /// `security.capability`.
+    pub const HAS_CAPABILITY: u32 = 1 << 18;
 }
 
 /// A run of a chunk's bytes that one block holds: bytes `block_offset..block_offset+length` of `block`

@@ -4,8 +4,10 @@ use std::{ops::Range, sync::Arc};
 
 use bytes::{Bytes, BytesMut};
 use holdfast_common::{
-    ChunkIndex, Ino,
+    Attr, ChunkIndex, Ino,
     limits::{CHUNK_SIZE, FILE_SIZE_MAX},
+    mode::{HAS_CAPABILITY, PERMISSIONS},
+    wire::meta::SetAttr,
 };
 use tracing::warn;
 
@@ -100,15 +102,18 @@ impl Fs {
     }
 
     /// All of `data` is accepted, or none. A handle that was opened to append writes at the end, wherever `offset` says.
-    pub async fn write(&self, _caller: Caller, ino: Ino, handle: FileHandle, offset: u64, data: Bytes) -> FsResult<()> {
+    pub async fn write(&self, caller: Caller, ino: Ino, handle: FileHandle, offset: u64, data: Bytes) -> FsResult<()> {
         let file = self.file(handle)?;
         if data.is_empty() {
             return Ok(());
         }
         self.wait_for_room().await?;
         let appends = file.flags & libc::O_APPEND != 0;
-        if appends && file.inode.lock().append_offset().is_none() {
-            self.settle(&file.inode).await?;
+        if appends {
+            self.drop_privileges(caller, &file.inode).await?;
+            if file.inode.lock().append_offset().is_none() {
+                self.settle(&file.inode).await?;
+            }
         }
         let full = {
             let mut state = file.inode.lock();
@@ -129,6 +134,27 @@ impl Fs {
         }
         if file.flags & (libc::O_SYNC | libc::O_DSYNC) != 0 {
             return self.fsync(ino, handle, true).await;
+        }
+        Ok(())
+    }
+
+    /// What the kernel does before it writes to its pages, and leaves out where it goes around them: capabilities go with any
+    /// write, setuid and setgid with one by somebody unprivileged.
+    async fn drop_privileges(&self, caller: Caller, inode: &Arc<Inode>) -> FsResult<()> {
+        let attr = inode.lock().attr();
+        if attr.mode & HAS_CAPABILITY != 0 {
+            match self.removexattr(inode.ino, b"security.capability").await {
+                Ok(()) | Err(Errno(libc::ENODATA)) => {}
+                Err(error) => return Err(error),
+            }
+        }
+        let kept = kept_mode(caller, &attr);
+        if attr.mode & HAS_CAPABILITY != 0 || kept != attr.mode & PERMISSIONS {
+            let set = SetAttr { mode: Some(kept), ..SetAttr::default() };
+            self.setattr(caller, inode.ino, set).await?;
+            if let Some(kernel) = self.kernel.get() {
+                kernel.attributes_changed(inode.ino);
+            }
         }
         Ok(())
     }
@@ -248,6 +274,17 @@ impl super::shared::Shared {
 fn written_range(offset: u64, length: usize) -> FsResult<Range<u64>> {
     let end = offset.checked_add(length as u64).filter(|end| *end <= FILE_SIZE_MAX);
     Ok(offset..end.ok_or(Errno(libc::EFBIG))?)
+}
+
+/// The mode that a file keeps when `caller` writes to it. Setgid without execution by the group goes only with a writer who
+/// is not of that group (Linux's `setattr_should_drop_sgid`; further groups of the writer are not known here).
+fn kept_mode(caller: Caller, attr: &Attr) -> u32 {
+    let mode = attr.mode & PERMISSIONS;
+    if caller.uid == 0 {
+        return mode;
+    }
+    let drops_group = mode & libc::S_IXGRP != 0 || caller.gid != attr.gid;
+    mode & !libc::S_ISUID & if drops_group { !libc::S_ISGID } else { !0 }
 }
 
 /// The chunks that `range` reaches into, and where.

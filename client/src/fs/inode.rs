@@ -192,6 +192,11 @@ impl State {
         fresh.then(|| self.attr())
     }
 
+    /// The attributes have changed in a way that is not known here.
+    pub(super) fn distrust_attr(&mut self) {
+        self.attr_at = None;
+    }
+
     /// Takes in what the server said, unless something newer is known. What is dirty here keeps its times.
     pub(super) fn learn(&mut self, attr: Attr) {
         if attr.data_version < self.attr.data_version {

@@ -9,6 +9,7 @@ mod duties;
 mod inode;
 mod namespace;
 mod open;
+mod plain;
 mod shared;
 
 use std::{
@@ -31,6 +32,7 @@ use self::{
     directory::OpenDirectory,
     inode::Inode,
     open::{OpenFile, Releases},
+    plain::Plain,
     shared::{Shared, UPLOADS_IN_FLIGHT_MAX},
 };
 pub use self::{duties::Duties, shared::ClockDebug};
@@ -63,6 +65,8 @@ pub struct Caller {
     pub uid: u32,
     pub gid: u32,
     pub pid: u32,
+    /// 0..=0o777; takes bits from what the caller makes, unless the directory has a default list of permissions.
+    pub umask: u32,
 }
 
 /// An open file or directory.
@@ -73,7 +77,7 @@ pub struct FileHandle(pub u64);
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct MakeRequest {
     pub kind: Kind,
-    /// Permission bits after the umask, 0..=0o7777.
+    /// Permission bits before the umask, 0..=0o7777.
     pub mode: u32,
     pub rdev: u32,
     /// Symlinks only.
@@ -128,6 +132,7 @@ pub struct Fs {
     /// The version of the data that the kernel's pages of each inode show, until the kernel forgets it.
     kernel_versions: Mutex<HashMap<Ino, u64>>,
     releases: Releases,
+    plain: Plain,
     read_ahead_max: u32,
     kernel: OnceLock<Arc<dyn KernelCaches>>,
 }
@@ -164,6 +169,7 @@ impl Fs {
             next_handle: AtomicU64::new(1),
             kernel_versions: Mutex::default(),
             releases: Releases::default(),
+            plain: Plain::default(),
             read_ahead_max: read_ahead_max(options.cache_bytes),
             kernel: OnceLock::new(),
         });
@@ -226,6 +232,7 @@ impl Fs {
 
     /// Lets the state of a known file follow what the server said of it.
     fn learn(&self, attr: Attr) -> Attr {
+        self.plain.learn(&attr);
         match self.inode(attr.ino) {
             Some(inode) => {
                 let mut state = inode.lock();

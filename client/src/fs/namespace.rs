@@ -2,7 +2,9 @@
 
 use holdfast_common::{
     Attr, Ino, Kind, Position,
-    wire::meta::{FileCommit, MetaAnswer, Mutated, NewInode, Op, Query, RenameMode, SetAttr, StatFs, XattrMode},
+    wire::meta::{
+        FileCommit, MetaAnswer, Mutated, NewInode, Op, Query, RenameMode, SetAttr, StatFs, UMASK_SHIFT, XattrMode,
+    },
 };
 use tracing::error;
 
@@ -83,11 +85,15 @@ impl Fs {
         open: bool,
     ) -> FsResult<Made> {
         let MakeRequest { kind, mode, rdev, target } = request;
+        let mode = mode | (caller.umask & 0o777) << UMASK_SHIFT;
         let new = NewInode { kind, mode, uid: caller.uid, gid: caller.gid, rdev, target };
         let op = Op::Make { parent, name: name.to_vec(), new, exclusive, open };
         let applied = self.shared.meta.mutate(op, false).await?;
         match applied.outcome {
-            Mutated::Inode { attr, created } => Ok(Made { attr, created, position: applied.position }),
+            Mutated::Inode { attr, created } => {
+                self.plain.learn(&attr);
+                Ok(Made { attr, created, position: applied.position })
+            }
             other => Err(unanswered(&other)),
         }
     }
@@ -156,6 +162,9 @@ impl Fs {
     }
 
     pub async fn getxattr(&self, ino: Ino, name: &[u8]) -> FsResult<Vec<u8>> {
+        if self.plain.lacks(ino, name) {
+            return Err(Errno(libc::ENODATA));
+        }
         match self.shared.meta.query(Query::GetXattr { ino, name: name.to_vec() }).await? {
             MetaAnswer::Bytes(value) => Ok(value),
             other => Err(unexpected(&other)),
@@ -174,9 +183,14 @@ impl Fs {
     }
 
     async fn change_xattr(&self, ino: Ino, op: Op) -> FsResult<()> {
-        let applied = self.shared.meta.mutate(op, false).await?;
+        let changed = self.shared.meta.mutate(op, false).await;
+        self.plain.forget(ino);
+        let applied = changed?;
         if let Some(inode) = self.inode(ino) {
-            inode.lock().note_position(applied.position);
+            let mut state = inode.lock();
+            state.note_position(applied.position);
+            // A list of permissions changes the mode.
+            state.distrust_attr();
         }
         Ok(())
     }

@@ -169,6 +169,7 @@ impl Fs {
             MetaAnswer::Opened { attr, map } => (attr, map),
             other => return Err(unexpected(&other)),
         };
+        self.plain.learn(&attr);
         let inode = {
             let mut inodes = self.inodes.lock();
             let pages = || self.kernel_versions.lock().remove(&ino).unwrap_or(PAGES_UNKNOWN);

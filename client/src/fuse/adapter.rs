@@ -31,7 +31,10 @@ const CONGESTION_THRESHOLD: u16 = 96;
 /// setgid away by a chmod of its own, from fresh attributes; version 2 would need bits that fuser drops); ATOMIC_O_TRUNC
 /// (without it truncation is a SetAttr, one code path); AUTO_INVAL_DATA (it throws a writer's own pages away
 /// at its next stat; `keep_cache` at open gives close-to-open instead); SETXATTR_EXT and SECURITY_CTX (fuser cannot parse them).
-const WANTED: [InitFlags; 6] = [
+const WANTED: [InitFlags; 8] = [
+    // Lists of permissions are obeyed by the kernel; the umask waits for the server, which knows the directory's default list.
+    InitFlags::FUSE_POSIX_ACL,
+    InitFlags::FUSE_DONT_MASK,
     InitFlags::FUSE_PARALLEL_DIROPS,
     InitFlags::FUSE_DO_READDIRPLUS,
     InitFlags::FUSE_READDIRPLUS_AUTO,
@@ -99,15 +102,8 @@ impl Adapter {
         });
     }
 
-    fn make(
-        &self,
-        operation: Operation,
-        request: &Request,
-        name: (INodeNo, &OsStr),
-        new: MakeRequest,
-        reply: ReplyEntry,
-    ) {
-        let (fs, caller, parent, name) = (self.fs.clone(), caller(request), convert::ino(name.0), owned(name.1));
+    fn make(&self, operation: Operation, caller: Caller, name: (INodeNo, &OsStr), new: MakeRequest, reply: ReplyEntry) {
+        let (fs, parent, name) = (self.fs.clone(), convert::ino(name.0), owned(name.1));
         self.entry(operation, async move { fs.make(caller, parent, &name, new).await }, reply);
     }
 }
@@ -117,7 +113,7 @@ trait Work<T>: Future<Output = FsResult<T>> + Send + 'static {}
 impl<T, F: Future<Output = FsResult<T>> + Send + 'static> Work<T> for F {}
 
 fn caller(request: &Request) -> Caller {
-    Caller { uid: request.uid(), gid: request.gid(), pid: request.pid() }
+    Caller { uid: request.uid(), gid: request.gid(), pid: request.pid(), umask: 0 }
 }
 
 fn owned(name: &OsStr) -> Vec<u8> {
@@ -247,23 +243,25 @@ impl Filesystem for Adapter {
         parent: INodeNo,
         name: &OsStr,
         mode: u32,
-        _umask: u32,
+        umask: u32,
         rdev: u32,
         reply: ReplyEntry,
     ) {
+        let caller = Caller { umask, ..caller(request) };
         match convert::kind_of_mode(mode) {
-            Ok(kind) => self.make(answer("mknod"), request, (parent, name), node(kind, mode, rdev), reply),
+            Ok(kind) => self.make(answer("mknod"), caller, (parent, name), node(kind, mode, rdev), reply),
             Err(errno) => reply.error(convert::errno(errno)),
         }
     }
 
-    fn mkdir(&self, request: &Request, parent: INodeNo, name: &OsStr, mode: u32, _umask: u32, reply: ReplyEntry) {
-        self.make(answer("mkdir"), request, (parent, name), node(Kind::Directory, mode, 0), reply);
+    fn mkdir(&self, request: &Request, parent: INodeNo, name: &OsStr, mode: u32, umask: u32, reply: ReplyEntry) {
+        let caller = Caller { umask, ..caller(request) };
+        self.make(answer("mkdir"), caller, (parent, name), node(Kind::Directory, mode, 0), reply);
     }
 
     fn symlink(&self, request: &Request, parent: INodeNo, name: &OsStr, target: &Path, reply: ReplyEntry) {
         let new = MakeRequest { kind: Kind::Symlink, mode: 0o777, rdev: 0, target: owned(target.as_os_str()) };
-        self.make(answer("symlink"), request, (parent, name), new, reply);
+        self.make(answer("symlink"), caller(request), (parent, name), new, reply);
     }
 
     fn unlink(&self, _request: &Request, parent: INodeNo, name: &OsStr, reply: ReplyEmpty) {
@@ -304,11 +302,12 @@ impl Filesystem for Adapter {
         parent: INodeNo,
         name: &OsStr,
         mode: u32,
-        _umask: u32,
+        umask: u32,
         flags: i32,
         reply: ReplyCreate,
     ) {
-        let (fs, caller, parent, name) = (self.fs.clone(), caller(request), convert::ino(parent), owned(name));
+        let (fs, parent, name) = (self.fs.clone(), convert::ino(parent), owned(name));
+        let caller = Caller { umask, ..caller(request) };
         let ttl = self.fs.attribute_timeout();
         let mode = convert::permissions(mode);
         let work = async move { fs.create(caller, parent, &name, mode, flags).await };
@@ -494,9 +493,9 @@ impl Filesystem for Adapter {
         self.xattr(answer("getxattr"), async move { fs.getxattr(ino, &name).await }, room, reply);
     }
 
-    fn listxattr(&self, _request: &Request, ino: INodeNo, room: u32, reply: ReplyXattr) {
-        let (fs, ino) = (self.fs.clone(), convert::ino(ino));
-        let work = async move { Ok(convert::xattr_names(&fs.listxattr(ino).await?)) };
+    fn listxattr(&self, request: &Request, ino: INodeNo, room: u32, reply: ReplyXattr) {
+        let (fs, ino, uid) = (self.fs.clone(), convert::ino(ino), request.uid());
+        let work = async move { Ok(convert::xattr_names(&convert::xattrs_shown(fs.listxattr(ino).await?, uid))) };
         self.xattr(answer("listxattr"), work, room, reply);
     }
 
@@ -505,7 +504,14 @@ impl Filesystem for Adapter {
             return reply.error(fuser::Errno::NO_XATTR);
         }
         let (fs, ino, name) = (self.fs.clone(), convert::ino(ino), owned(name));
-        self.empty(answer("removexattr"), async move { fs.removexattr(ino, &name).await }, reply);
+        let work = async move {
+            match fs.removexattr(ino, &name).await {
+                // To take away a list that is not there is no error.
+                Err(Errno(libc::ENODATA)) if convert::is_permission_list(&name) => Ok(()),
+                result => result,
+            }
+        };
+        self.empty(answer("removexattr"), work, reply);
     }
 
     fn lseek(&self, _request: &Request, ino: INodeNo, _file: Fh, offset: i64, whence: i32, reply: ReplyLseek) {

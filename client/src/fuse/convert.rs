@@ -136,10 +136,21 @@ pub(super) fn xattr_mode(flags: i32) -> FsResult<XattrMode> {
     }
 }
 
-/// Whether attributes of this namespace are kept. `security.*` and `system.*` (ACLs) would be kept without being
-/// obeyed, so they are refused; and the kernel asks for `security.capability` before every write.
+/// Whether attributes of this name are kept. Of `system.*` only what the kernel obeys.
 pub(super) fn xattr_is_kept(name: &[u8]) -> bool {
-    [&b"user."[..], b"trusted."].iter().any(|namespace| name.starts_with(namespace) && name.len() > namespace.len())
+    let namespaces = [&b"user."[..], b"trusted.", b"security."];
+    is_permission_list(name)
+        || namespaces.iter().any(|namespace| name.starts_with(namespace) && name.len() > namespace.len())
+}
+
+pub(super) fn is_permission_list(name: &[u8]) -> bool {
+    matches!(name, b"system.posix_acl_access" | b"system.posix_acl_default")
+}
+
+/// What the caller may know of: `trusted.*` is for root.
+pub(super) fn xattrs_shown(mut names: Vec<Vec<u8>>, uid: u32) -> Vec<Vec<u8>> {
+    names.retain(|name| uid == 0 || !name.starts_with(b"trusted."));
+    names
 }
 
 /// What to answer to a request for `value` into a buffer of `room` bytes.

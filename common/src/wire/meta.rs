@@ -243,7 +243,8 @@ impl Op {
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct NewInode {
     pub kind: Kind,
-    /// After the caller's umask. 0..=0o7777.
+    /// 0..=0o7777, and in the bits from `UMASK_SHIFT` on the maker's umask: it applies unless the directory has a default list of
+    /// permissions.
     pub mode: u32,
     pub uid: u32,
     pub gid: u32,
@@ -251,6 +252,9 @@ pub struct NewInode {
     /// Symlinks only, else empty.
     pub target: Vec<u8>,
 }
+
+/// Where the umask is in `NewInode::mode`.
+pub const UMASK_SHIFT: u32 = 16;
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub enum RenameMode {

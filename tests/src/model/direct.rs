@@ -26,7 +26,7 @@ use holdfast_common::{
 
 use super::{Answer, Op, RenameKind, Shape, System, payload};
 
-const CALLER: Caller = Caller { uid: 0, gid: 0, pid: 1 };
+const CALLER: Caller = Caller { uid: 0, gid: 0, pid: 1, umask: 0 };
 /// No operation of a test may take longer.
 const LIMIT: Duration = Duration::from_secs(60);
 /// Bytes that a kernel asks for at once.

@@ -1,5 +1,6 @@
 //! Real clusters of real processes behind real mounts, hurt in every way that the promises name.
 
+mod attributes;
 mod bounded;
 mod daemons;
 mod dying;

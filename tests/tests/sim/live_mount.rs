@@ -14,7 +14,7 @@ use holdfast_tests::{fault::random_bytes, sim_disk::SimDisk};
 
 use crate::node::{Life, Network, STORAGE_SERVERS, run};
 
-const CALLER: Caller = Caller { uid: 0, gid: 0, pid: 1 };
+const CALLER: Caller = Caller { uid: 0, gid: 0, pid: 1, umask: 0 };
 const PATIENCE: Duration = Duration::from_secs(40);
 
 /// A mount, until it is dropped.

@@ -5,12 +5,12 @@ use std::{collections::BTreeMap, ops::ControlFlow};
 use holdfast_common::{
     ChunkIndex, Ino, Kind, Piece, Refusal, Time,
     limits::{CHUNK_SIZE, COMMIT_FILES_MAX, COMMIT_PIECES_MAX, FILE_SIZE_MAX, PIECES_PER_CHUNK_MAX},
-    pieces,
+    mode, pieces,
     wire::meta::{FileCommit, Mutated, NewBlock, SetAttr, SetTime},
 };
 
 use super::{
-    Rows, Step, StorageError, Tables,
+    Rows, Step, StorageError, Tables, acl,
     blocks::Changes,
     chunk, existing,
     rows::{Inode, decode_pieces, encode_pieces},
@@ -113,8 +113,9 @@ pub(super) fn set_attr(tables: &mut Tables<'_>, ino: Ino, set: &SetAttr, now: Ti
         resize(tables, ino, &mut inode, size, now)?;
         inode.mtime = now;
     }
-    if let Some(mode) = set.mode {
-        inode.mode = mode & 0o7777;
+    if let Some(changed) = set.mode {
+        inode.mode = (inode.mode & !mode::PERMISSIONS) | (changed & mode::PERMISSIONS);
+        acl::follow_mode(tables, ino, &inode)?;
     }
     inode.uid = set.uid.unwrap_or(inode.uid);
     inode.gid = set.gid.unwrap_or(inode.gid);

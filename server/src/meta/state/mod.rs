@@ -4,6 +4,7 @@
 //! hash map (I6). Time comes in the entry, numbers are counted in the tables. The same entries make the same
 //! bytes, on every replica and at every replay.
 
+pub mod acl;
 pub mod blocks;
 pub mod chunk;
 pub mod file;

@@ -6,11 +6,12 @@
 use holdfast_common::{
     Ino, Kind, Refusal, Time,
     limits::{LINK_COUNT_MAX, NAME_LENGTH_MAX, SYMLINK_LENGTH_MAX},
-    wire::meta::{Mutated, NewInode, RenameMode},
+    mode,
+    wire::meta::{Mutated, NewInode, RenameMode, UMASK_SHIFT},
 };
 
 use super::{
-    Rows, Step, StorageError, Tables, existing, orphans,
+    Rows, Step, StorageError, Tables, acl, existing, orphans,
     rows::{Dentry, Inode},
     tables::{Result, fetch, key},
 };
@@ -98,7 +99,8 @@ pub(super) fn make(
         return Ok(Mutated::Inode { attr: target(tables, &taken)?.attr(taken.ino), created: false });
     }
     check_new(new)?;
-    let mut inode = child(new, &directory, now);
+    let inherited = acl::inherited(tables, parent, &directory, new)?;
+    let mut inode = child(new, inherited.mode, &directory, now);
     check_room(&directory, inode.kind)?;
     let ino = free_number(tables, made)?;
     tables.counters.ino_next = tables.counters.ino_next.max(ino.0 + 1);
@@ -106,6 +108,7 @@ pub(super) fn make(
     if inode.kind == Kind::Symlink {
         tables.put_tree(&key::symlink(ino), &new.target)?;
     }
+    inherited.store(tables, ino)?;
     enter(tables, (parent, name), &mut directory, ino, &mut inode, now)?;
     let attr = inode.attr(ino);
     tables.put_inode(ino, inode);
@@ -127,7 +130,7 @@ fn free_number(tables: &Tables<'_>, made: Option<Ino>) -> Step<Ino> {
 fn check_new(new: &NewInode) -> Result<(), Refusal> {
     let is_symlink = new.kind == Kind::Symlink;
     match new.target.len() {
-        _ if new.mode > 0o7777 => Err(Refusal::Invalid),
+        _ if new.mode & !(mode::PERMISSIONS | 0o777 << UMASK_SHIFT) != 0 => Err(Refusal::Invalid),
         length if is_symlink && length > SYMLINK_LENGTH_MAX => Err(Refusal::NameTooLong),
         length if is_symlink != (length > 0) || new.target.contains(&0) => Err(Refusal::Invalid),
         _ => Ok(()),
@@ -135,11 +138,11 @@ fn check_new(new: &NewInode) -> Result<(), Refusal> {
 }
 
 /// A setgid directory gives its group to what is made in it, and its setgid bit to directories.
-fn child(new: &NewInode, directory: &Inode, now: Time) -> Inode {
+fn child(new: &NewInode, mode: u32, directory: &Inode, now: Time) -> Inode {
     let inherits = directory.mode & SETGID != 0;
     let setgid = if inherits && new.kind == Kind::Directory { SETGID } else { 0 };
     Inode {
-        mode: new.mode | setgid,
+        mode: mode | setgid,
         uid: new.uid,
         gid: if inherits { directory.gid } else { new.gid },
         rdev: if matches!(new.kind, Kind::CharDevice | Kind::BlockDevice) { new.rdev } else { 0 },

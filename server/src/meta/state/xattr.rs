@@ -5,20 +5,25 @@ use std::ops::ControlFlow;
 use holdfast_common::{
     Ino, Refusal, Time,
     limits::{XATTR_LIST_LENGTH_MAX, XATTR_NAME_LENGTH_MAX, XATTR_VALUE_LENGTH_MAX},
+    mode,
     wire::meta::{Mutated, XattrMode},
 };
 
 use super::{
-    Rows, Step, Tables, existing,
+    Rows, Step, Tables, acl, existing,
+    rows::Inode,
     tables::{Result, fetch, key, past, scan},
 };
+
+/// File capabilities, which the kernel looks for before every write.
+const CAPABILITY: &[u8] = b"security.capability";
 
 pub(super) fn set(
     tables: &mut Tables<'_>,
     ino: Ino,
     name: &[u8],
     value: &[u8],
-    mode: XattrMode,
+    how: XattrMode,
     now: Time,
 ) -> Step<Mutated> {
     check_name(name)?;
@@ -27,7 +32,7 @@ pub(super) fn set(
     }
     let inode = existing(tables, ino)?;
     let taken = fetch(tables.tree(), &key::xattr(ino, name), |_| Ok(()))?.is_some();
-    match (mode, taken) {
+    match (how, taken) {
         (XattrMode::Create, true) => return Err(Refusal::Exists.into()),
         (XattrMode::Replace, false) => return Err(Refusal::NoAttribute.into()),
         _ => {}
@@ -36,8 +41,16 @@ pub(super) fn set(
     if !taken && listed + name.len() + 1 > XATTR_LIST_LENGTH_MAX {
         return Err(Refusal::NoSpace.into());
     }
-    tables.put_tree(&key::xattr(ino, name), value)?;
-    tables.put_inode(ino, super::rows::Inode { ctime: now, ..inode });
+    let (inode, value) = match name {
+        acl::ACCESS | acl::DEFAULT => acl::set(&inode, name, value)?,
+        CAPABILITY => (Inode { mode: inode.mode | mode::HAS_CAPABILITY, ..inode }, Some(value.to_vec())),
+        _ => (inode, Some(value.to_vec())),
+    };
+    match value {
+        Some(value) => tables.put_tree(&key::xattr(ino, name), &value)?,
+        None => tables.remove_tree(&key::xattr(ino, name))?,
+    }
+    tables.put_inode(ino, Inode { ctime: now, ..inode });
     Ok(Mutated::Xattr)
 }
 
@@ -46,8 +59,17 @@ pub(super) fn remove(tables: &mut Tables<'_>, ino: Ino, name: &[u8], now: Time) 
     let inode = existing(tables, ino)?;
     value(tables, ino, name)?.ok_or(Refusal::NoAttribute)?;
     tables.remove_tree(&key::xattr(ino, name))?;
-    tables.put_inode(ino, super::rows::Inode { ctime: now, ..inode });
+    tables.put_inode(ino, Inode { ctime: now, mode: inode.mode & !flag_of(name), ..inode });
     Ok(Mutated::Xattr)
+}
+
+fn flag_of(name: &[u8]) -> u32 {
+    match name {
+        acl::ACCESS => mode::HAS_ACCESS_LIST,
+        acl::DEFAULT => mode::HAS_DEFAULT_LIST,
+        CAPABILITY => mode::HAS_CAPABILITY,
+        _ => 0,
+    }
 }
 
 pub(super) fn check_name(name: &[u8]) -> Result<(), Refusal> {
