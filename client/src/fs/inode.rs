@@ -32,6 +32,8 @@ pub(super) const ATTRIBUTE_LIFE: Duration = Duration::from_secs(1);
 pub(super) const PAGES_UNKNOWN: u64 = u64::MAX;
 /// Bytes of one upload at most, beside its last extent.
 const UPLOAD_BYTES_MAX: u64 = 4 << 20;
+/// Bytes between the places at which what was appended may be cut.
+const CUT_BYTES_MIN: u64 = 64 << 10;
 
 #[derive(Debug)]
 pub(super) struct Inode {
@@ -52,7 +54,12 @@ pub(super) struct State {
     uploads: BTreeMap<u64, Arc<Upload>>,
     /// Chunks that an upload has.
     busy: BTreeSet<ChunkIndex>,
+    /// Uploads of which nothing is known.
+    late: BTreeSet<u64>,
     next_upload: u64,
+    /// Writes so far, and which of them made each dirty chunk dirty.
+    writes: u64,
+    written: BTreeMap<ChunkIndex, u64>,
     appended: Option<Appended>,
     pub map: KnownMap,
     /// The version of the data that the kernel's pages show.
@@ -74,8 +81,44 @@ pub(super) struct State {
 struct Appended {
     /// Where this mount takes them to be.
     range: Range<u64>,
-    /// Its first part is on its way. One at a time, or they could change places.
-    sent: bool,
+    /// Beginnings of records, at which what is sent may end, in order and `CUT_BYTES_MIN` apart.
+    cuts: Vec<u64>,
+    /// The upload that has the first part. One at a time, or they could change places.
+    upload: Option<u64>,
+}
+
+impl Appended {
+    fn note(&mut self, record: Range<u64>) {
+        let last = self.cuts.last().copied().unwrap_or(self.range.start);
+        if record.start >= last + CUT_BYTES_MIN {
+            self.cuts.push(record.start);
+        }
+        self.range.end = record.end;
+    }
+
+    /// Where the part ends that is sent next: whole records, not many more than `UPLOAD_BYTES_MAX`.
+    fn part_end(&self) -> u64 {
+        let (start, end) = (self.range.start, self.range.end);
+        let fitting = self.cuts.iter().rfind(|cut| **cut <= start + UPLOAD_BYTES_MAX);
+        match (end - start > UPLOAD_BYTES_MAX, fitting, self.cuts.first()) {
+            (true, Some(cut), _) | (true, None, Some(cut)) => *cut,
+            _ => end,
+        }
+    }
+
+    /// What is left when everything before `start` has gone, by `moved` bytes elsewhere.
+    fn rest(self, start: u64, moved: impl Fn(u64) -> u64) -> Self {
+        let cuts = self.cuts.into_iter().filter(|cut| *cut > start).map(&moved).collect();
+        Self { range: moved(start)..moved(self.range.end), cuts, upload: None }
+    }
+}
+
+/// The part of an upload that belongs at the end of the file.
+#[derive(Clone, Debug)]
+pub(super) struct AppendPart {
+    pub range: Range<u64>,
+    /// The size that the file has to have for that.
+    pub at_size: u64,
 }
 
 /// Extents on their way: at most one upload at a time has a chunk.
@@ -86,12 +129,14 @@ pub(super) struct Upload {
     pub bytes: u64,
     /// When the last of these bytes was written.
     pub mtime: Time,
+    /// Which write of the file the first of these bytes came with, or an earlier one.
+    pub written: u64,
     /// Chunks that have been written bit by bit so often that they may need compacting, with the pieces that they
     /// have at most.
     pub scattered: Vec<(ChunkIndex, usize)>,
     /// The part of it that belongs at the end of the file, wherever that is. Whole records: one of another mount may come to lie
     /// before it.
-    pub append: Option<Range<u64>>,
+    pub append: Option<AppendPart>,
 }
 
 impl Upload {
@@ -156,7 +201,10 @@ impl Inode {
             dirty_bytes: 0,
             uploads: BTreeMap::new(),
             busy: BTreeSet::new(),
+            late: BTreeSet::new(),
             next_upload: 1,
+            writes: 0,
+            written: BTreeMap::new(),
             appended: None,
             map,
             pages,
@@ -298,10 +346,6 @@ impl State {
         self.dirty.is_empty() && self.uploads.is_empty()
     }
 
-    pub(super) fn has_dirty(&self) -> bool {
-        !self.dirty.is_empty()
-    }
-
     pub(super) fn dirty_bytes(&self) -> u64 {
         self.dirty_bytes
     }
@@ -314,8 +358,19 @@ impl State {
         self.dirty_since
     }
 
+    /// Are there uploads up to this one that are worth waiting for?
     pub(super) fn uploads_up_to(&self, id: u64) -> bool {
-        self.uploads.first_key_value().is_some_and(|(first, _)| *first <= id)
+        self.uploads.range(..=id).any(|(id, _)| !self.late.contains(id))
+    }
+
+    /// How many writes there have been.
+    pub(super) fn writes(&self) -> u64 {
+        self.writes
+    }
+
+    /// Is something dirty that was written as one of the first `writes`?
+    pub(super) fn has_dirty_of(&self, writes: u64) -> bool {
+        self.written.values().any(|written| *written <= writes)
     }
 
     pub(super) fn last_upload(&self) -> u64 {
@@ -334,8 +389,8 @@ impl State {
     /// `range`, which begins at [`State::append_offset`], is about to be written by an append.
     pub(super) fn note_append(&mut self, range: Range<u64>) {
         match &mut self.appended {
-            Some(appended) => appended.range.end = range.end,
-            None => self.appended = Some(Appended { range, sent: false }),
+            Some(appended) => appended.note(range),
+            None => self.appended = Some(Appended { range, cuts: Vec::new(), upload: None }),
         }
     }
 
@@ -347,13 +402,21 @@ impl State {
     }
 
     /// Takes in written bytes. Returns how many more are held, and whether a chunk is now complete.
-    pub(super) fn write(&mut self, offset: u64, mut data: Bytes, now: Time) -> (u64, bool) {
+    pub(super) fn write(&mut self, offset: u64, data: Bytes, now: Time) -> (u64, bool) {
+        self.writes += 1;
+        self.write_since(offset, data, now, self.writes)
+    }
+
+    /// As [`State::write`], of bytes that were written as the `since`th.
+    fn write_since(&mut self, offset: u64, mut data: Bytes, now: Time, since: u64) -> (u64, bool) {
         let (mut grown, mut full, mut at) = (0, false, offset);
         while !data.is_empty() {
             let (chunk, within) = split(at);
             let room = (BLOCK_SIZE_MAX - within) as usize;
             let head = data.split_to(room.min(data.len()));
             at += head.len() as u64;
+            let written = self.written.entry(chunk).or_insert(since);
+            *written = (*written).min(since);
             let dirty = self.dirty.entry(chunk).or_default();
             grown += dirty.write(within, head);
             full |= dirty.is_full();
@@ -384,7 +447,10 @@ impl State {
         for (chunk, extent) in taken {
             by_chunk.entry(chunk).or_default().push(extent);
         }
-        let put_back = |(chunk, extents)| self.dirty.entry(chunk).or_default().put_back(extents);
+        let put_back = |(chunk, extents)| {
+            self.written.entry(chunk).or_insert(self.writes);
+            self.dirty.entry(chunk).or_default().put_back(extents)
+        };
         let given_up = by_chunk.into_iter().map(put_back).sum();
         self.dirty_bytes += bytes - given_up;
         if !self.dirty.is_empty() {
@@ -395,7 +461,9 @@ impl State {
 
     /// Forgets dirty bytes in `range`. Returns how many.
     pub(super) fn forget_dirty(&mut self, range: Range<u64>) -> u64 {
-        self.note_write(&range);
+        if self.appended.as_ref().is_some_and(|appended| range.start < appended.range.end) {
+            self.note_write(&range);
+        }
         let mut freed = 0;
         let chunks: Vec<ChunkIndex> = self.dirty.keys().copied().collect();
         for chunk in chunks {
@@ -409,6 +477,7 @@ impl State {
                 freed += dirty.forget(from..to);
                 if dirty.is_empty() {
                     self.dirty.remove(&chunk);
+                    self.written.remove(&chunk);
                 }
             }
         }
@@ -453,22 +522,81 @@ impl State {
         taken
     }
 
-    /// Takes all that was appended, unless some of it is on its way, or there is too little of it.
+    /// Takes what was appended, unless some of it is on its way, or there is too little of it.
     fn take_appended(&mut self, which: Which, compact_from: usize) -> Option<Arc<Upload>> {
-        let appended = self.appended.as_ref()?;
-        let range = appended.range.clone();
-        let from = split(range.start).0;
+        let range = self.appended.as_ref().filter(|appended| appended.upload.is_none())?.range.clone();
         let too_little = which == Which::Full && range.end - range.start < CHUNK_SIZE;
-        if appended.sent || too_little || self.busy.range(from..).next().is_some() {
+        if too_little || self.busy.range(split(range.start).0..).next().is_some() {
             return None;
         }
-        let mut extents = Vec::new();
-        for (chunk, mut dirty) in self.dirty.split_off(&from) {
-            extents.extend(dirty.take().into_iter().map(|extent| (chunk, extent)));
+        if range.start != self.attr.size {
+            self.move_appended(range.start, Vec::new(), self.writes);
         }
+        let appended = self.appended.as_ref()?;
+        let part = AppendPart { range: appended.range.start..appended.part_end(), at_size: self.attr.size };
+        let extents = self.take_up_to(split(part.range.start).0, part.range.end);
         let bytes = extents.iter().map(|(_, extent)| extent.bytes.len() as u64).sum();
-        self.appended = Some(Appended { range: range.clone(), sent: true });
-        Some(self.start_upload_of(extents, bytes, compact_from, Some(range)))
+        let upload = self.start_upload_of(extents, bytes, compact_from, Some(part));
+        if let Some(appended) = &mut self.appended {
+            appended.upload = Some(upload.id);
+        }
+        Some(upload)
+    }
+
+    /// Takes what is dirty from `first` on and before `end`.
+    fn take_up_to(&mut self, first: ChunkIndex, end: u64) -> Vec<(ChunkIndex, Extent)> {
+        let last = split(end - 1).0;
+        let chunks: Vec<ChunkIndex> = self.dirty.range(first..=last).map(|(chunk, _)| *chunk).collect();
+        let mut taken = Vec::new();
+        for chunk in chunks {
+            let Some(mut dirty) = self.dirty.remove(&chunk) else { continue };
+            let room = u32::try_from(end.saturating_sub(position(chunk, 0))).unwrap_or(BLOCK_SIZE_MAX);
+            let mut rest = DirtyChunk::default();
+            for Extent { offset, mut bytes } in dirty.take() {
+                let later = bytes.split_off((room.saturating_sub(offset) as usize).min(bytes.len()));
+                if !later.is_empty() {
+                    rest.write(offset.max(room), later);
+                }
+                if !bytes.is_empty() {
+                    taken.push((chunk, Extent { offset, bytes }));
+                }
+            }
+            if !rest.is_empty() {
+                self.dirty.insert(chunk, rest);
+            }
+        }
+        taken
+    }
+
+    /// Puts what was appended from `start` on, `sent` (written as the `written`th) before what is still dirty, to the end of
+    /// the file as it is known now.
+    fn move_appended(&mut self, start: u64, sent: Extents, written: u64) {
+        let Some(appended) = self.appended.take() else { return };
+        let oldest = self.written.values().copied().min().unwrap_or(self.writes);
+        let dirty = self.take_dirty(start.max(all_end(&sent))..u64::MAX);
+        let end = self.attr.size.max(self.written_end());
+        let mtime = self.attr.mtime;
+        let sent = sent.into_iter().map(|extent| (extent, written));
+        for ((chunk, extent), since) in sent.chain(dirty.into_iter().map(|extent| (extent, oldest))) {
+            self.write_since(position(chunk, extent.offset) - start + end, extent.bytes, mtime, since);
+        }
+        self.appended = Some(appended.rest(start, |at| at - start + end));
+    }
+
+    /// Another mount has changed the end of the file, and the attributes are known by now: what was appended goes to the end
+    /// that there is. Returns the bytes that are no longer held.
+    pub(super) fn rebase(&mut self, upload: &Upload) -> u64 {
+        self.end_upload(upload);
+        let Some(part) = &upload.append else { return self.put_back(upload, upload.extents.clone()) };
+        let is_ours = self.appended.as_ref().is_some_and(|appended| appended.upload == Some(upload.id));
+        if !is_ours {
+            return self.put_back(upload, upload.extents.clone());
+        }
+        let (staying, moving) = parted(&upload.extents, part.range.start);
+        let given_up = self.put_back(upload, staying);
+        self.dirty_since.get_or_insert_with(Instant::now);
+        self.move_appended(part.range.start, moving, upload.written);
+        given_up
     }
 
     fn start_upload(&mut self, extents: Vec<(ChunkIndex, Extent)>, bytes: u64, compact_from: usize) -> Arc<Upload> {
@@ -480,14 +608,21 @@ impl State {
         extents: Vec<(ChunkIndex, Extent)>,
         bytes: u64,
         compact_from: usize,
-        append: Option<Range<u64>>,
+        append: Option<AppendPart>,
     ) -> Arc<Upload> {
         let id = self.next_upload;
         self.next_upload += 1;
+        let written = extents.iter().filter_map(|(chunk, _)| self.written.get(chunk)).min().copied();
+        let written = written.unwrap_or(self.writes);
+        for (chunk, _) in &extents {
+            if !self.dirty.contains_key(chunk) {
+                self.written.remove(chunk);
+            }
+        }
         let scattered = self.note_scattered(&extents, compact_from);
         self.dirty_bytes -= bytes;
         self.busy.extend(extents.iter().map(|(chunk, _)| *chunk));
-        let upload = Arc::new(Upload { id, extents, bytes, mtime: self.attr.mtime, scattered, append });
+        let upload = Arc::new(Upload { id, extents, bytes, mtime: self.attr.mtime, scattered, append, written });
         self.uploads.insert(id, Arc::clone(&upload));
         upload
     }
@@ -514,47 +649,35 @@ impl State {
         self.scattered.insert(chunk, pieces);
     }
 
-    /// The upload has been committed as `pieces`, what was appended `moved` bytes further than it was taken to be. Returns the
-    /// bytes that are no longer held.
+    /// The upload has been committed as `pieces`. Returns the bytes that are no longer held.
     pub(super) fn finish(
         &mut self,
         upload: &Upload,
         pieces: &[(ChunkIndex, Piece)],
         places: &[BlockPlace],
         attr: Attr,
-        moved: u64,
     ) -> u64 {
         self.end_upload(upload);
         self.map.commit(attr.data_version, pieces, places);
         self.learn_own(attr);
-        if let Some(range) = &upload.append {
-            self.finish_append(range.end, moved);
+        if let Some(appended) = self.appended.take_if(|appended| appended.upload == Some(upload.id))
+            && let Some(part) = &upload.append
+            && part.range.end < appended.range.end
+        {
+            self.appended = Some(appended.rest(part.range.end, |at| at));
         }
         upload.bytes
-    }
-
-    /// What was appended up to `end` is committed, and what follows it moves with it.
-    fn finish_append(&mut self, end: u64, moved: u64) {
-        let Some(Appended { range, .. }) = self.appended.take() else { return };
-        if end >= range.end {
-            return;
-        }
-        if moved > 0 {
-            let mtime = self.attr.mtime;
-            for (chunk, extent) in self.take_dirty(end..u64::MAX) {
-                self.write(position(chunk, extent.offset) + moved, extent.bytes, mtime);
-            }
-        }
-        self.appended = Some(Appended { range: end + moved..range.end + moved, sent: false });
     }
 
     /// The upload failed: its bytes are dirty again, under those written since. Returns the bytes that are no longer held.
     pub(super) fn fail(&mut self, upload: &Upload, error: Errno) -> u64 {
         self.end_upload(upload);
-        if let (Some(_), Some(appended)) = (&upload.append, &mut self.appended) {
-            appended.sent = false;
+        if let Some(appended) = &mut self.appended
+            && appended.upload == Some(upload.id)
+        {
+            appended.upload = None;
         }
-        let freed = self.put_back_dirty(upload.extents.clone());
+        let freed = self.put_back(upload, upload.extents.clone());
         self.note_error(error);
         freed
     }
@@ -562,19 +685,40 @@ impl State {
     /// The upload can never succeed (the file is gone): its bytes are given up.
     pub(super) fn give_up(&mut self, upload: &Upload, error: Errno) -> u64 {
         self.end_upload(upload);
-        self.appended = None;
+        self.appended.take_if(|appended| appended.upload == Some(upload.id));
         self.note_error(error);
         upload.bytes
     }
 
+    /// Whether what the upload brought has been stored is not known, and may not be for a while. Nobody waits for it any more.
+    pub(super) fn note_late(&mut self, upload: &Upload) {
+        self.late.insert(upload.id);
+        self.note_error(Errno(libc::EIO));
+    }
+
+    /// Is there something that was sent long ago, of which nothing is known?
+    pub(super) fn has_late(&self) -> bool {
+        !self.late.is_empty()
+    }
+
+    /// What the upload had is dirty again, as old as it is. Returns how many bytes were given up for newer ones.
+    fn put_back(&mut self, upload: &Upload, extents: Vec<(ChunkIndex, Extent)>) -> u64 {
+        for (chunk, _) in &extents {
+            let written = self.written.entry(*chunk).or_insert(upload.written);
+            *written = (*written).min(upload.written);
+        }
+        self.put_back_dirty(extents)
+    }
+
     fn end_upload(&mut self, upload: &Upload) {
         self.uploads.remove(&upload.id);
+        self.late.remove(&upload.id);
         upload.extents.iter().for_each(|(chunk, _)| {
             self.busy.remove(chunk);
         });
     }
 
-    fn note_error(&mut self, error: Errno) {
+    pub(super) fn note_error(&mut self, error: Errno) {
         self.errors += 1;
         self.last_error = error.0;
     }
@@ -634,6 +778,31 @@ fn covering(sent: &[&Extent], range: &Range<u32>) -> Option<Bytes> {
     covers.then(|| extent.bytes.slice((range.start - extent.offset) as usize..(range.end - extent.offset) as usize))
 }
 
+/// First offset of the file past the last of `extents`, which are in order.
+fn all_end(extents: &[(ChunkIndex, Extent)]) -> u64 {
+    extents.last().map_or(0, |(chunk, extent)| position(*chunk, extent.range().end))
+}
+
+type Extents = Vec<(ChunkIndex, Extent)>;
+
+/// What lies before `at`, and the rest.
+fn parted(extents: &[(ChunkIndex, Extent)], at: u64) -> (Extents, Extents) {
+    let (mut before, mut after) = (Vec::new(), Vec::new());
+    for (chunk, Extent { offset, bytes }) in extents {
+        let start = position(*chunk, *offset);
+        let length = usize::try_from(at.saturating_sub(start)).unwrap_or(usize::MAX).min(bytes.len());
+        let (head, tail) = (bytes.slice(..length), bytes.slice(length..));
+        if !head.is_empty() {
+            before.push((*chunk, Extent { offset: *offset, bytes: head }));
+        }
+        if !tail.is_empty() {
+            let (chunk, offset) = split(start + length as u64);
+            after.push((chunk, Extent { offset, bytes: tail }));
+        }
+    }
+    (before, after)
+}
+
 /// Chunk and offset in it. Past the last chunk that a file can have, the last one.
 pub(super) fn split(offset: u64) -> (ChunkIndex, u32) {
     let chunk = u32::try_from(offset / CHUNK_SIZE).unwrap_or(u32::MAX);
@@ -643,4 +812,150 @@ pub(super) fn split(offset: u64) -> (ChunkIndex, u32) {
 
 pub(super) fn position(chunk: ChunkIndex, within: u32) -> u64 {
     u64::from(chunk.0) * CHUNK_SIZE + u64::from(within)
+}
+
+#[cfg(test)]
+mod tests {
+    use holdfast_common::Kind;
+
+    use super::*;
+
+    const MIB: u64 = CHUNK_SIZE;
+
+    fn attr(size: u64, data_version: u64) -> Attr {
+        let time = Time { secs: 1, nanos: 0 };
+        Attr {
+            ino: Ino(7),
+            kind: Kind::File,
+            mode: 0o644,
+            uid: 0,
+            gid: 0,
+            nlink: 1,
+            size,
+            stored: size,
+            rdev: 0,
+            atime: time,
+            mtime: time,
+            ctime: time,
+            btime: time,
+            data_version,
+        }
+    }
+
+    fn inode(size: u64) -> Arc<Inode> {
+        Inode::new(attr(size, 1), KnownMap::default(), PAGES_UNKNOWN)
+    }
+
+    fn append(state: &mut State, length: usize, fill: u8) {
+        let start = state.append_offset().unwrap();
+        state.note_append(start..start + length as u64);
+        state.write(start, vec![fill; length].into(), Time { secs: 2, nanos: 0 });
+    }
+
+    /// What an upload has, as runs of (offset in the file, length, first byte).
+    fn runs(upload: &Upload) -> Vec<(u64, usize, u8)> {
+        let run = |(chunk, extent): &(ChunkIndex, Extent)| {
+            (position(*chunk, extent.offset), extent.bytes.len(), extent.bytes[0])
+        };
+        upload.extents.iter().map(run).collect()
+    }
+
+    fn take_one(state: &mut State) -> Arc<Upload> {
+        let mut taken = state.take_uploads(Which::All, usize::MAX);
+        assert_eq!(taken.len(), 1);
+        taken.remove(0)
+    }
+
+    #[test]
+    fn what_is_refused_at_one_end_goes_to_the_other_in_its_order() {
+        // Another mount appends; and another one cuts the file, where the old end was no end any more.
+        for end in [250, 0] {
+            let inode = inode(100);
+            let mut state = inode.lock();
+            append(&mut state, 10, 1);
+            let upload = take_one(&mut state);
+            assert_eq!((runs(&upload), upload.append.as_ref().unwrap().at_size), (vec![(100, 10, 1)], 100));
+            append(&mut state, 20, 2);
+            assert!(state.take_uploads(Which::All, usize::MAX).is_empty(), "one at a time");
+            state.learn(attr(end, 2));
+            assert_eq!(state.rebase(&upload), 0);
+            let upload = take_one(&mut state);
+            assert_eq!(runs(&upload), [(end, 30, 1)]);
+            assert_eq!(upload.append.as_ref().unwrap().at_size, end);
+            assert_eq!(state.finish(&upload, &[], &[], attr(end + 30, 3)), 30);
+            assert!(state.is_clean() && !state.has_dirty_of(u64::MAX));
+            assert_eq!(state.append_offset(), Some(end + 30));
+        }
+    }
+
+    #[test]
+    fn what_follows_a_part_that_was_sent_is_sent_after_it() {
+        let inode = inode(MIB - 5);
+        let mut state = inode.lock();
+        append(&mut state, 10, 1);
+        let first = take_one(&mut state);
+        assert_eq!(runs(&first), [(MIB - 5, 5, 1), (MIB, 5, 1)]);
+        let writes = state.writes();
+        append(&mut state, 10, 2);
+        assert!(!state.has_dirty_of(writes));
+        state.finish(&first, &[], &[], attr(MIB + 5, 2));
+        let second = take_one(&mut state);
+        assert_eq!((runs(&second), second.append.as_ref().unwrap().at_size), (vec![(MIB + 5, 10, 2)], MIB + 5));
+        // A failure leaves everything where it was, to be tried again.
+        assert_eq!(state.fail(&second, Errno(libc::EIO)), 0);
+        assert!(state.has_dirty_of(writes + 1));
+        assert_eq!(runs(&take_one(&mut state)), [(MIB + 5, 10, 2)]);
+    }
+
+    #[test]
+    fn a_long_append_goes_in_parts_of_whole_records() {
+        let inode = inode(0);
+        let mut state = inode.lock();
+        let record = 300_000;
+        for n in 0..30 {
+            append(&mut state, record, n);
+        }
+        let (mut sent, mut parts) = (0, 0);
+        while !state.is_clean() {
+            let upload = take_one(&mut state);
+            let bytes: u64 = upload.extents.iter().map(|(_, extent)| extent.bytes.len() as u64).sum();
+            assert_eq!((upload.bytes, bytes % record as u64), (bytes, 0), "whole records");
+            assert!(bytes <= UPLOAD_BYTES_MAX);
+            assert_eq!(runs(&upload)[0].0, sent);
+            sent += bytes;
+            parts += 1;
+            state.finish(&upload, &[], &[], attr(sent, 1 + parts));
+        }
+        assert_eq!((sent, parts), (9_000_000, 3));
+    }
+
+    #[test]
+    fn a_write_into_what_was_appended_pins_it() {
+        let inode = inode(100);
+        let mut state = inode.lock();
+        append(&mut state, 10, 1);
+        let sent = take_one(&mut state);
+        state.note_write(&(104..106));
+        state.write(104, vec![9; 2].into(), Time { secs: 3, nanos: 0 });
+        state.learn(attr(140, 2));
+        append(&mut state, 5, 2);
+        // It goes back to where it was taken to be, under what was written since; what was appended later is another matter.
+        assert_eq!(state.rebase(&sent), 2);
+        let mut uploads = state.take_uploads(Which::All, usize::MAX);
+        let runs: Vec<_> = uploads.drain(..).flat_map(|upload| runs(&upload)).collect();
+        assert_eq!(runs, [(100, 10, 1), (140, 5, 2)]);
+    }
+
+    #[test]
+    fn an_upload_of_which_nothing_is_known_is_not_waited_for() {
+        let inode = inode(0);
+        let mut state = inode.lock();
+        append(&mut state, 10, 1);
+        let upload = take_one(&mut state);
+        assert!(state.uploads_up_to(state.last_upload()) && !state.has_late());
+        state.note_late(&upload);
+        assert!(!state.uploads_up_to(state.last_upload()) && state.has_late() && !state.is_clean());
+        state.finish(&upload, &[], &[], attr(10, 2));
+        assert!(!state.has_late() && state.is_clean());
+    }
 }

@@ -19,7 +19,7 @@ use tracing::warn;
 
 use super::{
     Errno, FsResult,
-    inode::{Assembly, ChunkPlan, Inode, Upload, Which, position, split},
+    inode::{AppendPart, Assembly, ChunkPlan, Inode, Upload, Which},
 };
 use crate::{
     read::fetch::Fetcher,
@@ -87,13 +87,16 @@ impl Shared {
     }
 
     async fn upload(self: Arc<Self>, inode: &Arc<Inode>, upload: &Upload, cut: Option<Cut>, urgency: Urgency) {
-        let freed = match self.store(inode, upload, cut, urgency).await {
+        let stored = self.store(inode, upload, cut, urgency).await;
+        let is_stored = stored.is_ok();
+        let freed = match stored {
             Ok(stored) => {
                 self.budget.set_full(false);
                 let mut state = inode.lock();
                 state.note_position(stored.committed.position);
-                state.finish(upload, &stored.cut.pieces, &stored.places, stored.committed.attr, stored.moved)
+                state.finish(upload, &stored.cut.pieces, &stored.places, stored.committed.attr)
             }
+            Err(Errno(libc::EBUSY)) if upload.append.is_some() => inode.lock().rebase(upload),
             Err(error @ Errno(libc::ESTALE)) => {
                 warn!(ino = %inode.ino, bytes = upload.bytes, "the file is gone: what was written to it is dropped");
                 inode.lock().give_up(upload, error)
@@ -106,7 +109,7 @@ impl Shared {
         };
         self.budget.sub(freed);
         inode.settled.notify_waiters();
-        if upload.append.is_some() {
+        if is_stored && upload.append.is_some() {
             // What was appended meanwhile had to wait.
             self.start_uploads(inode, Which::Full, Urgency::Visible);
         }
@@ -116,8 +119,8 @@ impl Shared {
     async fn store(&self, inode: &Arc<Inode>, upload: &Upload, cut: Option<Cut>, urgency: Urgency) -> FsResult<Stored> {
         let slot = tokio::time::timeout(self.io_timeout, self.upload_slots.acquire());
         let _slot = slot.await.map_err(|_| Errno(libc::EIO))?.map_err(|_| Errno(libc::EIO))?;
-        if let Some(range) = &upload.append {
-            return self.append(inode, upload, range, urgency).await;
+        if let Some(part) = &upload.append {
+            return self.append(inode, upload, part, urgency).await;
         }
         if let Some(cut) = cut {
             return self.put_and_commit(inode, upload, cut, Vec::new(), urgency).await;
@@ -133,47 +136,34 @@ impl Shared {
         self.put_and_commit(inode, upload, sealed(&upload.extents)?, Vec::new(), urgency).await
     }
 
-    /// Commits the upload with `range` of it at the end of the file.
+    /// Commits the upload with `part` of it at the end of the file. `EBUSY`: the end is elsewhere, and known by now.
     async fn append(
         &self,
         inode: &Arc<Inode>,
         upload: &Upload,
-        range: &Range<u64>,
+        part: &AppendPart,
         urgency: Urgency,
     ) -> FsResult<Stored> {
-        if let Some((extents, over)) = self.compacted(inode, upload).await? {
-            match self.put_and_append(inode, upload, &extents, over, range.start, urgency).await {
-                Err(Errno(libc::EBUSY)) => {}
-                result => return result,
+        let appended = match self.compacted(inode, upload).await? {
+            Some((extents, over)) => self.put_and_append(inode, upload, part, &extents, over, urgency).await,
+            None => self.put_and_append(inode, upload, part, &upload.extents, Vec::new(), urgency).await,
+        };
+        if matches!(appended, Err(Errno(libc::EBUSY))) {
+            match self.meta.query(Query::GetAttr { ino: inode.ino }).await? {
+                MetaAnswer::Attr(attr) => inode.lock().learn(attr),
+                other => return Err(unexpected(&other)),
             }
         }
-        let mut end = range.start;
-        loop {
-            let moved = end - range.start;
-            let extents = moved_by(&upload.extents, range.start, moved);
-            match self.put_and_append(inode, upload, &extents, Vec::new(), end, urgency).await {
-                Ok(stored) => return Ok(Stored { moved, ..stored }),
-                // Another mount has changed the size: by its progress, so this ends.
-                Err(Errno(libc::EBUSY)) => end = self.end_of(inode).await?.max(range.start),
-                Err(error) => return Err(error),
-            }
-        }
-    }
-
-    async fn end_of(&self, inode: &Arc<Inode>) -> FsResult<u64> {
-        match self.meta.query(Query::GetAttr { ino: inode.ino }).await? {
-            MetaAnswer::Attr(attr) => Ok(attr.size),
-            other => Err(unexpected(&other)),
-        }
+        appended
     }
 
     async fn put_and_append(
         &self,
         inode: &Arc<Inode>,
         upload: &Upload,
+        part: &AppendPart,
         extents: &[(ChunkIndex, Extent)],
         only_over: Vec<(ChunkIndex, u64)>,
-        at_size: u64,
         urgency: Urgency,
     ) -> FsResult<Stored> {
         let cut = sealed(extents)?;
@@ -183,22 +173,26 @@ impl Shared {
         let file = FileCommit {
             ino: inode.ino,
             pieces: cut.pieces.clone(),
-            size_at_least: end_of_extents(extents),
+            size_at_least: upload.end(),
             mtime: upload.mtime,
             clear_suid: false,
             only_over,
         };
-        let applied = self.meta.mutate(Op::Append { file, blocks, at_size }, urgency == Urgency::Durable).await?;
-        let attr = match &applied.outcome {
-            Mutated::Committed(files) if matches!(files[..], [Ok(_)]) => files[0],
-            other => {
-                tracing::error!(?other, "the metadata server answered an append with something else");
-                return Err(Errno(libc::EIO));
-            }
+        let op = Op::Append { file, blocks, at_size: part.at_size };
+        // Asked for anew it would be a second record: until it is known whether there is a first one, nothing else is sent.
+        let late = || {
+            warn!(ino = %inode.ino, "it is not known whether what was appended is stored");
+            inode.lock().note_late(upload);
+            inode.settled.notify_waiters();
         };
-        let attr = attr.map_err(|refusal| Errno(refusal.errno()))?;
+        let applied = self.meta.mutate_until_known(op, late).await?;
+        let Mutated::Committed(files) = &applied.outcome else {
+            tracing::error!(outcome = ?applied.outcome, "the metadata server answered an append with something else");
+            return Err(Errno(libc::EIO));
+        };
+        let [Ok(attr)] = files[..] else { return Err(Errno(libc::EIO)) };
         self.retain(applied.position, &cut, kept);
-        Ok(Stored { cut, places, committed: Committed { attr, position: applied.position }, moved: 0 })
+        Ok(Stored { cut, places, committed: Committed { attr, position: applied.position } })
     }
 
     async fn put_and_commit(
@@ -222,7 +216,7 @@ impl Shared {
         let kept = if urgency == Urgency::Visible { blocks.clone() } else { Vec::new() };
         let committed = self.committer.commit(Item { file, blocks }, urgency == Urgency::Durable).await?;
         self.retain(committed.position, &cut, kept);
-        Ok(Stored { cut, places, committed, moved: 0 })
+        Ok(Stored { cut, places, committed })
     }
 
     /// Keeps blocks that their servers have not synced, unless they have by now.
@@ -343,13 +337,19 @@ impl Shared {
         let few = inode.lock().dirty_bytes() <= DURABLE_PUT_BYTES_MAX;
         let urgency = if few { urgency } else { Urgency::Visible };
         let errors = inode.lock().errors();
-        // Twice: a chunk that an earlier upload still had the first time is free the second time, and so is what was appended.
-        for _ in 0..2 {
+        let (writes, start) = (inode.lock().writes(), tokio::time::Instant::now());
+        // Again: a chunk that an earlier upload still had is free the next time, and what was appended goes part by part, and
+        // perhaps to another end.
+        loop {
             self.start_uploads(inode, Which::All, urgency);
             self.wait_for_uploads(inode).await;
-            let state = inode.lock();
-            if !state.has_dirty() || state.errors() > errors {
+            let mut state = inode.lock();
+            let late = state.has_late() || start.elapsed() > self.io_timeout;
+            if state.errors() > errors || (!state.has_dirty_of(writes) && !state.has_late()) {
                 return;
+            }
+            if late {
+                return state.note_error(Errno(libc::EIO));
             }
         }
     }
@@ -472,35 +472,6 @@ struct Stored {
     cut: Cut,
     places: Vec<BlockPlace>,
     committed: Committed,
-    /// How much further than it was taken to be what was appended came to lie.
-    moved: u64,
-}
-
-/// The extents, what lies at or after `from` by `moved` bytes further.
-fn moved_by(extents: &[(ChunkIndex, Extent)], from: u64, moved: u64) -> Vec<(ChunkIndex, Extent)> {
-    if moved == 0 {
-        return extents.to_vec();
-    }
-    let mut all = Vec::with_capacity(extents.len() + 2);
-    for (chunk, extent) in extents {
-        let start = position(*chunk, extent.offset);
-        let staying = usize::try_from(from.saturating_sub(start)).unwrap_or(usize::MAX).min(extent.bytes.len());
-        if staying > 0 {
-            all.push((*chunk, Extent { offset: extent.offset, bytes: extent.bytes.slice(..staying) }));
-        }
-        let (mut at, mut rest) = (start + staying as u64 + moved, extent.bytes.slice(staying..));
-        while !rest.is_empty() {
-            let (chunk, offset) = split(at);
-            let bytes = rest.split_to(rest.len().min((BLOCK_SIZE_MAX - offset) as usize));
-            at += bytes.len() as u64;
-            all.push((chunk, Extent { offset, bytes }));
-        }
-    }
-    all
-}
-
-fn end_of_extents(extents: &[(ChunkIndex, Extent)]) -> u64 {
-    extents.last().map_or(0, |(chunk, extent)| position(*chunk, extent.range().end))
 }
 
 fn is_full(upload: &Upload) -> bool {
@@ -540,29 +511,6 @@ fn merged(mut ranges: Vec<Range<u32>>) -> Vec<Range<u32>> {
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    #[test]
-    fn what_was_appended_moves_and_is_cut_anew_at_the_borders_of_chunks() {
-        let mib = BLOCK_SIZE_MAX;
-        let extent = |chunk, offset, length: u32| {
-            let bytes: Vec<u8> = (0..length).map(|n| (n % 251) as u8).collect();
-            (ChunkIndex(chunk), Extent { offset, bytes: bytes.into() })
-        };
-        let shape = |extents: &[(ChunkIndex, Extent)]| -> Vec<(u32, Range<u32>)> {
-            extents.iter().map(|(chunk, extent)| (chunk.0, extent.range())).collect()
-        };
-        // 100 bytes that stay, and what was appended after them, over the end of the first chunk.
-        let extents = [extent(0, mib - 300, 300), extent(1, 0, 50)];
-        let base = u64::from(mib) - 200;
-        assert_eq!(shape(&moved_by(&extents, base, 0)), shape(&extents));
-        let moved = moved_by(&extents, base, 150);
-        assert_eq!(shape(&moved), [(0, mib - 300..mib - 200), (0, mib - 50..mib), (1, 0..150), (1, 150..200)]);
-        let joined = |extents: &[(ChunkIndex, Extent)]| -> Vec<u8> {
-            extents.iter().flat_map(|(_, extent)| extent.bytes.to_vec()).collect()
-        };
-        assert_eq!(joined(&moved), joined(&extents));
-        assert_eq!(end_of_extents(&moved), u64::from(mib) + 200);
-    }
 
     #[test]
     fn ranges_that_touch_are_one_and_too_many_become_one() {

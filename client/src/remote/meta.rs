@@ -25,7 +25,10 @@ use parking_lot::{Mutex, RwLock};
 use tokio::sync::{Notify, watch};
 use tracing::{debug, error, info, warn};
 
-use super::{retry::Retry, undurable::Undurable};
+use super::{
+    retry::{OutOfTime, Retry},
+    undurable::Undurable,
+};
 use crate::fs::{Errno, FsResult};
 
 /// One attempt of a request that needs no disk.
@@ -264,9 +267,36 @@ impl MetaClient {
         }
     }
 
+    /// As [`MetaClient::mutate`], of a change that must not be asked for anew while it may have been made: goes on until its
+    /// outcome is known, and says `late` each time that the mount's patience ends before.
+    pub async fn mutate_until_known(self: &Arc<Self>, op: Op, late: impl Fn()) -> FsResult<Applied> {
+        if self.undurable.lock().is_full() {
+            self.make_room().await;
+        }
+        let mut perhaps_applied = false;
+        loop {
+            let mutation = Mutation::begin(self).await;
+            loop {
+                match self.attempt(&mutation, &op, false).await {
+                    Err(Failure::Late { perhaps_applied: perhaps }) if perhaps || perhaps_applied => {
+                        perhaps_applied = true;
+                        late();
+                    }
+                    Err(Failure::Expired { session, perhaps_applied: false }) if !perhaps_applied => {
+                        self.reenter(session).await;
+                        break;
+                    }
+                    result => return Ok(result?),
+                }
+            }
+        }
+    }
+
     /// Has so much made durable that there is room for more changes. Without servers that can, the oldest go without.
     async fn make_room(self: &Arc<Self>) {
-        if !matches!(tokio::time::timeout(ATTEMPT, self.barrier()).await, Ok(Ok(()))) {
+        let made = matches!(tokio::time::timeout(ATTEMPT, self.barrier()).await, Ok(Ok(())));
+        // While the server is away, what is kept for it is kept.
+        if !made && *self.recovering.borrow() == Recovering::No && self.query(Query::StatFs).await.is_ok() {
             let mut undurable = self.undurable.lock();
             if undurable.is_full() {
                 let changes = undurable.give_up_half();
@@ -280,6 +310,10 @@ impl MetaClient {
 
     async fn mutate_in_session(self: &Arc<Self>, op: &Op, durable: bool) -> Result<Applied, Failure> {
         let mutation = Mutation::begin(self).await;
+        self.attempt(&mutation, op, durable).await
+    }
+
+    async fn attempt(self: &Arc<Self>, mutation: &Mutation<'_>, op: &Op, durable: bool) -> Result<Applied, Failure> {
         let attempt = if durable { self.io_timeout } else { ATTEMPT };
         let request = || MetaRequest::Mutate {
             session: mutation.session,
@@ -318,7 +352,9 @@ impl MetaClient {
         let mut retry = Retry::within(self.io_timeout);
         let mut perhaps_applied = false;
         loop {
-            self.until_recovered(retry.remaining()).await?;
+            if self.until_recovered(retry.remaining()).await.is_err() {
+                return Err(Failure::Late { perhaps_applied });
+            }
             let request = request();
             match self.once(&request, attempt.min(retry.remaining())).await {
                 Ok(answer) => return Ok(answer),
@@ -338,7 +374,7 @@ impl MetaClient {
             }
             if retry.pause().await.is_err() {
                 error!(server = %self.server.address, "the metadata server did not answer within {:?}", self.io_timeout);
-                return Err(Failure::Errno(Errno(libc::EIO)));
+                return Err(Failure::Late { perhaps_applied });
             }
         }
     }
@@ -403,7 +439,7 @@ impl MetaClient {
     }
 
     /// Until a server that has restarted knows what it has to, nothing else is asked of it.
-    async fn until_recovered(&self, patience: Duration) -> Result<(), Failure> {
+    async fn until_recovered(&self, patience: Duration) -> Result<(), OutOfTime> {
         if *self.recovering.borrow() == Recovering::No {
             return Ok(());
         }
@@ -413,7 +449,7 @@ impl MetaClient {
             Ok(Ok(_)) => Ok(()),
             Ok(Err(_)) | Err(_) => {
                 error!(server = %self.server.address, "the metadata server has not recovered within {:?}", self.io_timeout);
-                Err(Failure::Errno(Errno(libc::EIO)))
+                Err(OutOfTime)
             }
         }
     }
@@ -421,12 +457,17 @@ impl MetaClient {
     /// Tries for as long as it takes: what a server has lost, nobody else can give back to it.
     async fn recover(self: &Arc<Self>) {
         let mut retry = Retry::endless();
+        let mut lost = false;
         loop {
             self.recovering.send_replace(Recovering::Yes);
             let session = self.session();
-            match self.recover_once(session).await {
+            match self.recover_once(session, &mut lost).await {
                 Ok(()) => {}
-                Err(Trouble::Refused(Refusal::SessionExpired)) => self.reenter(session).await,
+                Err(Trouble::Refused(Refusal::SessionExpired)) => {
+                    self.reenter(session).await;
+                    // What it had is durable by now, or gone.
+                    self.roll_back(Position(0), Position(0));
+                }
                 Err(trouble) => {
                     warn!(?trouble, "the restarted metadata server does not know what it has to yet");
                     retry.wait().await;
@@ -446,10 +487,29 @@ impl MetaClient {
         }
     }
 
-    async fn recover_once(self: &Arc<Self>, session: SessionId) -> Result<(), Trouble> {
+    /// `lost`: this mount knows by now that something was lost.
+    async fn recover_once(self: &Arc<Self>, session: SessionId, lost: &mut bool) -> Result<(), Trouble> {
         match self.send_opens(session).await? {
-            Some(after) => self.replay(session, after).await,
+            Some(after) => {
+                *lost = true;
+                self.replay(session, after).await
+            }
+            None if *lost => self.settle(session).await,
             None => Ok(()),
+        }
+    }
+
+    /// All has been made again, and the answer that said where was lost: when everything is durable, that does not matter.
+    async fn settle(self: &Arc<Self>, session: SessionId) -> Result<(), Trouble> {
+        self.once(&MetaRequest::Barrier { session }, self.io_timeout).await?;
+        *self.undurable.lock() = Undurable::default();
+        self.roll_back(Position(0), Position(0));
+        Ok(())
+    }
+
+    fn roll_back(&self, after: Position, through: Position) {
+        if let Some(rolled_back) = self.rolled_back.get() {
+            rolled_back(after, through);
         }
     }
 
@@ -471,9 +531,7 @@ impl MetaClient {
                 through = through.max(self.take_replayed(change, &replayed));
             }
         }
-        if let Some(rolled_back) = self.rolled_back.get() {
-            rolled_back(after, through);
-        }
+        self.roll_back(after, through);
         Ok(())
     }
 
@@ -595,6 +653,10 @@ enum Trouble {
 /// Why a request ended without an answer that counts.
 enum Failure {
     Errno(Errno),
+    /// The mount's patience has ended.
+    Late {
+        perhaps_applied: bool,
+    },
     /// The session is no longer known, so neither is whether an earlier, lost attempt of a mutation was applied.
     Expired {
         session: SessionId,
@@ -606,6 +668,7 @@ impl From<Failure> for Errno {
     fn from(failure: Failure) -> Self {
         match failure {
             Failure::Errno(errno) => errno,
+            Failure::Late { .. } => Self(libc::EIO),
             Failure::Expired { .. } => {
                 error!("the session expired in the middle of a change: whether it was made is not known");
                 Self(libc::EIO)

@@ -219,9 +219,10 @@ impl Op {
             Self::Make { .. }
             | Self::Link { .. }
             | Self::SetXattr { .. }
-            | Self::Commit { .. }
             | Self::CopyRange { .. }
             | Self::Append { .. } => true,
+            // One of no file only says who has its blocks.
+            Self::Commit { files, .. } => !files.is_empty(),
             Self::Unlink { .. }
             | Self::Rmdir { .. }
             | Self::Rename { .. }

@@ -37,7 +37,7 @@ const QUESTION_DEADLINE: Duration = Duration::from_secs(3);
 const RETRY_AFTER: Duration = Duration::from_millis(200);
 
 /// How long a mount has to store a block again that no server has any more.
-const VANISHED_PATIENCE: Duration = Duration::from_secs(15);
+const VANISHED_PATIENCE: Duration = Duration::from_secs(20);
 
 type Copies = BTreeMap<BootId, BTreeSet<BlockHash>>;
 
@@ -292,7 +292,11 @@ impl Barrier {
     /// Nobody has it, and no mount has stored it again in all the time that it had for that.
     fn is_hopeless(&self, hash: BlockHash) -> bool {
         let now = self.core.clock.monotonic();
-        let since = *self.core.vanished.lock().entry(hash).or_insert(now);
+        let mut vanished = self.core.vanished.lock();
+        let since = *vanished
+            .entry(hash)
+            .and_modify(|since| *since = if self.core.is_recovering() { now } else { *since })
+            .or_insert(now);
         now.saturating_sub(since) >= VANISHED_PATIENCE
     }
 

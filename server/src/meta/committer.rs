@@ -187,7 +187,7 @@ impl Committer {
     fn check(&self, command: &mut Command) -> Result<(), Refusal> {
         match command {
             Command::Mutate { op, .. } if op.grows() && self.core.full.load(Ordering::Relaxed) => Err(Refusal::NoSpace),
-            command if !command.new_blocks().is_empty() && self.core.unsynced.lock().is_full() => {
+            Command::Mutate { op, .. } if !op.new_blocks().is_empty() && self.core.unsynced.lock().is_full() => {
                 self.core.barrier_wanted.notify_one();
                 Err(Refusal::Unavailable)
             }
@@ -245,6 +245,8 @@ impl Committer {
         match (op, &applied.outcome) {
             (op, Ok(_)) if applied.changed && !op.new_blocks().is_empty() => {
                 self.core.unsynced.lock().note(op.new_blocks());
+                // Stored again: whoever does that may need time for more.
+                self.core.vanished.lock().clear();
             }
             (Op::Make { open: true, .. }, Ok(Reply::Mutated(Mutated::Inode { attr, .. }))) => {
                 self.hold_open(*session, attr.ino);

@@ -6,12 +6,13 @@ use std::sync::{
 };
 
 use holdfast_common::{
-    BlockHash, ClusterId, Position, Refusal,
+    BlockHash, ClusterId, Position, Refusal, Sequence, SessionId,
     clock::Clock,
     disk::Disk,
     net::{CallError, Endpoint, Frame, Peers},
     wire::{
         codec,
+        meta::Replayed,
         storage::{StorageAnswer, StorageReply, StorageRequest},
     },
 };
@@ -67,11 +68,13 @@ pub struct Core {
     pub directory: PathBuf,
     /// There is less room on that disk than has to stay free.
     pub full: AtomicBool,
-    /// Here while mounts say again what was lost.
-    pub recovery: Mutex<Option<Recovery>>,
+    /// What mounts say again, and what became of it.
+    pub recovery: Mutex<Recovery>,
     recovering: watch::Sender<bool>,
-    /// What came after this was lost before this life of the server.
-    pub lost_after: Option<Position>,
+    /// A mount has said all that it had done.
+    pub replays_wanted: Notify,
+    /// Counts how often something that mounts had said is done.
+    replayed: watch::Sender<u64>,
     /// Blocks that none of their holders has any more, though none was ever durable, and since when that is known.
     pub vanished: Mutex<BTreeMap<BlockHash, Duration>>,
     /// When silence was last judged.
@@ -101,12 +104,15 @@ pub struct Recovered {
     pub sessions: Sessions,
     pub unsynced: Unsynced,
     pub durable: Position,
-    pub recovery: Option<Recovery>,
+    pub recovery: Recovery,
+    /// Everybody waits until it is over.
+    pub recovering: bool,
 }
 
 impl Core {
     pub fn new(clock: Arc<dyn Clock>, cluster_id: ClusterId, recovered: Recovered) -> Arc<Self> {
-        let Recovered { disk, directory, store, log, cluster, sessions, unsynced, durable, recovery } = recovered;
+        let Recovered { disk, directory, store, log, cluster, sessions, unsynced, durable, recovery, recovering } =
+            recovered;
         let applied = log.next().0 - 1;
         let judged = Mutex::new(clock.monotonic());
         Arc::new(Self {
@@ -122,8 +128,9 @@ impl Core {
             sessions: Mutex::new(sessions),
             unsynced: Mutex::new(unsynced),
             thin: Mutex::default(),
-            recovering: watch::Sender::new(recovery.is_some()),
-            lost_after: recovery.as_ref().map(Recovery::after),
+            recovering: watch::Sender::new(recovering),
+            replays_wanted: Notify::new(),
+            replayed: watch::Sender::new(0),
             recovery: Mutex::new(recovery),
             vanished: Mutex::default(),
             applied: AtomicU64::new(applied),
@@ -151,23 +158,35 @@ impl Core {
         *self.recovering.borrow()
     }
 
-    /// Everybody has been heard who could be.
-    pub fn take_recovery(&self) -> Option<Recovery> {
-        self.recovery.lock().take()
-    }
-
-    /// What was lost is done again, or is lost for good.
+    /// Nobody is waited for any more.
     pub fn end_recovery(&self) {
         self.recovering.send_replace(false);
+        self.note_replayed();
     }
 
-    /// Waits until what was lost is done again. `Unavailable` past the deadline.
-    pub async fn until_recovered(&self, deadline: Duration) -> Result<(), Refusal> {
-        let mut recovering = self.recovering.subscribe();
-        match tokio::time::timeout(deadline, recovering.wait_for(|recovering| !recovering)).await {
-            Ok(Ok(_)) => Ok(()),
-            Ok(Err(_)) | Err(_) => Err(Refusal::Unavailable),
-        }
+    /// Something that mounts had said is done again.
+    pub fn note_replayed(&self) {
+        self.replayed.send_modify(|count| *count += 1);
+    }
+
+    /// Waits until all that the mount had done is done again. `Unavailable` past the deadline.
+    pub async fn replayed(
+        &self,
+        session: SessionId,
+        sequences: &[Sequence],
+        deadline: Duration,
+    ) -> Result<Vec<Replayed>, Refusal> {
+        let mut replayed = self.replayed.subscribe();
+        let done = async {
+            loop {
+                replayed.borrow_and_update();
+                if let Some(answer) = self.recovery.lock().answer(session, sequences) {
+                    return Some(answer);
+                }
+                replayed.changed().await.ok()?;
+            }
+        };
+        tokio::time::timeout(deadline, done).await.ok().flatten().ok_or(Refusal::Unavailable)
     }
 
     /// Everything through this is visible.

@@ -88,6 +88,10 @@ fn judge_servers(core: &Core) {
 }
 
 async fn expire_sessions(core: &Core, proposer: &Proposer, timeout: Duration) {
+    if core.is_recovering() {
+        // Who has said what it had done waits for the others in silence.
+        return;
+    }
     let now = core.judging_time();
     let expired = core.sessions.lock().expired(now, timeout);
     for session in expired {

@@ -47,9 +47,13 @@ impl Mount {
         }
     }
 
-    /// What was lost, in two parts.
     async fn replay(&self, cluster: &Cluster) -> Vec<Replayed> {
         let after = self.reopen(cluster).await.expect("the power was lost");
+        self.say(cluster, after).await
+    }
+
+    /// What it had done after `after`, in two parts.
+    async fn say(&self, cluster: &Cluster, after: Position) -> Vec<Replayed> {
         let lost: Vec<_> = self.done.iter().filter(|change| change.position > after).cloned().collect();
         let (head, tail) = lost.split_at(lost.len() / 2);
         let part = |part, changes: &[LostChange]| {
@@ -115,6 +119,7 @@ async fn what_a_power_cut_took_is_done_again_in_its_old_order_across_mounts() {
         assert!(!cluster.names().contains("g"), "the power cut took something");
         assert!(is_refused(&cluster).await, "nobody sees what is about to be overtaken");
         // The mount that the harness opened has nothing to say, and has to say so.
+        let after = a.reopen(&cluster).await.expect("the power was lost");
         let quiet = Mount { session: cluster.session, done: Vec::new() };
         // The two come at different times, and the one that comes first waits for the other.
         let pause = |turn| tokio::time::sleep(Duration::from_millis(if turn == first { 0 } else { 100 }));
@@ -137,7 +142,8 @@ async fn what_a_power_cut_took_is_done_again_in_its_old_order_across_mounts() {
         assert!(from_a.iter().chain(&from_b).all(|replayed| replayed.result.is_ok()), "{from_a:?} {from_b:?}");
         assert!(!is_refused(&cluster).await);
         assert_done_once(&cluster, file, last).await;
-        assert_eq!(a.replay(&cluster).await, from_a, "asked again, it gives the first answer");
+        assert_eq!(a.say(&cluster, after).await, from_a, "asked again, it gives the first answer");
+        assert_eq!(a.reopen(&cluster).await, None);
         assert_done_once(&cluster, file, last).await;
     }
 }
@@ -175,26 +181,77 @@ async fn mounts_that_died_with_the_server_are_waited_for_only_so_long() {
         clock.advance(Duration::from_secs(6));
     });
     assert!(!is_refused(&cluster).await);
-    let ok = |replayed: &Replayed| replayed.result.is_ok();
-    assert!(replayed.iter().any(ok), "its own directory is there again: {replayed:?}");
-    assert!(!replayed.iter().all(ok), "what hung on the dead mount's changes is not: {replayed:?}");
+    assert!(replayed.iter().all(|replayed| replayed.result.is_ok()), "{replayed:?}");
+    assert_eq!(cluster.names(), BTreeSet::from(["d".into()]), "what the dead mount had done is gone");
     cluster.check();
 }
 
 #[tokio::test]
-async fn a_mount_that_comes_too_late_has_its_changes_made_last() {
+async fn a_mount_that_comes_too_late_has_its_changes_made_last_and_nothing_before() {
     let cluster = Cluster::new().await;
     let mut late = Mount::open(&cluster, 2).await;
     let made = late.make(&cluster, Ino::ROOT, "late", Kind::File).await;
+    late.mutate(&cluster, cluster.put(made.ino, 1, &[1, 2, 3])).await;
     let disk = cluster.disk.power_cut(1);
     let mut cluster = cluster.restarted(disk);
     cluster.clock.advance(Duration::from_secs(6));
     cluster.until("the window is over", |cluster| !cluster.core().is_recovering()).await;
-    let taken = cluster.create("other", false).await.unwrap();
+    let harness = Mount { session: cluster.session, done: Vec::new() };
+    harness.replay(&cluster).await;
+    let other = cluster.create("other", false).await.unwrap();
+    assert_ne!(made.ino, other, "a number that somebody may still know is given to nobody else");
+    // Another life in between changes nothing.
+    let disk = cluster.disk.process_death();
+    let cluster = cluster.restarted(disk);
+    let (session, sequence) = (late.session, Sequence(9));
+    let op = words::make(Ino::ROOT, "new", Kind::File);
+    let mutate = MetaRequest::Mutate { session, sequence, answered_below: sequence, durable: false, op };
+    for request in [mutate, MetaRequest::Barrier { session }] {
+        assert_eq!(cluster.ask(MOUNT, request).await, Err(Refusal::Unavailable), "first what it owes");
+    }
     let replayed = late.replay(&cluster).await;
-    assert_eq!(made.ino, taken, "numbers are given out from where the disk ends");
-    assert!(replayed[0].result.is_err(), "whoever has that number must not get another file");
+    assert!(replayed.iter().all(|replayed| replayed.result.is_ok()), "{replayed:?}");
+    assert_eq!(cluster.names(), BTreeSet::from(["late".into(), "other".into()]));
+    assert!(cluster.ask(MOUNT, MetaRequest::Barrier { session }).await.is_ok());
     cluster.check();
+}
+
+#[tokio::test]
+async fn who_owes_nothing_cannot_replay() {
+    let cluster = Cluster::new().await;
+    let session = cluster.session;
+    let change = LostChange {
+        position: Position(1 << 40),
+        sequence: Sequence(77),
+        op: words::make(Ino::ROOT, "a", Kind::File),
+        made: Some(Ino(1 << 20)),
+        time: None,
+    };
+    let replay = SessionRequest::Replay { session, part: 0, parts: 1, changes: vec![change] };
+    assert_eq!(cluster.ask(MOUNT, MetaRequest::Session(replay)).await, Err(Refusal::Invalid));
+    assert_eq!(cluster.names(), BTreeSet::new());
+}
+
+#[tokio::test]
+async fn nobody_expires_while_everybody_waits() {
+    let cluster = Cluster::new().await;
+    let (a, b, file, last) = history(&cluster).await;
+    let disk = cluster.disk.power_cut(1);
+    let cluster = cluster.restarted(disk);
+    let quiet = Mount { session: cluster.session, done: Vec::new() };
+    assert!(b.reopen(&cluster).await.is_some(), "heard, so it is waited for until the session's timeout");
+    tokio::join!(a.replay(&cluster), quiet.replay(&cluster), async {
+        for _ in 0..59 {
+            cluster.clock.advance(Duration::from_secs(1));
+            tokio::time::sleep(Duration::from_millis(5)).await;
+        }
+        assert!(is_refused(&cluster).await);
+        b.replay(&cluster).await;
+    });
+    assert_done_once(&cluster, file, last).await;
+    for mount in [&a, &b, &quiet] {
+        assert!(cluster.core().sessions.lock().exists(mount.session));
+    }
 }
 
 #[tokio::test]

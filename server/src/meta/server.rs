@@ -142,17 +142,18 @@ pub fn recover(
     disk.sync_directory(directory).map_err(|source| RunError::Names { path: directory.to_owned(), source })?;
     tracing::info!(%checkpointed, %applied, %durable, "the metadata is recovered");
     let (now, view) = (clock.monotonic(), store.view()?);
-    let recovery = match state::recovery::open(&*view)? {
-        Some(after) => {
-            tracing::warn!(%after, "the power was lost: mounts are waited for, to say again what was not durable");
-            let sessions = session::sessions(&*view)?.into_iter().map(|(id, _)| id);
-            Some(Recovery::new(after, sessions, now, options.recovery_window, options.session_timeout))
-        }
-        None => None,
-    };
+    let recovering = state::recovery::open(&*view)?;
+    if let Some(after) = recovering {
+        tracing::warn!(%after, "the power was lost: mounts are waited for, to say again what was not durable");
+    }
+    let recovering = recovering.is_some();
+    let owing: Vec<_> = state::recovery::owing(&*view)?.into_iter().map(|(id, owed)| (id, owed.after)).collect();
+
     let version = u64::try_from(clock.now().secs).unwrap_or(0) * 1000;
     let cluster = Cluster::new(version, servers::servers(&*view)?, now, options.suspect_after, options.down_after);
-    let sessions = Sessions::restored(session::sessions(&*view)?, now);
+    let mut sessions = Sessions::restored(session::sessions(&*view)?, now);
+    owing.iter().for_each(|(session, after)| sessions.owe(*session, *after));
+    let recovery = Recovery::new(owing.into_iter(), now, options.recovery_window, options.session_timeout);
     Ok(Core::new(
         clock,
         options.cluster,
@@ -166,6 +167,7 @@ pub fn recover(
             unsynced,
             durable,
             recovery,
+            recovering,
         },
     ))
 }

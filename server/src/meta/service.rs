@@ -3,7 +3,7 @@
 use std::{sync::Arc, time::Duration};
 
 use holdfast_common::{
-    Ino, Refusal, ServerId, SessionId, Time,
+    Ino, Refusal, Sequence, ServerId, SessionId, Time,
     limits::HEADER_SIZE_MAX,
     net::{
         BoxFuture, Frame, Serve,
@@ -27,7 +27,6 @@ use super::{
     cluster::Heartbeat,
     committer::Proposer,
     core::Core,
-    recovery,
     server::Authority,
     state::{Command, Reply, Rows, Step, StorageError, View, query, settled, violations::violations},
 };
@@ -109,6 +108,7 @@ impl Service {
         if from.cluster != self.core.cluster_id {
             return Err(Refusal::WrongCluster);
         }
+        let bytes = request.header.len();
         let request: MetaRequest = codec::decode(&request.header).map_err(|error| {
             tracing::warn!(peer = %from.node, %error, "a request does not decode");
             Refusal::BadRequest
@@ -122,12 +122,12 @@ impl Service {
         match request {
             MetaRequest::Query(query) => self.query(from.node, query).await,
             MetaRequest::Mutate { session, sequence, answered_below, durable, op } => {
-                self.check_session(session, from.node)?;
+                self.check_settled(session, from.node)?;
                 self.mutate(Command::Mutate { session, sequence, answered_below, op }, durable).await
             }
-            MetaRequest::Session(request) => self.session(from.node, request).await,
+            MetaRequest::Session(request) => self.session(from.node, request, bytes).await,
             MetaRequest::Barrier { session } => {
-                self.check_session(session, from.node)?;
+                self.check_settled(session, from.node)?;
                 self.core.until_durable(self.core.applied(), DURABLE_DEADLINE).await?;
                 Ok(MetaAnswer::Done)
             }
@@ -138,6 +138,13 @@ impl Service {
 
     fn check_session(&self, session: SessionId, node: NodeName) -> Result<(), Refusal> {
         self.core.sessions.lock().check(session, node)
+    }
+
+    /// As above; and a mount that owes what it had done before the power was lost does nothing new before.
+    fn check_settled(&self, session: SessionId, node: NodeName) -> Result<(), Refusal> {
+        let sessions = self.core.sessions.lock();
+        sessions.check(session, node)?;
+        if sessions.owes(session).is_none() { Ok(()) } else { Err(Refusal::Unavailable) }
     }
 
     /// A fault of the tables ends the process; whoever asked is told that much.
@@ -202,7 +209,7 @@ impl Service {
     }
 
     fn open(&self, node: NodeName, session: SessionId, ino: Ino, chunks: u32) -> Answer {
-        self.check_session(session, node)?;
+        self.check_settled(session, node)?;
         let view = self.view()?;
         let ask = |step| settled(step).unwrap_or_else(|fault| Err(self.fault(fault)));
         let attr = ask(query::attr(&*view, ino))?;
@@ -221,7 +228,8 @@ impl Service {
         Ok(MetaAnswer::Opened { attr, map })
     }
 
-    async fn session(&self, node: NodeName, request: SessionRequest) -> Answer {
+    /// `bytes`: of the request.
+    async fn session(&self, node: NodeName, request: SessionRequest, bytes: usize) -> Answer {
         let now = self.core.clock.monotonic();
         match request {
             SessionRequest::Open { instance, host, mountpoint } => {
@@ -239,14 +247,13 @@ impl Service {
             SessionRequest::Reopen { session, opens } => {
                 self.check_session(session, node)?;
                 self.core.sessions.lock().reopen(session, bounded(&opens)?, now)?;
-                if let Some(recovery) = &mut *self.core.recovery.lock() {
-                    recovery.heard(session);
-                }
-                return Ok(MetaAnswer::Reopened { replay_after: self.core.lost_after });
+                self.core.recovery.lock().heard(session);
+                let replay_after = self.core.sessions.lock().owes(session);
+                return Ok(MetaAnswer::Reopened { replay_after });
             }
             SessionRequest::Replay { session, part, parts, changes } => {
                 self.check_session(session, node)?;
-                return self.replay(session, part, parts, changes).await.map(MetaAnswer::Replayed);
+                return self.replay(session, (part, parts), changes, bytes).await.map(MetaAnswer::Replayed);
             }
             SessionRequest::Opens { session, opened, released } => {
                 self.check_session(session, node)?;
@@ -266,20 +273,14 @@ impl Service {
     async fn replay(
         &self,
         session: SessionId,
-        part: u32,
-        parts: u32,
+        part: (u32, u32),
         changes: Vec<LostChange>,
+        bytes: usize,
     ) -> Result<Vec<Replayed>, Refusal> {
-        if let Some(recovery) = &mut *self.core.recovery.lock() {
-            recovery.take(session, part, parts, changes.clone())?;
-        }
-        self.core.until_recovered(REPLAY_DEADLINE).await?;
-        // What came in time is done by now, and only gets its answer here; what came too late is done last.
-        let mut replayed = Vec::with_capacity(changes.len());
-        for change in changes {
-            replayed.push(recovery::replay(&self.proposer, session, change).await.ok_or(Refusal::Unavailable)?);
-        }
-        Ok(replayed)
+        let sequences: Vec<Sequence> = changes.iter().map(|change| change.sequence).collect();
+        self.core.recovery.lock().take(session, part, changes, bytes)?;
+        self.core.replays_wanted.notify_one();
+        self.core.replayed(session, &sequences, REPLAY_DEADLINE).await
     }
 
     async fn storage(&self, node: NodeName, notice: StorageNotice) -> Answer {
@@ -401,6 +402,8 @@ fn bounded(inos: &[Ino]) -> Result<&[Ino], Refusal> {
 /// What is answered while mounts say again what was lost: what tells, and what changes nothing that they could have seen.
 fn is_for_recovery(request: &MetaRequest) -> bool {
     match request {
+        // What a mount has said is done before it may go.
+        MetaRequest::Session(SessionRequest::Close { .. }) => false,
         MetaRequest::Session(_)
         | MetaRequest::Storage(_)
         | MetaRequest::Admin(_)

@@ -8,7 +8,7 @@ use std::{
     time::Duration,
 };
 
-use holdfast_common::{Ino, Refusal, SessionId, net::identity::NodeName, wire::meta::MountStatus};
+use holdfast_common::{Ino, Position, Refusal, SessionId, net::identity::NodeName, wire::meta::MountStatus};
 
 use super::{cluster::millis, state::rows::SessionRow};
 
@@ -29,6 +29,8 @@ struct Mount {
     opens: BTreeSet<Ino>,
     /// It has said what it holds open in this life of the server.
     confirmed: bool,
+    /// It has to say again what it had done after this.
+    owes: Option<Position>,
 }
 
 #[derive(Debug, Default)]
@@ -67,7 +69,7 @@ impl Sessions {
         confirmed: bool,
     ) {
         let opens = BTreeSet::new();
-        let mount = Mount { node, host, mountpoint, heard, dirty_bytes: 0, repairs: 0, opens, confirmed };
+        let mount = Mount { node, host, mountpoint, heard, dirty_bytes: 0, repairs: 0, opens, confirmed, owes: None };
         self.mounts.insert(id, mount);
     }
 
@@ -137,6 +139,28 @@ impl Sessions {
             self.opens -= mount.opens.len();
             mount.opens.into_iter().for_each(|ino| let_go(&mut self.holders, ino));
         }
+    }
+
+    pub fn owe(&mut self, id: SessionId, after: Position) {
+        if let Some(mount) = self.mounts.get_mut(&id) {
+            mount.owes = Some(after);
+        }
+    }
+
+    pub fn owes(&self, id: SessionId) -> Option<Position> {
+        self.mounts.get(&id)?.owes
+    }
+
+    /// The mount has said all that it had done.
+    pub fn settle(&mut self, id: SessionId) {
+        if let Some(mount) = self.mounts.get_mut(&id) {
+            mount.owes = None;
+        }
+    }
+
+    /// Nobody could be heard while everybody waited.
+    pub fn hear_all(&mut self, now: Duration) {
+        self.mounts.values_mut().for_each(|mount| mount.heard = now);
     }
 
     pub fn exists(&self, id: SessionId) -> bool {

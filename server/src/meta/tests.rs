@@ -413,7 +413,7 @@ async fn a_block_that_everybody_lost_does_not_hold_up_the_others() {
         }
         cluster.until("the loss is known", |cluster| !cluster.core().vanished.lock().is_empty()).await;
         assert!(cluster.core().durable() < cluster.core().applied(), "a mount may still have it");
-        cluster.clock.advance(Duration::from_secs(15));
+        cluster.clock.advance(Duration::from_secs(20));
         let later = tokio::time::timeout(Duration::from_secs(10), cluster.create("b", true)).await;
         assert!(matches!(later, Ok(Ok(_))), "silent first: {silent_first}: {later:?}");
         cluster.check();

@@ -226,6 +226,41 @@ fn records_that_mounts_append_at_the_same_time_are_all_whole_and_in_each_writers
 }
 
 #[test]
+fn a_log_that_another_mount_cuts_is_appended_to_from_its_new_end() {
+    let cluster = Cluster::start();
+    let mounts = [cluster.mount(), cluster.mount()];
+    let mut log = OpenOptions::new().append(true).create(true).open(mounts[0].join("log")).expect("open");
+    log.write_all(&[b'a'; 5000]).expect("append");
+    log.sync_all().expect("fsync");
+    fs::write(mounts[1].join("log"), "cut ").expect("truncate and write");
+    log.write_all(b"and on").expect("append");
+    log.sync_all().expect("fsync");
+    drop(log);
+    mounts[1].remount();
+    assert_eq!(fs::read_to_string(mounts[1].join("log")).expect("read"), "cut and on");
+}
+
+#[test]
+fn mounts_that_append_in_turn_never_meet_a_chunk_of_too_many_pieces() {
+    const ROUNDS: usize = 700;
+    let cluster = Cluster::start();
+    let mounts = [cluster.mount(), cluster.mount()];
+    let mut logs = mounts
+        .each_ref()
+        .map(|mount| OpenOptions::new().append(true).create(true).open(mount.join("log")).expect("open"));
+    for round in 0..ROUNDS {
+        for (who, log) in logs.iter_mut().enumerate() {
+            writeln!(log, "{round} {who}").expect("append");
+            log.sync_data().expect("fdatasync");
+        }
+    }
+    drop(logs);
+    mounts[0].remount();
+    let expected: String = (0..ROUNDS).map(|round| format!("{round} 0\n{round} 1\n")).collect();
+    assert!(fs::read_to_string(mounts[0].join("log")).expect("read") == expected);
+}
+
+#[test]
 fn a_file_that_another_mount_lengthens_while_it_is_open_never_reads_as_zeroes() {
     let cluster = Cluster::start();
     let mounts = [cluster.mount(), cluster.mount()];

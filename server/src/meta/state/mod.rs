@@ -30,6 +30,7 @@ use holdfast_common::{
 };
 use serde::{Deserialize, Serialize};
 
+use namespace::Number;
 use rows::Inode;
 pub use tables::{Rows, StorageError, Tables, View};
 
@@ -104,8 +105,12 @@ pub enum Command {
         /// When it was made first.
         time: Option<Time>,
     },
-    /// Whatever has not been said again is lost.
+    /// Nobody is waited for any more.
     EndRecovery,
+    /// A mount has said all that it had done.
+    Settled {
+        session: SessionId,
+    },
 }
 
 impl Command {
@@ -194,19 +199,20 @@ pub fn apply(tables: &mut Tables<'_>, entry: &Entry) -> Result<Applied, StorageE
     let outcome = match &entry.command {
         Command::Mutate { session, sequence, answered_below, op } => {
             return session::once(tables, *session, *sequence, *answered_below, |tables| {
-                mutate(tables, op, None, entry.time)
+                mutate(tables, op, &Number::Next, entry.time)
             });
         }
         Command::Replay { session, sequence, op, made, time } => {
             let now = time.unwrap_or(entry.time);
-            return session::again(tables, *session, *sequence, |tables| match op {
+            return session::again(tables, *session, *sequence, |tables, owed| match op {
                 // Its place was decided the first time, and has been seen.
                 Op::Append { file, blocks, .. } => file::commit(tables, std::slice::from_ref(file), blocks, now),
-                op => mutate(tables, op, *made, now),
+                op => mutate(tables, op, &Number::Before { made: *made, lost: owed.numbers() }, now),
             });
         }
         Command::BeginRecovery => Ok(recovery::begin(tables)?),
         Command::EndRecovery => Ok(recovery::end(tables)?),
+        Command::Settled { session } => Ok(recovery::settle(tables, *session)?),
         Command::OpenSession { node, instance, host, mountpoint } => {
             settled(session::open(tables, *node, instance, host, mountpoint))?
         }
@@ -236,11 +242,10 @@ pub(super) fn advance(tables: &mut Tables<'_>) -> Position {
     tables.counters.position
 }
 
-/// `made`: the number that a new inode gets, if not the next.
-fn mutate(tables: &mut Tables<'_>, op: &Op, made: Option<Ino>, now: Time) -> Step<Mutated> {
+fn mutate(tables: &mut Tables<'_>, op: &Op, number: &Number, now: Time) -> Step<Mutated> {
     match op {
         Op::Make { parent, name, new, exclusive, open: _ } => {
-            namespace::make(tables, (*parent, name), new, *exclusive, made, now)
+            namespace::make(tables, (*parent, name), new, *exclusive, number, now)
         }
         Op::Link { ino, parent, name } => namespace::link(tables, *ino, *parent, name, now),
         Op::Unlink { parent, name } => namespace::unlink(tables, *parent, name, now),

@@ -3,6 +3,8 @@
 //! Permissions are the kernel's matter. Everything that two mounts could race for is decided here. In each
 //! operation all refusals come before the first change.
 
+use std::ops::Range;
+
 use holdfast_common::{
     Ino, Kind, Refusal, Time,
     limits::{LINK_COUNT_MAX, NAME_LENGTH_MAX, SYMLINK_LENGTH_MAX},
@@ -17,8 +19,6 @@ use super::{
 };
 
 const SETGID: u32 = 0o2000;
-/// Numbers of inodes that may have been given out and lost.
-const NUMBERS_LOST_MAX: u64 = 1 << 32;
 
 /// A name in a directory.
 type Place<'a> = (Ino, &'a [u8]);
@@ -87,7 +87,7 @@ pub(super) fn make(
     (parent, name): Place<'_>,
     new: &NewInode,
     exclusive: bool,
-    made: Option<Ino>,
+    number: &Number,
     now: Time,
 ) -> Step<Mutated> {
     check_name(name)?;
@@ -102,8 +102,7 @@ pub(super) fn make(
     let inherited = acl::inherited(tables, parent, &directory, new)?;
     let mut inode = child(new, inherited.mode, &directory, now);
     check_room(&directory, inode.kind)?;
-    let ino = free_number(tables, made)?;
-    tables.counters.ino_next = tables.counters.ino_next.max(ino.0 + 1);
+    let ino = take_number(tables, number)?;
     tables.counters.inodes += 1;
     if inode.kind == Kind::Symlink {
         tables.put_tree(&key::symlink(ino), &new.target)?;
@@ -116,14 +115,28 @@ pub(super) fn make(
     Ok(Mutated::Inode { attr, created: true })
 }
 
-/// The next number, or, for an inode that was made before and lost, the one that it had.
-fn free_number(tables: &Tables<'_>, made: Option<Ino>) -> Step<Ino> {
-    let next = tables.counters.ino_next;
-    match made {
-        None => Ok(Ino(next)),
-        Some(ino) if ino <= Ino::ROOT || ino.0 > next.saturating_add(NUMBERS_LOST_MAX) => Err(Refusal::Invalid.into()),
-        Some(ino) if tables.inode(ino)?.is_some() => Err(Refusal::Exists.into()),
-        Some(ino) => Ok(ino),
+/// The number that a new inode gets.
+#[derive(Clone, Debug)]
+pub(super) enum Number {
+    Next,
+    /// The one that it had before it was lost, which is one of `lost`; `None`: it was not made then, but found.
+    Before {
+        made: Option<Ino>,
+        lost: Range<u64>,
+    },
+}
+
+fn take_number(tables: &mut Tables<'_>, number: &Number) -> Step<Ino> {
+    match number {
+        Number::Next => {
+            let ino = Ino(tables.counters.ino_next);
+            tables.counters.ino_next += 1;
+            Ok(ino)
+        }
+        Number::Before { made: None, .. } => Err(Refusal::NotFound.into()),
+        Number::Before { made: Some(ino), lost } if !lost.contains(&ino.0) => Err(Refusal::Invalid.into()),
+        Number::Before { made: Some(ino), .. } if tables.inode(*ino)?.is_some() => Err(Refusal::Exists.into()),
+        Number::Before { made: Some(ino), .. } => Ok(*ino),
     }
 }
 

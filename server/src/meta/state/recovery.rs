@@ -1,19 +1,63 @@
-//! Whether a metadata server that has lost its power still waits for mounts to say again what it has lost (I3).
+//! What a metadata server that has lost its power still has to hear from its mounts (I3).
 //!
-//! A row of the tables, and not memory: a server that is killed while it waits has to go on waiting.
+//! Rows of the tables, and not memory: a server that is killed while it waits has to go on waiting, and a mount that was away
+//! owes what it had done for as long as its session lives.
 
-use holdfast_common::Position;
+use std::{ops::ControlFlow, ops::Range};
+
+use holdfast_common::{Ino, Position, SessionId};
 
 use super::{
-    Reply, Rows, StorageError, Tables,
-    tables::{Result, fetch, key},
+    Reply, Rows, StorageError, Tables, session,
+    tables::{Result, fetch, key, past, scan},
 };
 
-/// Everything after the last entry was lost. One that is still open began earlier, and so covers more.
+/// Numbers of inodes that may have been given out and lost: nobody else gets these, for a mount may still know one.
+const NUMBERS_LOST: u64 = 1 << 24;
+
+/// What a mount has to say again.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Owed {
+    /// Everything that it had done after this.
+    pub after: Position,
+    /// The number of the first inode that was lost.
+    pub first_lost: Ino,
+}
+
+impl Owed {
+    fn encode(&self) -> [u8; 16] {
+        let mut row = [0; 16];
+        row[..8].copy_from_slice(&self.after.0.to_le_bytes());
+        row[8..].copy_from_slice(&self.first_lost.0.to_le_bytes());
+        row
+    }
+
+    fn decode(bytes: &[u8]) -> Result<Self> {
+        let row: [u8; 16] = bytes.try_into().map_err(|_| StorageError::Damaged("recovery: row".into()))?;
+        let (after, first_lost) = row.split_at(8);
+        let number = |bytes: &[u8]| bytes.iter().rev().fold(0, |number, byte| number << 8 | u64::from(*byte));
+        Ok(Self { after: Position(number(after)), first_lost: Ino(number(first_lost)) })
+    }
+
+    /// Numbers of inodes that were lost.
+    pub fn numbers(&self) -> Range<u64> {
+        self.first_lost.0..self.first_lost.0.saturating_add(NUMBERS_LOST)
+    }
+}
+
+/// Everything after the last entry was lost. One that is still open began earlier, and so covers more; so does what a mount
+/// owes from before.
 pub(super) fn begin(tables: &mut Tables<'_>) -> Result<Reply> {
-    if open(tables)?.is_none() {
-        let after = tables.counters.position;
-        tables.put_state(&key::recovery(), &after.0.to_le_bytes())?;
+    if open(tables)?.is_some() {
+        return Ok(Reply::Done);
+    }
+    let owed = Owed { after: tables.counters.position, first_lost: Ino(tables.counters.ino_next) };
+    tables.counters.ino_next = owed.numbers().end;
+    tables.put_state(&key::recovery(), &owed.encode())?;
+    for (session, _) in session::sessions(tables)? {
+        if owed_by(tables, session)?.is_none() {
+            tables.put_state(&key::owed_by(session), &owed.encode())?;
+        }
     }
     Ok(Reply::Done)
 }
@@ -23,11 +67,29 @@ pub(super) fn end(tables: &mut Tables<'_>) -> Result<Reply> {
     Ok(Reply::Done)
 }
 
-/// The position after which changes were lost, while they are still waited for.
+/// The mount has said all that it had done, or has gone.
+pub(super) fn settle(tables: &mut Tables<'_>, session: SessionId) -> Result<Reply> {
+    tables.remove_state(&key::owed_by(session))?;
+    Ok(Reply::Done)
+}
+
+/// The position after which changes were lost, while everybody waits for them.
 pub fn open(rows: &impl Rows) -> Result<Option<Position>> {
-    let decode = |bytes: &[u8]| {
-        let after = bytes.try_into().map_err(|_| StorageError::Damaged("recovery: position".into()))?;
-        Ok(Position(u64::from_le_bytes(after)))
-    };
-    fetch(rows.state(), &key::recovery(), decode)
+    Ok(fetch(rows.state(), &key::recovery(), Owed::decode)?.map(|owed| owed.after))
+}
+
+pub fn owed_by(rows: &impl Rows, session: SessionId) -> Result<Option<Owed>> {
+    fetch(rows.state(), &key::owed_by(session), Owed::decode)
+}
+
+/// Every session that owes something, by id.
+pub fn owing(rows: &impl Rows) -> Result<Vec<(SessionId, Owed)>> {
+    let prefix = [key::OWED_BY];
+    let mut all = Vec::new();
+    scan(rows.state(), &prefix, &past(&prefix), |key, row| {
+        let id = key[1..].try_into().map_err(|_| StorageError::Damaged("recovery: key".into()))?;
+        all.push((SessionId(u64::from_be_bytes(id)), Owed::decode(row)?));
+        Ok(ControlFlow::Continue(()))
+    })?;
+    Ok(all)
 }

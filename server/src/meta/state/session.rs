@@ -11,6 +11,7 @@ use holdfast_common::{
 
 use super::{
     Applied, Reply, Rows, Step, StorageError, Tables, advance,
+    recovery::{self, Owed},
     rows::SessionRow,
     settled,
     tables::{Result, fetch, key, past, scan},
@@ -58,6 +59,7 @@ pub(super) fn end(tables: &mut Tables<'_>, id: SessionId) -> Step<Reply> {
     let prefix = key::replies(id);
     drop_replies(tables, &prefix, &past(&prefix))?;
     tables.watermarks.remove(&id);
+    recovery::settle(tables, id)?;
     tables.remove_state(&key::instance(row.node, &row.instance))?;
     tables.remove_state(&key::session(id))?;
     Ok(Reply::Done)
@@ -88,22 +90,25 @@ pub(super) fn once(
     perform(tables, id, sequence, operation)
 }
 
-/// Applies a mutation that had been answered and was lost, once. The session has gone on since, so its sequence may be
-/// anywhere.
+/// Applies a mutation that had been answered and was lost, once, if the session owes such. It has gone on since, so the sequence may
+/// be anywhere.
 pub(super) fn again(
     tables: &mut Tables<'_>,
     id: SessionId,
     sequence: Sequence,
-    operation: impl FnOnce(&mut Tables<'_>) -> Step<Mutated>,
+    operation: impl FnOnce(&mut Tables<'_>, &Owed) -> Step<Mutated>,
 ) -> Result<Applied> {
     let position = tables.counters.position;
     if watermark(tables, id)?.is_none() {
         return Ok(Applied { position, changed: false, outcome: Err(Refusal::SessionExpired) });
     }
+    let Some(owed) = recovery::owed_by(tables, id)? else {
+        return Ok(Applied { position, changed: false, outcome: Err(Refusal::Invalid) });
+    };
     if let Some((position, outcome)) = fetch(tables.state(), &key::reply(id, sequence), decode_kept)? {
         return Ok(Applied { position, changed: false, outcome: outcome.map(Reply::Mutated) });
     }
-    perform(tables, id, sequence, operation)
+    perform(tables, id, sequence, |tables| operation(tables, &owed))
 }
 
 /// Does it, and keeps the answer.

@@ -22,7 +22,8 @@
 //! |          | 4, ino                     | (orphan) |
 //! |          | 5, server                  | registered storage server |
 //! |          | 6, hash of the secret      | token |
-//! |          | 7                          | position after which changes were lost, while mounts say them again |
+//! |          | 7                          | what was lost, while everybody waits for mounts to say it again |
+//! |          | 8, session                 | what this mount has to say again |
 
 use std::{collections::BTreeMap, ops::ControlFlow};
 
@@ -292,6 +293,7 @@ pub mod key {
     pub const SERVER: u8 = 5;
     pub const TOKEN: u8 = 6;
     pub const RECOVERY: u8 = 7;
+    pub const OWED_BY: u8 = 8;
 
     /// All rows of a family of an inode: `ino, tag`.
     pub fn family(ino: Ino, tag: u8) -> Vec<u8> {
@@ -375,6 +377,9 @@ pub mod key {
 
     pub fn recovery() -> Vec<u8> {
         vec![RECOVERY]
+    }
+    pub fn owed_by(session: SessionId) -> Vec<u8> {
+        tagged(OWED_BY, &[&session.0.to_be_bytes()])
     }
 
     /// A role's byte on disk.
