@@ -47,6 +47,9 @@ fn commit_file(tables: &mut Tables<'_>, changes: &mut Changes, file: &FileCommit
     if file.size_at_least > FILE_SIZE_MAX {
         return Err(Refusal::FileTooLarge.into());
     }
+    if !file.mtime.is_sound() {
+        return Err(Refusal::Invalid.into());
+    }
     for (index, digest) in &file.only_over {
         let now = fetch(tables.tree(), &key::pieces(file.ino, *index), decode_pieces)?.unwrap_or_default();
         if pieces::digest(&now) != *digest {
@@ -108,7 +111,7 @@ pub(super) fn set_attr(tables: &mut Tables<'_>, ino: Ino, set: &SetAttr, now: Ti
 }
 
 fn check_times(set: &SetAttr) -> Result<(), Refusal> {
-    let valid = |time: Option<SetTime>| !matches!(time, Some(SetTime::At(at)) if at.nanos >= 1_000_000_000);
+    let valid = |time: Option<SetTime>| !matches!(time, Some(SetTime::At(at)) if !at.is_sound());
     if valid(set.atime) && valid(set.mtime) { Ok(()) } else { Err(Refusal::Invalid) }
 }
 

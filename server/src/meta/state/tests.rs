@@ -351,6 +351,16 @@ fn a_bad_copy_that_was_not_replaced_is_owed_again() {
 }
 
 #[test]
+fn a_time_of_more_than_a_second_of_nanoseconds_is_refused() {
+    let mut world = World::new();
+    let ino = world.make(Ino::ROOT, "f", Kind::File).unwrap();
+    let bad = FileCommit { mtime: Time { secs: i64::MAX, nanos: u32::MAX }, ..file(ino, vec![], 0) };
+    let op = Op::Commit { files: vec![bad], blocks: vec![] };
+    assert_eq!(world.mutate(op), Ok(Mutated::Committed(vec![Err(Refusal::Invalid)])));
+    world.check();
+}
+
+#[test]
 fn a_huge_file_is_reclaimed_piecemeal() {
     let mut world = World::new();
     let ino = world.make(Ino::ROOT, "f", Kind::File).unwrap();
