@@ -5,7 +5,6 @@
 //! bytes, on every replica and at every replay.
 
 pub mod blocks;
-pub mod chunk;
 pub mod file;
 pub mod namespace;
 pub mod orphans;
