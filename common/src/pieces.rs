@@ -5,38 +5,28 @@ use std::ops::Range;
 use crate::{limits::BLOCK_SIZE_MAX, types::Piece};
 
 /// Lays `new` over `pieces`: what it covers is dropped, what it touches is cut.
-/// Returns the references to blocks that went away, one for each piece that no longer exists, and those
-/// that were added, one for each piece that exists now and did not before (a piece cut in two adds one).
-pub fn lay_over(pieces: &mut Vec<Piece>, new: Piece) -> Change {
-    let mut change = clear(pieces, new.offset..new.end());
+pub fn lay_over(pieces: &mut Vec<Piece>, new: Piece) {
+    clear(pieces, new.offset..new.end());
     let place = pieces.partition_point(|piece| piece.offset < new.offset);
     pieces.insert(place, new);
-    change.added.push(new);
-    change
 }
 
-/// Makes `range` a hole.
-pub fn clear(pieces: &mut Vec<Piece>, range: Range<u32>) -> Change {
-    let mut change = Change::default();
+/// Makes `range` a hole: a piece that crosses an edge is cut there, one that crosses both is split in two.
+pub fn clear(pieces: &mut Vec<Piece>, range: Range<u32>) {
     if range.is_empty() {
-        return change;
+        return;
     }
     let first = pieces.partition_point(|piece| piece.end() <= range.start);
     let last = pieces.partition_point(|piece| piece.offset < range.end);
-    let touched: Vec<Piece> = pieces[first..last.max(first)].to_vec();
-    let kept = touched.iter().flat_map(|piece| [part_before(piece, range.start), part_after(piece, range.end)]);
-    let kept: Vec<Piece> = kept.flatten().collect();
-    change.removed = touched;
-    change.added.clone_from(&kept);
-    pieces.splice(first..last.max(first), kept);
-    change
+    let touched = first..last.max(first);
+    let parts = |piece: &Piece| [part_before(piece, range.start), part_after(piece, range.end)];
+    let kept: Vec<Piece> = pieces[touched.clone()].iter().flat_map(parts).flatten().collect();
+    drop(pieces.splice(touched, kept));
 }
 
-/// Pieces that existed and no longer do, and the reverse.
-#[derive(Clone, Debug, Default, PartialEq, Eq)]
-pub struct Change {
-    pub removed: Vec<Piece>,
-    pub added: Vec<Piece>,
+/// The part of `piece` that lies in `range`, with its place in the block.
+pub fn within(piece: &Piece, range: Range<u32>) -> Option<Piece> {
+    part_after(piece, range.start).and_then(|rest| part_before(&rest, range.end))
 }
 
 fn part_before(piece: &Piece, end: u32) -> Option<Piece> {
@@ -153,28 +143,27 @@ mod tests {
     proptest! {
         #[test]
         fn pieces_read_like_the_bytes_that_were_written(steps in steps()) {
-            let (mut pieces, mut model, mut held) = (Vec::new(), vec![None; SPAN], Vec::<Piece>::new());
+            let (mut pieces, mut model) = (Vec::new(), vec![None; SPAN]);
             for (number, step) in (1u8..).zip(steps) {
-                let change = match step {
+                match step {
                     Step::Lay { offset, length } => {
                         for i in 0..length {
                             model[(offset + i) as usize] = Some((number, 7 + i));
                         }
-                        lay_over(&mut pieces, piece(offset, length, number, 7))
+                        lay_over(&mut pieces, piece(offset, length, number, 7));
                     }
                     Step::Clear { start, end } => {
-                        model[start as usize..end as usize].fill(None);
-                        clear(&mut pieces, start..end)
+                        // What lies in a range is what clearing it takes away.
+                        let inside: Vec<_> = pieces.iter().filter_map(|piece| within(piece, start..end)).collect();
+                        let mut expected = vec![None; SPAN];
+                        let bytes = start as usize..end as usize;
+                        expected[bytes.clone()].clone_from_slice(&model[bytes.clone()]);
+                        prop_assert_eq!(&read(&inside), &expected);
+                        model[bytes].fill(None);
+                        clear(&mut pieces, start..end);
                     }
-                };
-                for gone in change.removed {
-                    let place = held.iter().position(|piece| *piece == gone).expect("a removed piece was held");
-                    held.remove(place);
                 }
-                held.extend(change.added);
-                held.sort_by_key(|piece| piece.offset);
                 prop_assert_eq!(&read(&pieces), &model);
-                prop_assert_eq!(&held, &pieces);
                 prop_assert!(are_ordered(&pieces));
                 prop_assert_eq!(stored(&pieces), model.iter().flatten().count() as u64);
             }
@@ -191,11 +180,40 @@ mod tests {
         assert_ne!(digest(&whole), digest(&[]));
     }
 
+    /// Pieces as `block letter, offset + length + offset in block`.
+    fn pieces(text: &str) -> Vec<Piece> {
+        let number = |text: &str| text.parse().unwrap();
+        let read = |word: &str| {
+            let numbers: Vec<u32> = word[1..].split('+').map(number).collect();
+            piece(numbers[0], numbers[1], word.as_bytes()[0], numbers[2])
+        };
+        text.split_whitespace().map(read).collect()
+    }
+
     #[test]
-    fn a_write_into_the_middle_cuts_a_piece_in_two() {
-        let mut pieces = vec![piece(0, 10, 1, 0)];
-        let change = lay_over(&mut pieces, piece(3, 2, 2, 0));
-        assert_eq!(pieces, [piece(0, 3, 1, 0), piece(3, 2, 2, 0), piece(5, 5, 1, 5)]);
-        assert_eq!((change.removed.len(), change.added.len()), (1, 3));
+    fn a_piece_laid_over_others_cuts_splits_and_covers_them() {
+        for (before, new, after) in [
+            ("", "b5+5+0", "b5+5+0"),
+            ("a0+10+0", "b10+5+0", "a0+10+0 b10+5+0"),
+            ("a10+5+0", "b0+10+0", "b0+10+0 a10+5+0"),
+            ("a0+10+0", "b0+10+0", "b0+10+0"),
+            ("a0+10+3", "b4+2+0", "a0+4+3 b4+2+0 a6+4+9"),
+            ("a0+10+0", "b0+4+0", "b0+4+0 a4+6+4"),
+            ("a0+10+0", "b6+4+0", "a0+6+0 b6+4+0"),
+            ("a0+4+0 c4+4+0 d8+4+0", "b2+8+0", "a0+2+0 b2+8+0 d10+2+2"),
+            ("a0+4+0 c6+4+0", "b4+2+0", "a0+4+0 b4+2+0 c6+4+0"),
+        ] {
+            let mut laid = pieces(before);
+            lay_over(&mut laid, pieces(new)[0]);
+            assert_eq!(laid, pieces(after), "{new} over {before}");
+        }
+    }
+
+    #[test]
+    fn a_part_of_a_piece_keeps_its_place_in_the_block() {
+        let whole = pieces("a10+10+5")[0];
+        for (range, part) in [(12..15, "a12+3+7"), (0..15, "a10+5+5"), (0..99, "a10+10+5"), (0..10, ""), (20..30, "")] {
+            assert_eq!(within(&whole, range.clone()), pieces(part).first().copied(), "{range:?}");
+        }
     }
 }

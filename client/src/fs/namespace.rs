@@ -200,11 +200,17 @@ impl Fs {
         if let Some(inode) = self.inode(ino) {
             self.settle(&inode).await?;
         }
-        match self.shared.meta.query(Query::Seek { ino, offset, hole }).await {
-            Ok(MetaAnswer::Offset(offset)) => Ok(offset),
-            Ok(other) => Err(unexpected(&other)),
-            Err(Errno(libc::ENOENT)) => Err(Errno(libc::ENXIO)),
-            Err(error) => Err(error),
+        let mut from = offset;
+        loop {
+            match self.shared.meta.query(Query::Seek { ino, offset: from, hole }).await {
+                Ok(MetaAnswer::Offset(found)) => return Ok(found),
+                Ok(MetaAnswer::OffsetBeyond(next)) if next > from => from = next,
+                Ok(other) => return Err(unexpected(&other)),
+                // The file has become shorter than what had been looked at: look again.
+                Err(Errno(libc::ENOENT)) if from > offset => from = offset,
+                Err(Errno(libc::ENOENT)) => return Err(Errno(libc::ENXIO)),
+                Err(error) => return Err(error),
+            }
         }
     }
 

@@ -264,6 +264,18 @@ mod tests {
     }
 
     #[test]
+    fn no_time_is_too_far_away_to_be_shown_or_set() {
+        for (secs, nanos) in [(i64::MIN, 0), (i64::MIN, u32::MAX), (i64::MAX, u32::MAX), (0, 1_000_000_000)] {
+            let time = Time { secs, nanos };
+            let shown = attr(&Attr { atime: time, mtime: time, ctime: time, btime: time, ..a_file() });
+            assert_eq!(Time::from(shown.mtime), Time { secs, nanos: nanos.min(999_999_999) });
+        }
+        let beginning = SystemTime::UNIX_EPOCH - Duration::from_secs(1 << 63);
+        let expected = SetTime::At(Time { secs: i64::MIN, nanos: 0 });
+        assert_eq!(set_time(TimeOrNow::SpecificTime(beginning)), expected);
+    }
+
+    #[test]
     fn rename_flags_are_known_or_invalid() {
         let mode = |bits| rename_mode(RenameFlags::from_bits_retain(bits));
         assert_eq!(mode(0), Ok(RenameMode::Replace));

@@ -5,7 +5,7 @@ use std::{
     io,
     os::{
         fd::{AsRawFd, OwnedFd},
-        unix::fs::{MetadataExt, PermissionsExt},
+        unix::fs::{FileTypeExt, MetadataExt, PermissionsExt},
     },
     path::{Path, PathBuf},
     sync::Arc,
@@ -24,6 +24,8 @@ use super::{
 use crate::{fs::Fs, sys};
 
 const DEVICE: &str = "/dev/fuse";
+/// Its numbers, on every Linux.
+const DEVICE_NUMBERS: (u32, u32) = (10, 229);
 /// What `/proc/mounts` shows after `fuse.`, and what `mount -t` is told.
 const SUBTYPE: &str = "holdfast";
 /// Read-ahead of the kernel's page cache for a mount, where it may be set: several blocks.
@@ -92,6 +94,8 @@ pub enum MountError {
     NoDevice,
     #[error("{DEVICE} cannot be opened")]
     Device { source: io::Error },
+    #[error("{DEVICE} is something else than the kernel's FUSE device ({}:{})", DEVICE_NUMBERS.0, DEVICE_NUMBERS.1)]
+    OtherDevice,
     #[error("{path} cannot be mounted on")]
     Mountpoint { path: PathBuf, source: io::Error },
     #[error("the kernel refuses to mount on {path}")]
@@ -169,10 +173,13 @@ fn abandon(mountpoint: &Path) {
 
 /// `/dev/fuse`, open for both ways.
 fn open_device() -> Result<File, MountError> {
-    OpenOptions::new().read(true).write(true).open(DEVICE).map_err(|source| match source.kind() {
+    let device = OpenOptions::new().read(true).write(true).open(DEVICE).map_err(|source| match source.kind() {
         io::ErrorKind::NotFound => MountError::NoDevice,
         _ => MountError::Device { source },
-    })
+    })?;
+    let found = device.metadata().map_err(|source| MountError::Device { source })?;
+    let is_fuse = found.file_type().is_char_device() && sys::device_numbers(found.rdev()) == DEVICE_NUMBERS;
+    if is_fuse { Ok(device) } else { Err(MountError::OtherDevice) }
 }
 
 /// Fails as mounting would, when `/dev/fuse` is missing or closed to this user.

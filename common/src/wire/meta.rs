@@ -119,6 +119,7 @@ pub enum Query {
         count: u32,
     },
     /// Next data or hole at or after `offset` (lseek SEEK_DATA / SEEK_HOLE); `NotFound` stands for ENXIO.
+    /// Answered `OffsetBeyond` where the file is long.
     Seek {
         ino: Ino,
         offset: u64,
@@ -427,6 +428,8 @@ pub enum MetaAnswer {
         replay_after: Option<Position>,
     },
     Replayed(Vec<Replayed>),
+    /// Seek: there is none before this offset, which is past the one asked for; ask again from there.
+    OffsetBeyond(u64),
 }
 
 /// The part of an answer to a mutation that is kept for I5.

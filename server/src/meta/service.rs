@@ -195,7 +195,10 @@ impl Service {
                 self.ask(|view| query::file_map(view, ino, first, count)).map(MetaAnswer::Map)
             }
             Query::Seek { ino, offset, hole } => {
-                self.ask(|view| query::seek(view, ino, offset, hole)).map(MetaAnswer::Offset)
+                self.ask(|view| query::seek(view, ino, offset, hole)).map(|sought| match sought {
+                    query::Sought::Found(offset) => MetaAnswer::Offset(offset),
+                    query::Sought::Beyond(offset) => MetaAnswer::OffsetBeyond(offset),
+                })
             }
             Query::StatFs => {
                 let inodes = self.view()?.counters().inodes;

@@ -317,6 +317,7 @@ fn answers() -> Vec<MetaAnswer> {
             Replayed { sequence: Sequence(4), result: Ok(Position(13)) },
             Replayed { sequence: Sequence(5), result: Err(Refusal::Exists) },
         ]),
+        MetaAnswer::OffsetBeyond(1 << 34),
     ]
 }
 

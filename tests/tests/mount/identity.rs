@@ -16,7 +16,7 @@ use holdfast_common::{
 use holdfast_tests::{
     ask::now,
     cluster::{Cluster, holdfast, holdfast_ok, temp_dir},
-    process, shell,
+    process, shell, wait,
 };
 
 fn text(path: &Path) -> &str {
@@ -50,8 +50,10 @@ fn an_expired_or_invented_token_is_refused() {
     let (cluster, dir) = (Cluster::start(), temp_dir());
     let output = holdfast_ok(&["token", "--role", "client", "--valid", "1s", "--dir", text(cluster.path())]);
     let short = output.split_whitespace().max_by_key(|word| word.len()).expect("a token").to_owned();
-    // Asking earlier would use it up: only time can pass here.
-    std::thread::sleep(Duration::from_millis(2200));
+    // Asking would use it up. It was issued before now, by a server that reads the same clock.
+    let issued_before = now();
+    let expired = Time { secs: issued_before.secs + 1, ..issued_before };
+    wait::until("the token's second is over", Duration::from_secs(20), || now() >= expired);
     let late = holdfast(&["enrol", &short, "--tls-dir", text(&dir.path().join("late"))]);
     assert!(!late.status.success() && said(&late).contains("token"), "{}", said(&late));
     // In the middle: the last letter of an encoding may carry bits that mean nothing.

@@ -7,6 +7,7 @@ mod dying;
 mod identity;
 mod model;
 mod mount_cli;
+mod namespace;
 mod pjdfstest;
 mod posix_core;
 mod repair;

@@ -11,7 +11,7 @@ use std::{
 use holdfast_tests::{
     cluster::{Cluster, holdfast, holdfast_ok, temp_dir},
     fault::random_bytes,
-    mount, process, shell, sys, wait,
+    mount, shell, wait,
 };
 
 const SENTENCE_LIMIT: Duration = Duration::from_secs(5);
@@ -110,57 +110,6 @@ fn sigterm_flushes_what_was_never_closed() {
     mount::detach(mount.path());
     mount.start_again();
     assert!(fs::read(mount.join("open")).expect("read") == content, "SIGTERM did not flush");
-}
-
-#[test]
-fn mount_8_and_fstab_work_through_the_helper() {
-    if !sys::is_root() {
-        eprintln!("SKIPPED: mount(8) needs root");
-        return;
-    }
-    let cluster = Cluster::start();
-    let target = cluster.path().join("mnt-9");
-    fs::create_dir(&target).expect("mkdir");
-    let helper = Helper::install();
-    let config = cluster.path().join("client.toml");
-    shell::run(Path::new("/"), &format!("mount -t holdfast -o noatime {} {}", config.display(), target.display()));
-    fs::write(target.join("file"), "through mount(8)").expect("write");
-    shell::run(Path::new("/"), &format!("umount {}", target.display()));
-
-    let table = cluster.path().join("fstab");
-    let line = format!("{} {} holdfast defaults,_netdev 0 0\n", config.display(), target.display());
-    fs::write(&table, line).expect("write a table");
-    shell::run(Path::new("/"), &format!("mount -T {} {}", table.display(), target.display()));
-    assert_eq!(fs::read_to_string(target.join("file")).expect("read"), "through mount(8)");
-    shell::run(Path::new("/"), &format!("umount {}", target.display()));
-    drop(helper);
-}
-
-/// `mount.holdfast` where mount(8) looks for it; what was there before comes back in the end.
-struct Helper;
-
-impl Helper {
-    const PATH: &str = "/sbin/mount.holdfast";
-    const ASIDE: &str = "/sbin/mount.holdfast.aside";
-
-    fn install() -> Self {
-        if fs::symlink_metadata(Self::PATH).is_ok() {
-            fs::rename(Self::PATH, Self::ASIDE).expect("move the installed helper aside");
-        }
-        let program = process::binary("holdfast");
-        std::os::unix::fs::symlink(program.get_program(), Self::PATH).expect("install the helper");
-        Self
-    }
-}
-
-impl Drop for Helper {
-    fn drop(&mut self) {
-        if fs::symlink_metadata(Self::ASIDE).is_ok() {
-            fs::rename(Self::ASIDE, Self::PATH).expect("bring the installed helper back");
-        } else {
-            fs::remove_file(Self::PATH).expect("remove the helper");
-        }
-    }
 }
 
 #[test]

@@ -43,6 +43,26 @@ fn names_of_255_bytes_and_names_that_are_not_text_work_and_longer_ones_do_not() 
 }
 
 #[test]
+fn the_first_and_the_last_second_that_a_time_can_have_are_times_like_others() {
+    let cluster = Cluster::start();
+    let (mount, other) = (cluster.mount(), cluster.mount());
+    for (number, secs) in [i64::MIN, i64::MIN + 1, -1, i64::MAX - 1, i64::MAX].into_iter().enumerate() {
+        // The kernel itself takes the nanoseconds of the first and of the last second away.
+        let nanos = if secs == i64::MIN || secs == i64::MAX { 0 } else { 999_999_999 };
+        let name = format!("file-{number}");
+        fs::write(mount.join(&name), "old or new").expect("write");
+        sys::set_times(&mount.join(&name), (secs, 999_999_999), (secs, 999_999_999)).expect("set the times");
+        for path in [mount.join(&name), other.join(&name)] {
+            let meta = fs::metadata(&path).expect("stat");
+            assert_eq!((meta.atime(), meta.atime_nsec()), (secs, nanos), "{}", path.display());
+            assert_eq!((meta.mtime(), meta.mtime_nsec()), (secs, nanos), "{}", path.display());
+        }
+    }
+    mount.remount();
+    assert_eq!(fs::metadata(mount.join("file-0")).expect("stat").mtime(), i64::MIN);
+}
+
+#[test]
 fn a_directory_of_many_entries_lists_each_of_them_once() {
     let entries = if std::env::var_os("HOLDFAST_LONG_TESTS").is_some() { 100_000 } else { 20_000 };
     let cluster = Cluster::start();

@@ -12,7 +12,7 @@ use holdfast_common::{
 use super::{
     Rows, Step, StorageError, Tables, acl,
     blocks::Changes,
-    chunk, existing,
+    existing,
     rows::{Inode, decode_pieces, encode_pieces},
     settled,
     tables::{Result, fetch, key, scan},
@@ -69,6 +69,9 @@ fn commit_file(tables: &mut Tables<'_>, changes: &mut Changes, file: &FileCommit
     if file.size_at_least > FILE_SIZE_MAX {
         return Err(Refusal::FileTooLarge.into());
     }
+    if !file.mtime.is_sound() {
+        return Err(Refusal::Invalid.into());
+    }
     for (index, digest) in &file.only_over {
         let now = fetch(tables.tree(), &key::pieces(file.ino, *index), decode_pieces)?.unwrap_or_default();
         if pieces::digest(&now) != *digest {
@@ -95,11 +98,8 @@ fn commit_file(tables: &mut Tables<'_>, changes: &mut Changes, file: &FileCommit
 }
 
 fn check_piece(tables: &Tables<'_>, changes: &Changes, index: ChunkIndex, piece: &Piece) -> Step<()> {
-    if !chunk::is_in_bounds(piece) || u64::from(index.0) >= FILE_SIZE_MAX / CHUNK_SIZE {
-        return Err(Refusal::Invalid.into());
-    }
     let length = changes.length(tables, piece.block)?.ok_or(Refusal::UnknownBlock)?;
-    if piece.block_offset + piece.length > length {
+    if !pieces::is_sound(piece, length) || u64::from(index.0) >= FILE_SIZE_MAX / CHUNK_SIZE {
         return Err(Refusal::Invalid.into());
     }
     Ok(())
@@ -131,7 +131,7 @@ pub(super) fn set_attr(tables: &mut Tables<'_>, ino: Ino, set: &SetAttr, now: Ti
 }
 
 fn check_times(set: &SetAttr) -> Result<(), Refusal> {
-    let valid = |time: Option<SetTime>| !matches!(time, Some(SetTime::At(at)) if at.nanos >= 1_000_000_000);
+    let valid = |time: Option<SetTime>| !matches!(time, Some(SetTime::At(at)) if !at.is_sound());
     if valid(set.atime) && valid(set.mtime) { Ok(()) } else { Err(Refusal::Invalid) }
 }
 
@@ -259,12 +259,8 @@ fn pieces_within(tables: &Tables<'_>, ino: Ino, bytes: std::ops::Range<u64>) -> 
     let mut found = Vec::new();
     let mut too_many = false;
     scan_chunks(tables, ino, &bytes, |index, pieces| {
-        let (start, end) = span(index, &bytes);
-        let touching = pieces.iter().filter(|piece| piece.offset < end && piece.end() > start);
-        found.extend(touching.map(|piece| {
-            let part = chunk::within(piece, start, end);
-            (start_of(index) + u64::from(part.offset), part)
-        }));
+        let parts = pieces.iter().filter_map(|piece| pieces::within(piece, span(index, &bytes)));
+        found.extend(parts.map(|part| (start_of(index) + u64::from(part.offset), part)));
         too_many = found.len() > COPY_PIECES_MAX;
         Ok(if too_many { ControlFlow::Break(()) } else { ControlFlow::Continue(()) })
     })?;
@@ -295,10 +291,10 @@ fn offset_in_chunk(offset: u64) -> u32 {
 }
 
 /// Where `bytes` begin and end within a chunk that they touch.
-fn span(index: ChunkIndex, bytes: &std::ops::Range<u64>) -> (u32, u32) {
+fn span(index: ChunkIndex, bytes: &std::ops::Range<u64>) -> std::ops::Range<u32> {
     let start = bytes.start.saturating_sub(start_of(index)).min(CHUNK_SIZE);
     let end = bytes.end.saturating_sub(start_of(index)).min(CHUNK_SIZE);
-    (start as u32, end as u32)
+    start as u32..end as u32
 }
 
 /// Shows the chunks that have pieces and touch `bytes`, in order, until `visit` breaks.
@@ -347,8 +343,7 @@ impl Rewrite {
     }
 
     fn lay(&mut self, tables: &Tables<'_>, index: ChunkIndex, piece: Piece) -> Result<()> {
-        let chunk = self.chunk(tables, index)?;
-        chunk.new = chunk::lay(&chunk.new, piece);
+        pieces::lay_over(&mut self.chunk(tables, index)?.new, piece);
         Ok(())
     }
 
@@ -369,8 +364,8 @@ impl Rewrite {
     fn hole(&mut self, tables: &Tables<'_>, bytes: std::ops::Range<u64>) -> Result<()> {
         let ino = self.ino;
         scan_chunks(tables, ino, &bytes, |index, old| {
-            let (start, end) = span(index, &bytes);
-            let new = chunk::cut(&old, start, end);
+            let mut new = old.clone();
+            pieces::clear(&mut new, span(index, &bytes));
             self.chunks.insert(index, Chunk { old, new });
             Ok(ControlFlow::Continue(()))
         })
@@ -386,7 +381,7 @@ impl Rewrite {
             if old == new {
                 continue;
             }
-            inode.stored = inode.stored + chunk::covered(&new) - chunk::covered(&old);
+            inode.stored = inode.stored + pieces::stored(&new) - pieces::stored(&old);
             changes.name(&new);
             changes.unname(&old);
             let row = key::pieces(self.ino, index);

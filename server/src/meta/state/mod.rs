@@ -6,7 +6,6 @@
 
 pub mod acl;
 pub mod blocks;
-pub mod chunk;
 pub mod file;
 pub mod namespace;
 pub mod orphans;

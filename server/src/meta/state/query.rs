@@ -19,6 +19,8 @@ use super::{
 
 /// Chunks in one answer.
 const CHUNKS_MAX: u32 = 1024;
+/// Pieces that one seek looks at, at most, and then those of one chunk more.
+const SEEK_PIECES_MAX: usize = 4 << 10;
 /// Pieces in one answer. Asked for more than fit, the answer is `TooLarge`: ask for fewer chunks. One chunk always fits.
 const MAP_PIECES_MAX: usize = 24_000;
 
@@ -118,18 +120,27 @@ fn places<'a>(rows: &impl Rows, pieces: impl Iterator<Item = &'a Piece>) -> Resu
     Ok(places.into_values().collect())
 }
 
+/// How far a seek has come.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Sought {
+    Found(u64),
+    /// There is none before this offset: ask again from there. A long file never holds up the others.
+    Beyond(u64),
+}
+
 /// The next byte of data, or of a hole, at or after `offset`. The end of the file counts as a hole.
-pub fn seek(rows: &impl Rows, ino: Ino, offset: u64, hole: bool) -> Step<u64> {
+pub fn seek(rows: &impl Rows, ino: Ino, offset: u64, hole: bool) -> Step<Sought> {
     let inode = regular(rows, ino)?;
     if offset >= inode.size {
         return Err(Refusal::NotFound.into());
     }
-    let (mut at, mut found) = (offset, None);
+    let (mut at, mut found, mut looked_at) = (offset, None, 0);
     // A file without holes need not be walked.
     if hole && inode.stored == inode.size {
-        return Ok(inode.size);
+        return Ok(Sought::Found(inode.size));
     }
     scan_chunks(rows, ino, &(offset..inode.size), |index, pieces| {
+        looked_at += pieces.len();
         for piece in pieces {
             let start = start_of(index) + u64::from(piece.offset);
             let end = start + u64::from(piece.length);
@@ -145,11 +156,12 @@ pub fn seek(rows: &impl Rows, ino: Ino, offset: u64, hole: bool) -> Step<u64> {
             }
             at = end;
         }
-        Ok(ControlFlow::Continue(()))
+        Ok(if looked_at < SEEK_PIECES_MAX { ControlFlow::Continue(()) } else { ControlFlow::Break(()) })
     })?;
     match (hole, found) {
-        (true, _) => Ok(at.min(inode.size)),
-        (false, Some(data)) => Ok(data),
+        (true, _) if looked_at >= SEEK_PIECES_MAX && at < inode.size => Ok(Sought::Beyond(at)),
+        (true, _) => Ok(Sought::Found(at.min(inode.size))),
+        (false, Some(data)) => Ok(Sought::Found(data)),
         (false, None) => Err(Refusal::NotFound.into()),
     }
 }

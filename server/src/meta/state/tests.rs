@@ -8,8 +8,9 @@ use std::collections::BTreeMap;
 
 use holdfast_common::{
     BlockHash, BootId, ChunkIndex, Ino, Kind, Piece, Refusal, Sequence, ServerId, SessionId, Time,
+    limits::{BLOCK_SIZE_MAX, CHUNK_SIZE},
     net::identity::{NodeName, Role},
-    wire::meta::{FileCommit, Holder, Mutated, NewBlock, NewInode, Op},
+    wire::meta::{FileCommit, Holder, Mutated, NewBlock, NewInode, Op, SetAttr},
 };
 use redb::{Database, Durability, ReadableDatabase, backends::InMemoryBackend};
 
@@ -371,6 +372,16 @@ fn a_bad_copy_that_was_not_replaced_is_owed_again() {
 }
 
 #[test]
+fn a_time_of_more_than_a_second_of_nanoseconds_is_refused() {
+    let mut world = World::new();
+    let ino = world.make(Ino::ROOT, "f", Kind::File).unwrap();
+    let bad = FileCommit { mtime: Time { secs: i64::MAX, nanos: u32::MAX }, ..file(ino, vec![], 0) };
+    let op = Op::Commit { files: vec![bad], blocks: vec![] };
+    assert_eq!(world.mutate(op), Ok(Mutated::Committed(vec![Err(Refusal::Invalid)])));
+    world.check();
+}
+
+#[test]
 fn a_huge_file_is_reclaimed_piecemeal() {
     let mut world = World::new();
     let ino = world.make(Ino::ROOT, "f", Kind::File).unwrap();
@@ -434,6 +445,60 @@ fn the_same_entries_make_the_same_tables() {
     let entries = world.entries.clone();
     other.transact(|tables| entries.iter().try_for_each(|entry| apply(tables, entry).map(drop)));
     assert_eq!(world.dump(), other.dump());
+}
+
+#[test]
+fn a_hole_far_away_is_sought_in_steps_of_which_none_looks_at_the_whole_file() {
+    const CHUNKS: u32 = 40_000;
+    let mut world = World::new();
+    let ino = huge_file(&mut world, "f", CHUNKS);
+    let data = u64::from(CHUNKS) * CHUNK_SIZE;
+    let seek = |world: &World, offset, hole| world.ask(|view| query::seek(view, ino, offset, hole));
+    assert_eq!(seek(&world, 5, true), Ok(query::Sought::Found(data)), "without holes there is nothing to look at");
+    world.mutate(Op::SetAttr { ino, set: SetAttr { size: Some(data + 9), ..SetAttr::default() } }).unwrap();
+    let (mut at, mut steps) = (5, 0);
+    while let query::Sought::Beyond(next) = seek(&world, at, true).unwrap() {
+        assert!(next > at && next < data && next - at <= 4096 * CHUNK_SIZE, "from {at} to {next}");
+        (at, steps) = (next, steps + 1);
+    }
+    assert_eq!((seek(&world, at, true), steps), (Ok(query::Sought::Found(data)), 9));
+    assert_eq!(seek(&world, 5, false), Ok(query::Sought::Found(5)));
+    assert_eq!(seek(&world, data, false), Err(Refusal::NotFound));
+}
+
+/// A file of `chunks` chunks that one block fills each, without a hole in between.
+fn huge_file(world: &mut World, name: &str, chunks: u32) -> Ino {
+    let ino = world.make(Ino::ROOT, name, Kind::File).unwrap();
+    let (length, commit_chunks) = (BLOCK_SIZE_MAX, 8192);
+    for first in (0..chunks).step_by(8192) {
+        let indexes = first..chunks.min(first + commit_chunks);
+        let pieces = indexes.map(|index| (index, piece(1, 0, length, 0))).collect();
+        let blocks = vec![NewBlock { length, ..block(1, 8, 3) }];
+        world.commit(vec![file(ino, pieces, 0)], blocks).unwrap();
+    }
+    ino
+}
+
+#[test]
+#[ignore = "measures; run it with --ignored --nocapture"]
+fn speed_on_huge_files() {
+    const CHUNKS: u32 = 200_000;
+    let mut world = World::new();
+    let ino = huge_file(&mut world, "f", CHUNKS);
+    let size = u64::from(CHUNKS) * CHUNK_SIZE;
+    world.mutate(Op::SetAttr { ino, set: SetAttr { size: Some(size + 1), ..SetAttr::default() } }).unwrap();
+    let timed = |what: &str, work: &mut dyn FnMut()| {
+        let started = std::time::Instant::now();
+        work();
+        eprintln!("{what}: {:?}", started.elapsed());
+    };
+    timed("one query for a hole", &mut || assert!(world.ask(|view| query::seek(view, ino, 0, true)).is_ok()));
+    timed("one query for data", &mut || assert!(world.ask(|view| query::seek(view, ino, 0, false)).is_ok()));
+    let half = Op::Punch { ino, offset: 1, length: size / 2, grow: false };
+    timed("punching half of it", &mut || drop(world.mutate(half.clone())));
+    let none = Op::SetAttr { ino, set: SetAttr { size: Some(0), ..SetAttr::default() } };
+    timed("truncating the other half", &mut || drop(world.mutate(none.clone())));
+    world.check();
 }
 
 #[test]

@@ -10,10 +10,11 @@ use std::{
 use holdfast_common::{
     BlockHash, ChunkIndex, Ino, Kind, Piece, ServerId, SessionId,
     limits::{FILE_SIZE_MAX, PIECES_PER_CHUNK_MAX, REPLICAS},
+    pieces,
 };
 
 use super::{
-    Rows, StorageError, blocks, chunk,
+    Rows, StorageError, blocks,
     file::{index_of, start_of},
     rows::{BlockRow, Dentry, Inode, decode_pieces},
     servers, session,
@@ -221,7 +222,7 @@ fn sizes_are_true(facts: &Facts, found: &mut Vec<String>) {
     facts.dentries.keys().for_each(|(parent, _)| *entries.entry(*parent).or_default() += 1);
     let mut stored: BTreeMap<Ino, u64> = BTreeMap::new();
     for ((ino, _), pieces) in &facts.pieces {
-        *stored.entry(*ino).or_default() += chunk::covered(pieces);
+        *stored.entry(*ino).or_default() += pieces::stored(pieces);
     }
     for (ino, inode) in &facts.inodes {
         let of = |map: &BTreeMap<Ino, u64>| map.get(ino).copied().unwrap_or(0);
@@ -257,7 +258,7 @@ fn pieces_are_in_order(facts: &Facts, found: &mut Vec<String>) {
         }
         for piece in pieces {
             let length = facts.blocks.get(&piece.block).map_or(0, |row| row.length);
-            if !chunk::is_in_bounds(piece) || piece.block_offset + piece.length > length {
+            if !pieces::is_sound(piece, length) {
                 found.push(format!("a piece of {place} is out of bounds of block {}", piece.block));
             }
         }

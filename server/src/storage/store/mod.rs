@@ -230,6 +230,7 @@ impl Store {
         })?;
         let inner = Arc::new(inner);
         let mut store = Self { inner: Arc::clone(&inner), recovery, threads: Vec::new() };
+        // First, because it must end last.
         store.spawn("holdfast-sync", Inner::sync_loop).map_err(io_error)?;
         inner.checkpoint().map_err(|error| io_error(io::Error::other(error.to_string())))?;
         boot::commit(inner.segments.disk.as_ref(), directory, inner.boot).map_err(io_error)?;
@@ -407,11 +408,14 @@ impl Store {
 
 impl Drop for Store {
     fn drop(&mut self) {
-        self.inner.gate.stop();
-        self.inner.segments.stop_hints();
         self.inner.housekeeper.state.lock().stopping = true;
         self.inner.housekeeper.wake.notify_all();
-        for thread in self.threads.drain(..) {
+        self.inner.segments.stop_hints();
+        // The housekeeper may be in a checkpoint, which waits for the sync thread: that one goes last.
+        while let Some(thread) = self.threads.pop() {
+            if self.threads.is_empty() {
+                self.inner.gate.stop();
+            }
             if thread.join().is_err() {
                 tracing::error!("a thread of the store panicked");
             }

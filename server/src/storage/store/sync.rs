@@ -63,6 +63,10 @@ impl SyncGate {
             if state.durable >= ticket.0 {
                 return Ok(());
             }
+            // Nobody syncs any more.
+            if state.stopping {
+                return Err("the block store has stopped".into());
+            }
             self.done.wait(&mut state);
         }
     }
@@ -112,5 +116,12 @@ impl SyncGate {
     pub(super) fn stop(&self) {
         self.state.lock().stopping = true;
         self.work.notify_all();
+        self.done.notify_all();
+    }
+
+    /// Somebody has asked for this to be durable.
+    #[cfg(test)]
+    pub(super) fn is_wanted(&self, ticket: Ticket) -> bool {
+        self.state.lock().wanted >= ticket.0
     }
 }

@@ -34,6 +34,7 @@ struct Shared {
     segment_syncs: AtomicU64,
     free: AtomicU64,
     hold_syncs: Mutex<bool>,
+    syncs_held: AtomicU64,
     released: Condvar,
     boot: AtomicU64,
     dead: AtomicBool,
@@ -137,6 +138,11 @@ impl TestDisk {
 
     pub(super) fn set_free(&self, free: u64) {
         self.shared.free.store(free, SeqCst);
+    }
+
+    /// Syncs so far that were held.
+    pub(super) fn syncs_held(&self) -> u64 {
+        self.shared.syncs_held.load(SeqCst)
     }
 
     pub(super) fn hold_syncs(&self, hold: bool) {
@@ -302,6 +308,7 @@ impl DiskFile for TestFile {
 
     fn sync_data(&self) -> io::Result<()> {
         let mut hold = self.shared.hold_syncs.lock();
+        self.shared.syncs_held.fetch_add(u64::from(*hold && self.is_segment), SeqCst);
         while *hold && self.is_segment {
             self.shared.released.wait(&mut hold);
         }

@@ -474,6 +474,37 @@ fn puts_at_the_same_time_share_a_sync() {
 }
 
 #[test]
+fn a_store_that_is_dropped_in_the_middle_of_a_checkpoint_ends() {
+    let disk = TestDisk::new();
+    let options = StoreOptions { flushes_per_checkpoint: 1, ..options() };
+    let store = Store::open(Arc::clone(&disk) as Arc<dyn Disk>, Path::new(DIRECTORY), options).unwrap();
+    disk.hold_syncs(true);
+    let first = store.put(&[block(1, 5000)]).unwrap();
+    store.inner.gate.request(first);
+    until("the first block is being synced", || disk.syncs_held() == 1);
+    let second = store.put(&[block(2, 5000)]).unwrap();
+    store.inner.hurry();
+    until("a checkpoint waits for the second", || store.inner.gate.is_wanted(second));
+    let inner = Arc::clone(&store.inner);
+    let dropping = std::thread::spawn(move || drop(store));
+    until("the store is being dropped", || inner.housekeeper.state.lock().stopping);
+    disk.hold_syncs(false);
+    until("the store has ended", || dropping.is_finished());
+    dropping.join().unwrap();
+    assert!(inner.gate.durable() >= second.0, "the checkpoint was finished");
+    assert!(inner.gate.wait(Ticket(second.0 + 1)).is_err(), "nobody waits for a store that has stopped");
+}
+
+#[track_caller]
+fn until(what: &str, condition: impl Fn() -> bool) {
+    let deadline = std::time::Instant::now() + Duration::from_secs(20);
+    while !condition() {
+        assert!(std::time::Instant::now() < deadline, "waited in vain until {what}");
+        std::thread::yield_now();
+    }
+}
+
+#[test]
 fn a_slow_write_holds_up_only_those_who_write() {
     let store = open(&TestDisk::new());
     put_durable(&store, &block(1, 100));
