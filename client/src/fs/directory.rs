@@ -17,6 +17,8 @@ const DOT_DOT: u64 = 2;
 /// Entries asked for at a time: small first, for directories that are only peeked into.
 const PAGE_FIRST: u32 = 256;
 const PAGE: u32 = 2048;
+/// Entries handed out at a time: more than the kernel's buffer takes would be copied for nothing.
+const HANDED_OUT_MAX: usize = 128;
 
 #[derive(Debug)]
 pub(super) struct OpenDirectory {
@@ -39,10 +41,16 @@ impl Page {
         if self.plus != plus {
             return None;
         }
-        let start =
-            if cookie == self.after { 0 } else { self.entries.iter().position(|entry| entry.cookie == cookie)? + 1 };
-        let entries = self.entries[start..].to_vec();
-        (!entries.is_empty() || self.end).then_some(DirectoryPage { entries, end: self.end })
+        // Cookies ascend.
+        let start = match cookie == self.after {
+            true => 0,
+            false => self.entries.binary_search_by_key(&cookie, |entry| entry.cookie).ok()? + 1,
+        };
+        let rest = &self.entries[start..];
+        (!rest.is_empty() || self.end).then(|| DirectoryPage {
+            entries: rest.iter().take(HANDED_OUT_MAX).cloned().collect(),
+            end: self.end && rest.len() <= HANDED_OUT_MAX,
+        })
     }
 }
 
@@ -63,7 +71,7 @@ impl Fs {
             return Ok(rest);
         }
         let page = self.fetch_page(directory.ino, cookie, plus).await?;
-        let all = DirectoryPage { entries: page.entries.to_vec(), end: page.end };
+        let all = page.rest(cookie, plus).unwrap_or(DirectoryPage { entries: Vec::new(), end: true });
         *directory.page.lock() = Some(page);
         Ok(all)
     }

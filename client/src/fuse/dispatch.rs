@@ -5,13 +5,16 @@ use std::{
     future::Future,
     panic::{AssertUnwindSafe, catch_unwind},
     pin::Pin,
-    task::{Context, Poll, Waker},
+    task::{Context, Poll},
     time::Duration,
 };
 
 use tokio::runtime::Handle;
 
-use crate::fs::{Errno, FsResult};
+use crate::{
+    fs::{Errno, FsResult},
+    remote::probe,
+};
 
 /// How long the kernel may be kept waiting.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -69,7 +72,8 @@ impl Dispatcher {
         Self { runtime, deadlines }
     }
 
-    /// Polls `work` once here. If it is not ready, the runtime goes on with it and calls `reply` later.
+    /// Polls `work` once here, to see whether memory can answer. If it is not ready, the runtime goes on with it and calls `reply` later:
+    /// it is polled there at once, whether or not anything woke it.
     /// `reply` is called exactly once: with EIO when `work` panics or outlasts the operation's deadline.
     pub(super) fn run<T, W, R>(&self, operation: Operation, work: W, reply: R)
     where
@@ -80,7 +84,7 @@ impl Dispatcher {
         let mut work: Running<T> = Box::pin(work);
         let first = {
             let _in_runtime = self.runtime.enter();
-            poll_guarded(operation, &mut work, &mut Context::from_waker(Waker::noop()))
+            poll_guarded(operation, &mut work, &mut Context::from_waker(probe()))
         };
         match first {
             Poll::Ready(result) => reply(result),
@@ -184,6 +188,19 @@ mod tests {
         let (answer, runtime_thread) =
             thread::spawn(move || (drive(&bench, &answers), thread::current().id())).join().unwrap();
         assert_eq!(answer, (Ok(8), runtime_thread));
+    }
+
+    #[test]
+    fn what_needs_the_network_is_begun_by_the_runtime() {
+        let bench = bench();
+        let answers = start(&bench, async {
+            crate::remote::on_network_thread().await;
+            assert_eq!(thread::current().name(), Some("runtime"));
+            Ok(9)
+        });
+        let runtime = thread::Builder::new().name("runtime".to_owned());
+        let (answer, _) = runtime.spawn(move || drive(&bench, &answers)).unwrap().join().unwrap();
+        assert_eq!(answer, Ok(9));
     }
 
     #[test]

@@ -378,6 +378,7 @@ impl BlockClient {
                 format!("storage server {server} is not in the map"),
             ));
         };
+        super::on_network_thread().await;
         let in_flight = self.health.start(server);
         let result = tokio::select! {
             result = self.peers.call(endpoint, request, limit) => result,

@@ -383,6 +383,7 @@ impl MetaClient {
         let malformed = |e: codec::CodecError| CallError::Malformed(self.server.address, e.to_string());
         let header = codec::encode(request).map_err(|_| Trouble::Refused(Refusal::BadRequest))?;
         let frame = Frame { header, payload: Vec::new() };
+        super::on_network_thread().await;
         let reply = self.peers.call(self.server, frame, deadline).await.map_err(Trouble::Call)?;
         let reply: MetaReply = codec::decode(&reply.header).map_err(malformed).map_err(Trouble::Call)?;
         self.note(&reply);

@@ -5,6 +5,7 @@ use std::{future::Future, io, net::SocketAddr, sync::Arc, time::Duration};
 use quinn::{
     AsyncUdpSocket, ConnectionId, ConnectionIdGenerator, EndpointConfig, IdleTimeout, MtuDiscoveryConfig, Runtime,
     TokioRuntime, TransportConfig, VarInt,
+    congestion::CubicConfig,
     crypto::{
         CryptoError, HmacKey,
         rustls::{QuicClientConfig, QuicServerConfig},
@@ -26,6 +27,11 @@ use crate::clock::{Clock, SystemClock};
 const UDP_PAYLOAD_MAX: u16 = 6500;
 /// Bytes of a datagram before discovery: fits Ethernet's 1500 with IPv6 and UDP headers.
 const UDP_PAYLOAD_INITIAL: u16 = 1452;
+/// Bytes that may be under way before anything has been acknowledged. quinn's 12,000 are not even two of our largest
+/// datagrams: the second one of an answer would wait for the peer's delayed acknowledgement, 25 ms.
+const WINDOW_INITIAL_REMOTE: u64 = 64 << 10;
+const WINDOW_INITIAL_LOCAL: u64 = 1 << 20;
+const _: () = assert!(WINDOW_INITIAL_REMOTE >= 10 * UDP_PAYLOAD_MAX as u64);
 const STREAM_WINDOW: u32 = 16 << 20;
 const CONNECTION_WINDOW: u32 = 64 << 20;
 const STREAMS_PER_CONNECTION: u32 = 1024;
@@ -201,8 +207,11 @@ fn endpoint_config(credentials: Option<&Credentials>, options: &NetOptions) -> R
 pub(super) fn transport(options: &NetOptions, local: bool) -> Arc<TransportConfig> {
     let mut discovery = MtuDiscoveryConfig::default();
     discovery.upper_bound(UDP_PAYLOAD_MAX).black_hole_cooldown(Duration::from_secs(5));
+    let mut congestion = CubicConfig::default();
+    congestion.initial_window(if local { WINDOW_INITIAL_LOCAL } else { WINDOW_INITIAL_REMOTE });
     let mut config = TransportConfig::default();
     config
+        .congestion_controller_factory(Arc::new(congestion))
         .initial_mtu(if local { UDP_PAYLOAD_MAX } else { UDP_PAYLOAD_INITIAL })
         .mtu_discovery_config(Some(discovery))
         .stream_receive_window(VarInt::from_u32(STREAM_WINDOW))
