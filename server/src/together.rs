@@ -153,7 +153,7 @@ impl<'a> Mount<'a> {
         self.sequence += 1;
         let (session, sequence, answered_below) = (self.session, Sequence(self.sequence), Sequence(1));
         match self.ask(MetaRequest::Mutate { session, sequence, answered_below, durable, op }).await {
-            Ok(MetaAnswer::Mutated { outcome, .. }) => outcome,
+            Ok(MetaAnswer::Mutated { outcome, .. } | MetaAnswer::MutatedIn { outcome, .. }) => outcome,
             other => panic!("{other:?}"),
         }
     }

@@ -11,6 +11,7 @@ mod namespace;
 mod open;
 mod plain;
 mod shared;
+mod told;
 
 use std::{
     collections::HashMap,
@@ -34,6 +35,7 @@ use self::{
     open::{OpenFile, Releases},
     plain::Plain,
     shared::{Shared, UPLOADS_IN_FLIGHT_MAX},
+    told::{TOLD_LIFE, Told},
 };
 pub use self::{duties::Duties, shared::ClockDebug};
 use crate::{
@@ -133,6 +135,7 @@ pub struct Fs {
     kernel_versions: Mutex<HashMap<Ino, u64>>,
     releases: Releases,
     plain: Plain,
+    told: Told,
     read_ahead_max: u32,
     kernel: OnceLock<Arc<dyn KernelCaches>>,
 }
@@ -170,6 +173,7 @@ impl Fs {
             kernel_versions: Mutex::default(),
             releases: Releases::default(),
             plain: Plain::default(),
+            told: Told::default(),
             read_ahead_max: read_ahead_max(options.cache_bytes),
             kernel: OnceLock::new(),
         });
@@ -187,6 +191,7 @@ impl Fs {
     fn roll_back(&self, after: Position, through: Position) {
         self.shared.retained.lock().moved(after, through);
         self.kernel_versions.lock().clear();
+        self.told.forget_all();
         let inodes: Vec<Arc<Inode>> = self.inodes.lock().values().cloned().collect();
         for inode in inodes {
             inode.lock().roll_back();
@@ -203,7 +208,7 @@ impl Fs {
 
     /// How long the kernel may trust attributes and names.
     pub fn attribute_timeout(&self) -> Duration {
-        inode::ATTRIBUTE_LIFE
+        inode::ATTRIBUTE_LIFE - TOLD_LIFE
     }
 
     /// Bytes written and not yet stored.

@@ -38,6 +38,9 @@ impl Fs {
         if let Some(attr) = self.inode(ino).and_then(|inode| inode.lock().fresh_attr()) {
             return Ok(attr);
         }
+        if let Some(attr) = self.told.take(ino) {
+            return Ok(self.learn(attr));
+        }
         match self.shared.meta.query(Query::GetAttr { ino }).await? {
             MetaAnswer::Attr(attr) => Ok(self.learn(attr)),
             other => Err(unexpected(&other)),
@@ -89,6 +92,7 @@ impl Fs {
         let new = NewInode { kind, mode, uid: caller.uid, gid: caller.gid, rdev, target };
         let op = Op::Make { parent, name: name.to_vec(), new, exclusive, open };
         let applied = self.shared.meta.mutate(op, false).await?;
+        self.told.note(&applied.directories);
         match applied.outcome {
             Mutated::Inode { attr, created } => {
                 self.plain.learn(&attr);
@@ -185,6 +189,7 @@ impl Fs {
     async fn change_xattr(&self, ino: Ino, op: Op) -> FsResult<()> {
         let changed = self.shared.meta.mutate(op, false).await;
         self.plain.forget(ino);
+        self.told.forget(ino);
         let applied = changed?;
         if let Some(inode) = self.inode(ino) {
             let mut state = inode.lock();
@@ -277,6 +282,7 @@ impl Fs {
     /// Applies a change of one inode's attributes or pieces that was not made by writing to it here.
     async fn change(&self, ino: Ino, op: Op) -> FsResult<Attr> {
         let applied = self.shared.meta.mutate(op, false).await?;
+        self.told.forget(ino);
         let Mutated::Inode { attr, .. } = applied.outcome else { return Err(unanswered(&applied.outcome)) };
         Ok(self.changed(ino, attr, applied.position))
     }
@@ -302,7 +308,9 @@ impl Fs {
     }
 
     async fn mutate(&self, op: Op) -> FsResult<Mutated> {
-        Ok(self.shared.meta.mutate(op, false).await?.outcome)
+        let applied = self.shared.meta.mutate(op, false).await?;
+        self.told.note(&applied.directories);
+        Ok(applied.outcome)
     }
 }
 

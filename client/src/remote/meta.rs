@@ -10,7 +10,7 @@ use std::{
 };
 
 use holdfast_common::{
-    Ino, Position, Refusal, Sequence, SessionId,
+    Attr, Ino, Position, Refusal, Sequence, SessionId,
     cluster::ClusterMap,
     limits::REPLIES_KEPT_PER_SESSION,
     net::{CallError, Endpoint, Frame, Peers},
@@ -121,6 +121,8 @@ impl Session {
 pub struct Applied {
     pub position: Position,
     pub outcome: Mutated,
+    /// The directories whose entries it changed, as they are after it.
+    pub directories: Vec<Attr>,
 }
 
 impl MetaClient {
@@ -322,15 +324,15 @@ impl MetaClient {
             durable,
             op: op.clone(),
         };
-        match self.ask_or_expire(attempt, request).await? {
-            MetaAnswer::Mutated { position, outcome } => {
-                if !self.is_durable(position) {
-                    self.undurable.lock().note(position, mutation.sequence, op.clone(), &outcome);
-                }
-                Ok(Applied { position, outcome })
-            }
-            other => Err(Failure::Errno(unexpected(&other))),
+        let (position, outcome, directories) = match self.ask_or_expire(attempt, request).await? {
+            MetaAnswer::Mutated { position, outcome } => (position, outcome, Vec::new()),
+            MetaAnswer::MutatedIn { position, outcome, directories } => (position, outcome, directories),
+            other => return Err(Failure::Errno(unexpected(&other))),
+        };
+        if !self.is_durable(position) {
+            self.undurable.lock().note(position, mutation.sequence, op.clone(), &outcome);
         }
+        Ok(Applied { position, outcome, directories })
     }
 
     /// Of `session`; nothing of it is given up once another has taken its place.

@@ -115,7 +115,7 @@ fn merged<'a>(items: impl Iterator<Item = &'a Item>) -> Op {
 
 fn answer(group: Vec<Waiting<Item, FsResult<Committed>>>, result: FsResult<Applied>) {
     let answers: Vec<FsResult<Committed>> = match result {
-        Ok(Applied { position, outcome: Mutated::Committed(files) }) if files.len() == group.len() => {
+        Ok(Applied { position, outcome: Mutated::Committed(files), .. }) if files.len() == group.len() => {
             files.into_iter().map(|file| one_file(file, position)).collect()
         }
         Ok(other) => {

@@ -214,6 +214,19 @@ pub enum Op {
 }
 
 impl Op {
+    /// The directories whose entries it changes.
+    pub fn directories(&self) -> Vec<Ino> {
+        match self {
+            Self::Make { parent, .. }
+            | Self::Link { parent, .. }
+            | Self::Unlink { parent, .. }
+            | Self::Rmdir { parent, .. } => vec![*parent],
+            Self::Rename { from, to, .. } if from == to => vec![*from],
+            Self::Rename { from, to, .. } => vec![*from, *to],
+            _ => Vec::new(),
+        }
+    }
+
     /// Does it make the metadata larger? No `_` arm: a new operation must say so.
     pub fn grows(&self) -> bool {
         match self {
@@ -430,6 +443,12 @@ pub enum MetaAnswer {
     Replayed(Vec<Replayed>),
     /// Seek: there is none before this offset, which is past the one asked for; ask again from there.
     OffsetBeyond(u64),
+    /// As `Mutated`, of a change of names, with the directories as they are now: the kernel asks for them next.
+    MutatedIn {
+        position: Position,
+        outcome: Mutated,
+        directories: Vec<Attr>,
+    },
 }
 
 /// The part of an answer to a mutation that is kept for I5.

@@ -21,7 +21,9 @@ impl Mount {
         let (session, sequence) = (self.session, Sequence(self.done.len() as u64 + 1));
         let request =
             MetaRequest::Mutate { session, sequence, answered_below: sequence, durable: false, op: op.clone() };
-        let Ok(MetaAnswer::Mutated { position, outcome }) = cluster.ask(MOUNT, request).await else {
+        let Ok(MetaAnswer::Mutated { position, outcome } | MetaAnswer::MutatedIn { position, outcome, .. }) =
+            cluster.ask(MOUNT, request).await
+        else {
             panic!("{op:?} is not done")
         };
         let (made, time) = match &outcome {

@@ -164,12 +164,20 @@ impl Service {
     }
 
     async fn mutate(&self, command: Command, durable: bool) -> Answer {
+        let changed = match &command {
+            Command::Mutate { op, .. } => op.directories(),
+            _ => Vec::new(),
+        };
         let (position, outcome) = self.proposer.propose(command).await?;
         let Reply::Mutated(outcome) = outcome? else { return Err(Refusal::Fault) };
         if durable {
             self.core.until_durable(position, DURABLE_DEADLINE).await?;
         }
-        Ok(MetaAnswer::Mutated { position, outcome })
+        if changed.is_empty() {
+            return Ok(MetaAnswer::Mutated { position, outcome });
+        }
+        let directories = changed.into_iter().filter_map(|ino| self.ask(|view| query::attr(view, ino)).ok()).collect();
+        Ok(MetaAnswer::MutatedIn { position, outcome, directories })
     }
 
     /// Proposes, and answers when the entry is durable.

@@ -231,7 +231,7 @@ impl Cluster {
     async fn mutate_as(&self, sequence: u64, durable: bool, op: Op) -> Result<Mutated, Refusal> {
         let (session, sequence, answered_below) = (self.session, Sequence(sequence), Sequence(1));
         match self.ask(MOUNT, MetaRequest::Mutate { session, sequence, answered_below, durable, op }).await? {
-            MetaAnswer::Mutated { outcome, .. } => Ok(outcome),
+            MetaAnswer::Mutated { outcome, .. } | MetaAnswer::MutatedIn { outcome, .. } => Ok(outcome),
             other => panic!("{other:?}"),
         }
     }

@@ -312,6 +312,7 @@ fn answers() -> Vec<MetaAnswer> {
         MetaAnswer::Status(Box::new(status())),
         MetaAnswer::Token { secret: [1; 32], ca_fingerprint: [2; 32] },
         MetaAnswer::Violations(vec!["a sentence".into()]),
+        MetaAnswer::MutatedIn { position: Position(6), outcome: Mutated::Xattr, directories: vec![attr()] },
         MetaAnswer::Reopened { replay_after: Some(Position(10)) },
         MetaAnswer::Replayed(vec![
             Replayed { sequence: Sequence(4), result: Ok(Position(13)) },

@@ -86,7 +86,7 @@ impl<'a> Writer<'a> {
         let sequence = Sequence(self.sequence);
         let request = MetaRequest::Mutate { session: self.session, sequence, answered_below: sequence, durable, op };
         match self.life.meta(request).await? {
-            Ok(MetaAnswer::Mutated { outcome, .. }) => Some(outcome),
+            Ok(MetaAnswer::Mutated { outcome, .. } | MetaAnswer::MutatedIn { outcome, .. }) => Some(outcome),
             _ => None,
         }
     }
