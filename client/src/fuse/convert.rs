@@ -303,17 +303,25 @@ mod tests {
     }
 
     #[test]
-    fn only_attributes_that_nobody_else_must_obey_are_kept() {
+    fn attributes_are_kept_that_somebody_obeys_or_nobody_must() {
         for (name, kept) in [
             (&b"user.comment"[..], true),
             (b"trusted.x", true),
-            (b"security.capability", false),
-            (b"system.posix_acl_access", false),
+            (b"security.capability", true),
+            (b"system.posix_acl_access", true),
+            (b"system.other", false),
             (b"user.", false),
             (b"other", false),
         ] {
             assert_eq!(xattr_is_kept(name), kept, "{}", name.escape_ascii());
         }
+    }
+
+    #[test]
+    fn trusted_attributes_are_listed_for_root_only() {
+        let names = vec![b"trusted.a".to_vec(), b"user.b".to_vec()];
+        assert_eq!(xattrs_shown(names.clone(), 0), names);
+        assert_eq!(xattrs_shown(names, 9), [b"user.b".to_vec()]);
     }
 
     #[test]
