@@ -20,7 +20,7 @@ use super::{
 /// The hidden flag of the child.
 pub(super) const FLAG: &str = "--announce";
 /// The child gives up by itself before that.
-const PATIENCE: Duration = Duration::from_secs(15);
+const PATIENCE: Duration = Duration::from_secs(100);
 const READY: &str = "ready";
 const FAILED: &str = "failed ";
 /// Bytes of an announcement that are read.

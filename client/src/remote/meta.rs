@@ -35,6 +35,8 @@ use crate::fs::{Errno, FsResult};
 const ATTEMPT: Duration = Duration::from_secs(5);
 /// Of a request that is answered when every mount has told what the server has lost.
 const REPLAY_ATTEMPT: Duration = Duration::from_secs(130);
+/// How long a new mount waits for a server that waits for others.
+const RECOVERY_PATIENCE: Duration = Duration::from_secs(80);
 /// One attempt to get a newer map, by somebody who will try again anyway.
 const REFRESH: Duration = Duration::from_secs(1);
 /// How far the newest mutation may be ahead of the oldest that has no answer: the server keeps replies for no more, and
@@ -152,6 +154,7 @@ impl MetaClient {
             entering: tokio::sync::Mutex::default(),
         });
         client.first_contact(patience).await?;
+        client.await_service().await?;
         Ok(client)
     }
 
@@ -171,6 +174,19 @@ impl MetaClient {
                 return Err(format!("no metadata server answers: {trouble}"));
             }
         }
+    }
+
+    /// A server that has lost its power answers nothing before the mounts that it knew have spoken, or have been silent for too
+    /// long: a mount that is made meanwhile waits for that, and is not there before.
+    async fn await_service(self: &Arc<Self>) -> Result<(), String> {
+        let mut retry = Retry::within(RECOVERY_PATIENCE);
+        let request = MetaRequest::Query(Query::GetAttr { ino: Ino::ROOT });
+        while matches!(self.once(&request, ATTEMPT).await, Err(Trouble::Refused(Refusal::Unavailable))) {
+            if retry.pause().await.is_err() {
+                return Err("the metadata server lost its power, and still waits for the mounts that it knew".into());
+            }
+        }
+        Ok(())
     }
 
     pub fn session(&self) -> SessionId {

@@ -239,6 +239,21 @@ fn a_metadata_server_that_loses_its_power_again_and_again_takes_nothing_from_mou
     assert!(lost.load(Ordering::SeqCst) > 1000, "hardly anything was lost, so hardly anything was tested");
 }
 
+#[test]
+fn after_a_power_cut_a_new_mount_waits_for_the_server_that_waits_for_the_old_one() {
+    let cluster = Cluster::start();
+    let mount = cluster.mount();
+    fs::write(mount.join("kept"), "kept").expect("write");
+    File::open(mount.join("kept")).expect("open").sync_all().expect("fsync");
+    mount.kill();
+    cluster.meta().kill();
+    fault::lose_power(&cluster.path().join("meta/data/log"));
+    cluster.start_daemons();
+    mount.start_again();
+    assert_eq!(fs::read_to_string(mount.join("kept")).expect("read"), "kept");
+    fs::write(mount.join("new"), "new").expect("write");
+}
+
 /// A restarted metadata server knows of no server that it is up until it hears it. A mount that asks in that moment must
 /// not go by the answer for longer than it is true.
 #[test]
