@@ -80,7 +80,7 @@ impl Shared {
         let uploads = inode.lock().take_uploads(which, PIECES_PER_CHUNK_COMPACT);
         for upload in uploads {
             // A full chunk is hashed here, on the writer's own thread.
-            let cut = is_full(&upload).then(|| cut::cut(&upload.extents));
+            let cut = (upload.append.is_none() && is_full(&upload)).then(|| cut::cut(&upload.extents));
             let (shared, inode) = (Arc::clone(self), Arc::clone(inode));
             tokio::spawn(async move { shared.upload(&inode, &upload, cut.and_then(Result::ok), urgency).await });
         }
