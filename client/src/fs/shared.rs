@@ -167,17 +167,8 @@ impl Shared {
         urgency: Urgency,
     ) -> FsResult<Stored> {
         let cut = sealed(extents)?;
-        let holders = self.blocks.put(&cut.blocks, urgency != Urgency::Visible).await?;
-        let (blocks, places) = named(&cut, holders);
-        let kept = if urgency == Urgency::Visible { blocks.clone() } else { Vec::new() };
-        let file = FileCommit {
-            ino: inode.ino,
-            pieces: cut.pieces.clone(),
-            size_at_least: upload.end(),
-            mtime: upload.mtime,
-            clear_suid: false,
-            only_over,
-        };
+        let Put { item: Item { file, blocks }, places, kept } =
+            self.put(inode, upload, &cut, only_over, urgency).await?;
         let op = Op::Append { file, blocks, at_size: part.at_size };
         // Asked for anew it would be a second record: until it is known whether there is a first one, nothing else is sent.
         let late = || {
@@ -203,8 +194,24 @@ impl Shared {
         only_over: Vec<(ChunkIndex, u64)>,
         urgency: Urgency,
     ) -> FsResult<Stored> {
+        let Put { item, places, kept } = self.put(inode, upload, &cut, only_over, urgency).await?;
+        let committed = self.committer.commit(item, urgency == Urgency::Durable).await?;
+        self.retain(committed.position, &cut, kept);
+        Ok(Stored { cut, places, committed })
+    }
+
+    /// Stores the blocks of an upload, as urgently as asked.
+    async fn put(
+        &self,
+        inode: &Arc<Inode>,
+        upload: &Upload,
+        cut: &Cut,
+        only_over: Vec<(ChunkIndex, u64)>,
+        urgency: Urgency,
+    ) -> FsResult<Put> {
         let holders = self.blocks.put(&cut.blocks, urgency != Urgency::Visible).await?;
-        let (blocks, places) = named(&cut, holders);
+        let (blocks, places) = named(cut, holders);
+        let kept = if urgency == Urgency::Visible { blocks.clone() } else { Vec::new() };
         let file = FileCommit {
             ino: inode.ino,
             pieces: cut.pieces.clone(),
@@ -213,10 +220,7 @@ impl Shared {
             clear_suid: false,
             only_over,
         };
-        let kept = if urgency == Urgency::Visible { blocks.clone() } else { Vec::new() };
-        let committed = self.committer.commit(Item { file, blocks }, urgency == Urgency::Durable).await?;
-        self.retain(committed.position, &cut, kept);
-        Ok(Stored { cut, places, committed })
+        Ok(Put { item: Item { file, blocks }, places, kept })
     }
 
     /// Keeps blocks that their servers have not synced, unless they have by now.
@@ -465,6 +469,14 @@ fn few(ranges: Vec<Range<u32>>) -> Vec<Range<u32>> {
         }
         _ => ranges,
     }
+}
+
+/// An upload whose blocks are on their servers.
+struct Put {
+    item: Item,
+    places: Vec<BlockPlace>,
+    /// Blocks that their servers may still lose, to be kept until they are durable.
+    kept: Vec<NewBlock>,
 }
 
 /// An upload whose blocks are on their servers and whose pieces are in the file.
