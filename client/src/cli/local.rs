@@ -129,6 +129,8 @@ pub(super) fn up(args: &UpArgs) -> CliResult {
     let dir = directory(args.dir.as_deref())?;
     let _lock = open(&dir)?;
     let local = Local::remember(dir, args)?;
+    // Every path is absolute by now. Whoever stands on the mount must not wait for the server that is to be started.
+    std::env::set_current_dir("/")?;
     let admin = local.ensure_identity()?;
     let mut started = local.ensure_meta(&admin)?;
     started.extend(local.ensure_storage(&admin)?);

@@ -107,6 +107,8 @@ pub(super) fn start_detached(
     let output = File::options().create(true).append(true).open(log)?;
     let child = Command::new(program)
         .args(arguments)
+        // Not where the caller happens to be: that may be the mount, which a daemon must neither need nor hold up.
+        .current_dir("/")
         .stdin(Stdio::null())
         .stdout(output.try_clone()?)
         .stderr(output)

@@ -113,6 +113,26 @@ fn sigterm_flushes_what_was_never_closed() {
 }
 
 #[test]
+fn up_works_for_who_stands_on_the_mount_and_leaves_nothing_there() {
+    let dir = holdfast_tests::cluster::temp_dir();
+    let cluster = dir.path().to_str().expect("test paths are UTF-8");
+    let mount = dir.path().join("mnt");
+    let up = |from: &std::path::Path| {
+        let mut command = holdfast_tests::process::binary("holdfast");
+        command.args(["up", "--dir", cluster]).current_dir(from);
+        let output = shell::complete(command, Duration::from_secs(60));
+        assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+    };
+    up(dir.path());
+    let pid = fs::read_to_string(dir.path().join("run/meta.pid")).expect("read the pid");
+    let pid: i32 = pid.split_whitespace().next().and_then(|pid| pid.parse().ok()).expect("a number");
+    shell::run(dir.path(), &format!("kill -9 {pid}"));
+    up(&mount);
+    fs::write(mount.join("file"), "works").expect("write");
+    holdfast_tests::cluster::holdfast_ok(&["down", "--dir", cluster]);
+}
+
+#[test]
 fn up_and_down_and_up_again_keep_the_data() {
     let dir = temp_dir();
     let (cluster, target) = (dir.path().join("cluster"), dir.path().join("mnt"));
