@@ -19,6 +19,8 @@ pub trait DiskFile: Send + Sync + std::fmt::Debug {
     fn read_cached_at(&self, _buffer: &mut [u8], _offset: u64) -> io::Result<()> {
         Err(io::ErrorKind::WouldBlock.into())
     }
+    /// Starts reading `offset..offset+length` into memory without waiting: a later `read_exact_at` has less to wait for.
+    fn start_read(&self, _offset: u64, _length: u64) {}
     /// Writes all of `bytes`, growing the file as needed. Visible at once, durable after `sync_data`.
     fn write_all_at(&self, bytes: &[u8], offset: u64) -> io::Result<()>;
     fn length(&self) -> io::Result<u64>;
@@ -111,6 +113,10 @@ impl DiskFile for RealFile {
         }
     }
 
+    fn start_read(&self, offset: u64, length: u64) {
+        sys::start_read(&self.0, offset, length);
+    }
+
     fn write_all_at(&self, bytes: &[u8], offset: u64) -> io::Result<()> {
         self.0.write_all_at(bytes, offset)
     }
@@ -136,7 +142,7 @@ impl DiskFile for RealFile {
     }
 }
 
-#[allow(unsafe_code, reason = "four system calls that std does not offer")]
+#[allow(unsafe_code, reason = "five system calls that std does not offer")]
 mod sys {
     use std::{ffi::CString, fs::File, io, mem::MaybeUninit, os::fd::AsRawFd, os::unix::ffi::OsStrExt, path::Path};
 
@@ -163,6 +169,19 @@ mod sys {
         let read =
             unsafe { libc::preadv2(file.as_raw_fd(), &raw const part, 1, offset.cast_signed(), libc::RWF_NOWAIT) };
         usize::try_from(read).map_err(|_| io::Error::last_os_error())
+    }
+
+    pub(super) fn start_read(file: &File, offset: u64, length: u64) {
+        // SAFETY: the descriptor is open for as long as `file` is borrowed; no memory is passed.
+        // The result is of no use: this is a hint, and the read that follows reports every real error.
+        unsafe {
+            libc::posix_fadvise(
+                file.as_raw_fd(),
+                offset.cast_signed(),
+                length.cast_signed(),
+                libc::POSIX_FADV_WILLNEED,
+            );
+        }
     }
 
     pub(super) fn start_writeback(file: &File, offset: u64, length: u64) {

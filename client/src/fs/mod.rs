@@ -155,7 +155,7 @@ impl Fs {
         let blocks = BlockClient::new(peers, Arc::clone(&meta), options.io_timeout);
         let shared = Shared {
             committer: Committer::start(&meta),
-            fetcher: Fetcher::new(Arc::clone(&blocks), options.cache_bytes),
+            fetcher: Arc::new(Fetcher::new(Arc::clone(&blocks), options.cache_bytes)),
             meta,
             blocks,
             budget: DirtyBudget::new(options.dirty_bytes),

@@ -59,7 +59,7 @@ const BLOCKS_AGAIN: usize = 64;
 pub(super) struct Shared {
     pub meta: Arc<MetaClient>,
     pub blocks: Arc<BlockClient>,
-    pub fetcher: Fetcher,
+    pub fetcher: Arc<Fetcher>,
     pub committer: Committer,
     pub budget: DirtyBudget,
     pub retained: Mutex<Retained>,

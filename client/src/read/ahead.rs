@@ -6,6 +6,8 @@ use holdfast_common::limits::CHUNK_SIZE;
 
 /// Reads this close to where the last one ended count as going on: the kernel sends its read-ahead out of order.
 const SLACK: u64 = CHUNK_SIZE;
+/// As `SLACK`, after a jump: a second read must be nearer to count, or random readers would fetch whole blocks now and then.
+const SLACK_AFTER_JUMP: u64 = 128 << 10;
 
 /// One open file's reading so far.
 #[derive(Debug, Default)]
@@ -15,6 +17,8 @@ pub struct ReadAhead {
     window: u32,
     /// First chunk that has not been asked for.
     ahead_to: u32,
+    /// The last read was not near the one before it.
+    jumped: bool,
 }
 
 /// What a read tells.
@@ -30,12 +34,14 @@ impl ReadAhead {
     /// Learns of a read of `offset..end` in a file of `size` bytes. The window starts at one chunk and doubles with every
     /// chunk that is read through, up to `window_max`; any jump closes it.
     pub fn note(&mut self, offset: u64, end: u64, size: u64, window_max: u32) -> Advice {
-        let sequential = offset <= self.next + SLACK && offset + SLACK >= self.next;
+        let slack = if self.jumped { SLACK_AFTER_JUMP } else { SLACK };
+        let sequential = offset <= self.next + slack && offset + slack >= self.next;
         let crossed = chunk_of(end) > chunk_of(self.next);
         if !sequential {
-            *self = Self { next: end, window: 0, ahead_to: 0 };
+            *self = Self { next: end, window: 0, ahead_to: 0, jumped: true };
             return Advice { sequential, prefetch: 0..0 };
         }
+        self.jumped = false;
         self.next = self.next.max(end);
         if self.window == 0 || crossed {
             self.window = (self.window * 2).clamp(1, window_max.max(1));
@@ -83,6 +89,7 @@ mod tests {
     fn a_jump_closes_the_window() {
         check(4096, &[50 * MIB, 10 * MIB, 70 * MIB], &[0..0, 0..0, 0..0]);
         check(4096, &[50 * MIB, 50 * MIB + 4096], &[0..0, 51..52]);
+        check(4096, &[50 * MIB, 50 * MIB + (512 << 10), 50 * MIB + (516 << 10)], &[0..0, 0..0, 51..52]);
     }
 
     #[test]

@@ -10,8 +10,8 @@ use crate::{cache::BlockCache, fs::FsResult, remote::blocks::BlockClient};
 
 /// A block no longer than this is fetched whole: the proof and the round trips cost more than its bytes.
 const WHOLE_MAX: u32 = 64 << 10;
-/// After this many partial reads of one block, three quarters of its groups, the rest is fetched too. Earlier it would
-/// cost a mebibyte for each few KiB of a file that does not fit into the cache.
+/// After this many partial reads of one block, three quarters of its groups, the rest is fetched too, beside the read.
+/// Earlier it would cost a mebibyte for each few KiB of a file that does not fit into the cache.
 const PARTIAL_READS_MAX: u8 = 48;
 /// Blocks whose partial reads are counted at a time.
 const COUNTED_MAX: usize = 8192;
@@ -57,13 +57,16 @@ impl Fetcher {
     }
 
     /// Bytes `within` of a block. `sequential`: the rest of the block will be wanted too.
-    pub async fn bytes(&self, place: &BlockPlace, within: &Range<u32>, sequential: bool) -> FsResult<Bytes> {
+    pub async fn bytes(self: &Arc<Self>, place: &BlockPlace, within: &Range<u32>, sequential: bool) -> FsResult<Bytes> {
         if let Some(bytes) = self.cached(place.hash, within) {
             return Ok(bytes);
         }
-        if sequential || place.length <= WHOLE_MAX || self.is_read_often(place.hash) {
+        if sequential || place.length <= WHOLE_MAX {
             let whole = self.whole(place).await?;
             return slice(&whole, within).ok_or(crate::fs::Errno(libc::EIO));
+        }
+        if self.is_read_often(place.hash) {
+            self.fetch_rest(place.clone());
         }
         let (start, part) = self.blocks.get_range(place, within.clone()).await?;
         self.keep_groups(place.hash, start, &part);
@@ -84,6 +87,17 @@ impl Fetcher {
         }
     }
 
+    /// Brings the whole block into the cache while its reader goes on.
+    fn fetch_rest(self: &Arc<Self>, place: BlockPlace) {
+        let fetcher = Arc::clone(self);
+        tokio::spawn(async move {
+            if let Err(error) = fetcher.whole(&place).await {
+                // Whoever reads those bytes will meet the error, and report it.
+                tracing::debug!(block = %place.hash, ?error, "the rest of a block could not be fetched");
+            }
+        });
+    }
+
     fn keep_groups(&self, block: BlockHash, start: u32, part: &Bytes) {
         let first = start / HASH_GROUP_SIZE;
         for (group, bytes) in (first..).zip(part.chunks(HASH_GROUP_SIZE as usize)) {
@@ -92,14 +106,15 @@ impl Fetcher {
         }
     }
 
+    /// Counts a partial read; true once in `PARTIAL_READS_MAX`.
     fn is_read_often(&self, block: BlockHash) -> bool {
         let mut counts = self.partial_reads.lock();
         if counts.len() >= COUNTED_MAX {
             counts.clear();
         }
         let count = counts.entry(block).or_insert(0);
-        *count = count.saturating_add(1);
-        *count > PARTIAL_READS_MAX
+        *count = (*count + 1) % PARTIAL_READS_MAX;
+        *count == 0
     }
 }
 

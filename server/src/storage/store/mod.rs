@@ -888,10 +888,14 @@ impl Inner {
         let end = range.offset.checked_add(range.length).filter(|end| range.length > 0 && *end <= entry.length);
         let end = end.ok_or(StoreError::Range)?;
         let skip = RECORD_HEADER_LENGTH + tree_length(entry.length) as usize;
-        let head = self.read_checked(hash, entry, skip, patience)?;
         let start = range.offset / HASH_GROUP_SIZE * HASH_GROUP_SIZE;
         let end = end.next_multiple_of(HASH_GROUP_SIZE).min(entry.length);
         let offset = entry.place.offset + skip as u64 + u64::from(start);
+        if patience == Patience::Wait {
+            // The tree and the bytes come from the disk at the same time.
+            self.segments.file(entry.place.segment).map_err(read_error)?.start_read(offset, u64::from(end - start));
+        }
+        let head = self.read_checked(hash, entry, skip, patience)?;
         let groups = self.read(entry.place.segment, offset, (end - start) as usize, patience)?;
         encode(hash, entry.length, &head[RECORD_HEADER_LENGTH..], &Groups { start: u64::from(start), bytes: &groups })
     }
