@@ -6,6 +6,7 @@ pub mod cluster;
 pub mod config;
 pub mod disk;
 pub mod limits;
+pub mod locks;
 pub mod net;
 pub mod pieces;
 pub mod placement;

@@ -48,6 +48,16 @@ pub const COMMIT_PIECES_MAX: usize = 8192;
 /// Replies kept for each session, so that a retried mutation gets its first answer (I5).
 /// A client keeps fewer mutations than this in flight.
 pub const REPLIES_KEPT_PER_SESSION: u64 = 4096;
+/// Locks in one message.
+pub const RELOCK_MAX: usize = 16 << 10;
+/// Events in one message: each may bring `FOREIGN_CHANGES_MAX` changes.
+pub const EVENTS_MAX: usize = 1;
+/// Changes of other mounts in one message.
+pub const FOREIGN_CHANGES_MAX: usize = 4096;
+/// Longer than any cache of names and attributes believes what it has.
+pub const FOREIGN_SPAN: std::time::Duration = std::time::Duration::from_millis(1200);
+/// How long the metadata server waits for an event before it answers without one.
+pub const LISTEN_PATIENCE: std::time::Duration = std::time::Duration::from_secs(2);
 /// Storage servers in one cluster.
 pub const STORAGE_SERVERS_MAX: usize = 4096;
 
@@ -58,3 +68,4 @@ const _: () = assert!(HASH_LIST_MAX * 64 <= HEADER_SIZE_MAX);
 const _: () = assert!(COMMIT_PIECES_MAX * 128 <= HEADER_SIZE_MAX);
 const _: () = assert!(READDIR_PAGE_MAX * (NAME_LENGTH_MAX + 256) <= HEADER_SIZE_MAX);
 const _: () = assert!(REPLICAS_MIN <= REPLICAS);
+const _: () = assert!(FOREIGN_CHANGES_MAX * (NAME_LENGTH_MAX + 32) <= HEADER_SIZE_MAX);

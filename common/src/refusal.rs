@@ -66,6 +66,10 @@ pub enum Refusal {
     WrongCluster,
     #[error("cross-device link")]
     CrossDevice,
+    #[error("whoever holds the lock waits for this one")]
+    Deadlock,
+    #[error("no more locks can be kept")]
+    TooManyLocks,
 }
 
 impl Refusal {
@@ -90,6 +94,8 @@ impl Refusal {
             Self::Busy => libc::EBUSY,
             Self::WrongRole | Self::BadToken | Self::WrongCluster => libc::EACCES,
             Self::CrossDevice => libc::EXDEV,
+            Self::Deadlock => libc::EDEADLK,
+            Self::TooManyLocks => libc::ENOLCK,
             Self::SessionExpired
             | Self::TooFewReplicas
             | Self::UnknownBlock

@@ -265,6 +265,12 @@ impl Status {
         servers.iter().map(|server| server["load"][key].as_u64().expect("a server reports its load")).sum()
     }
 
+    /// Files that mounts hold open.
+    pub fn open_files(&self) -> u64 {
+        let mounts = self.0["mounts"].as_array().expect("status lists the mounts");
+        mounts.iter().map(|mount| mount["open_files"].as_u64().expect("a mount has open files")).sum()
+    }
+
     pub fn is_whole(&self) -> bool {
         let copies = self.0["blocks_by_copies"].as_array().expect("status counts copies");
         self.number("owed") == 0 && copies[..copies.len() - 1].iter().all(|count| count == 0)

@@ -160,3 +160,36 @@ pub fn is_root() -> bool {
     // SAFETY: takes nothing, touches no memory.
     unsafe { libc::geteuid() == 0 }
 }
+
+/// `flock` with `operation` as `LOCK_EX | LOCK_NB`.
+pub fn flock(file: &File, operation: libc::c_int) -> io::Result<()> {
+    // SAFETY: the descriptor is open for as long as `file` is borrowed; no memory is passed.
+    check(unsafe { libc::flock(file.as_raw_fd(), operation) })
+}
+
+/// `fcntl` with a command on locks, as `F_OFD_SETLKW`. Returns the lock as the kernel leaves it.
+pub fn fcntl_lock(file: &File, command: libc::c_int, mut lock: libc::flock) -> io::Result<libc::flock> {
+    // SAFETY: the descriptor is open for as long as `file` is borrowed, and `lock` is valid for reading and writing until the
+    // call returns.
+    check(unsafe { libc::fcntl(file.as_raw_fd(), command, &raw mut lock) })?;
+    Ok(lock)
+}
+
+/// In `delay_ms` this process gets a SIGALRM, which interrupts what it waits for: for good, or (`restart`) to go on with it.
+pub fn alarm(delay_ms: u32, restart: bool) -> io::Result<()> {
+    extern "C" fn handle(_signal: libc::c_int) {}
+    let flags = if restart { libc::SA_RESTART } else { 0 };
+    let delay = libc::timeval {
+        tv_sec: libc::time_t::from(delay_ms / 1000),
+        tv_usec: libc::suseconds_t::from(delay_ms % 1000 * 1000),
+    };
+    let timer = libc::itimerval { it_interval: libc::timeval { tv_sec: 0, tv_usec: 0 }, it_value: delay };
+    // SAFETY: an all-zero sigaction is valid; the handler does nothing; both structures outlive the calls.
+    unsafe {
+        let mut action: libc::sigaction = std::mem::zeroed();
+        action.sa_sigaction = handle as extern "C" fn(libc::c_int) as libc::sighandler_t;
+        action.sa_flags = flags;
+        check(libc::sigaction(libc::SIGALRM, &raw const action, std::ptr::null_mut()))?;
+        check(libc::setitimer(libc::ITIMER_REAL, &raw const timer, std::ptr::null_mut()))
+    }
+}

@@ -29,6 +29,7 @@ impl Fs {
     /// At most `size` bytes from `offset`, shorter only at the end of the file.
     pub async fn read(&self, _ino: Ino, handle: FileHandle, offset: u64, size: u32) -> FsResult<Bytes> {
         let file = self.file(handle)?;
+        file.check_locks()?;
         let file_size = file.inode.lock().size();
         let end = offset.saturating_add(u64::from(size)).min(file_size);
         if offset >= end {
@@ -104,6 +105,7 @@ impl Fs {
     /// All of `data` is accepted, or none. A handle that was opened to append writes at the end, wherever `offset` says.
     pub async fn write(&self, caller: Caller, ino: Ino, handle: FileHandle, offset: u64, data: Bytes) -> FsResult<()> {
         let file = self.file(handle)?;
+        file.check_locks()?;
         if data.is_empty() {
             return Ok(());
         }
@@ -186,12 +188,14 @@ impl Fs {
         }
     }
 
-    /// close(2) of one descriptor: what was written is visible to everyone when this returns.
-    pub async fn flush(&self, _ino: Ino, handle: FileHandle) -> FsResult<()> {
+    /// close(2) of one descriptor by the process that the kernel calls `owner`: what was written is visible to everyone when this
+    /// returns, and the process has no locks on the file any more.
+    pub async fn flush(&self, _ino: Ino, handle: FileHandle, owner: u64) -> FsResult<()> {
         let file = self.file(handle)?;
         if !file.inode.lock().is_clean() {
             self.shared.write_out(&file.inode, Urgency::Visible).await;
         }
+        self.unlock_process(&file.inode, owner).await;
         self.tell_error(&file)
     }
 
@@ -199,6 +203,7 @@ impl Fs {
     /// returns. With `data_only` as well: the size and the map are part of what makes data readable.
     pub async fn fsync(&self, _ino: Ino, handle: FileHandle, _data_only: bool) -> FsResult<()> {
         let file = self.file(handle)?;
+        file.check_locks()?;
         let (errors, inherited) = {
             let state = file.inode.lock();
             (state.errors(), state.to_make_durable().is_none())

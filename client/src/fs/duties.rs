@@ -24,7 +24,8 @@ impl Duties {
             Self::settling(&fs),
             Self::keeping(&fs),
             Self::renewing(&fs),
-            Self::releasing(&fs)
+            Self::releasing(&fs),
+            fs.shared.meta.keep_locks()
         );
     }
 

@@ -57,6 +57,8 @@ pub(super) struct State {
     /// Uploads of which nothing is known.
     late: BTreeSet<u64>,
     next_upload: u64,
+    /// Uploads up to this one are given up.
+    severed: u64,
     /// Writes so far, and which of them made each dirty chunk dirty.
     writes: u64,
     written: BTreeMap<ChunkIndex, u64>,
@@ -203,6 +205,7 @@ impl Inode {
             busy: BTreeSet::new(),
             late: BTreeSet::new(),
             next_upload: 1,
+            severed: 0,
             writes: 0,
             written: BTreeMap::new(),
             appended: None,
@@ -688,6 +691,21 @@ impl State {
         self.appended.take_if(|appended| appended.upload == Some(upload.id));
         self.note_error(error);
         upload.bytes
+    }
+
+    /// Nothing that was written before is stored any more, if that can still be helped. Returns how many bytes are let go at once.
+    pub(super) fn lose_writes(&mut self, error: Errno) -> u64 {
+        self.severed = self.last_upload();
+        if !self.is_clean() {
+            self.note_error(error);
+        }
+        self.appended = None;
+        self.forget_dirty(0..u64::MAX)
+    }
+
+    /// Is the upload of what must not be stored any more?
+    pub(super) fn is_severed(&self, upload: &Upload) -> bool {
+        upload.id <= self.severed
     }
 
     /// Whether what the upload brought has been stored is not known, and may not be for a while. Nobody waits for it any more.

@@ -6,7 +6,9 @@
 mod data;
 mod directory;
 mod duties;
+mod foreign;
 mod inode;
+mod locks;
 mod namespace;
 mod open;
 mod plain;
@@ -23,7 +25,7 @@ use std::{
 };
 
 use holdfast_common::{
-    Attr, DirEntry, Ino, Kind, Position,
+    Attr, DirEntry, Ino, Kind, Position, SessionId,
     net::{Endpoint, Peers},
 };
 use parking_lot::Mutex;
@@ -37,7 +39,7 @@ use self::{
     shared::{Shared, UPLOADS_IN_FLIGHT_MAX},
     told::{TOLD_LIFE, Told},
 };
-pub use self::{duties::Duties, shared::ClockDebug};
+pub use self::{duties::Duties, locks::LockWish, shared::ClockDebug};
 use crate::{
     read::fetch::Fetcher,
     remote::{
@@ -100,6 +102,10 @@ pub struct Opened {
 pub trait KernelCaches: Send + Sync + std::fmt::Debug {
     /// Attributes of `ino` that were told earlier are out of date. Must not block.
     fn attributes_changed(&self, ino: Ino);
+    /// Its pages and attributes are. Waits until they are forgotten, which may need answers to reads of the same file.
+    fn pages_changed(&self, ino: Ino);
+    /// What it knows of `name` in `parent` is. Waits for operations in that directory.
+    fn name_changed(&self, parent: Ino, name: &[u8]);
 }
 
 /// One page of a directory, with `.` and `..`.
@@ -183,6 +189,12 @@ impl Fs {
                 fs.roll_back(after, through);
             }
         }));
+        let weak = Arc::downgrade(&fs);
+        fs.shared.meta.tell_locks_lost(Box::new(move |inos| {
+            if let Some(fs) = weak.upgrade() {
+                fs.lose_locks(inos);
+            }
+        }));
         Ok(fs)
     }
 
@@ -209,6 +221,11 @@ impl Fs {
     /// How long the kernel may trust attributes and names.
     pub fn attribute_timeout(&self) -> Duration {
         inode::ATTRIBUTE_LIFE - TOLD_LIFE
+    }
+
+    /// Under which the metadata server knows this mount now.
+    pub fn session(&self) -> SessionId {
+        self.shared.meta.session()
     }
 
     /// Bytes written and not yet stored.

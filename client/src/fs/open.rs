@@ -1,12 +1,16 @@
 //! Opening and closing: what is open here, and what the metadata server should know of it.
 
 use std::{
-    collections::{HashMap, HashSet},
-    sync::Arc,
+    collections::{BTreeSet, HashMap, HashSet},
+    sync::{
+        Arc,
+        atomic::{AtomicBool, Ordering},
+    },
 };
 
 use holdfast_common::{
     Attr, ChunkIndex, Ino, Kind,
+    locks::LockClass,
     wire::meta::{MetaAnswer, SetAttr},
 };
 use parking_lot::Mutex;
@@ -35,6 +39,20 @@ pub(super) struct OpenFile {
     /// Write errors up to this one have been told to this descriptor.
     pub errors_heard: Mutex<u64>,
     pub ahead: Mutex<ReadAhead>,
+    /// Owners of locks that go with the last close.
+    pub locks: Mutex<BTreeSet<(LockClass, u64)>>,
+    locks_lost: AtomicBool,
+}
+
+impl OpenFile {
+    /// `EIO` if a lock on the file was lost that was held here: somebody else may have changed the file since.
+    pub(super) fn check_locks(&self) -> FsResult<()> {
+        if self.locks_lost.load(Ordering::Acquire) { Err(Errno(libc::EIO)) } else { Ok(()) }
+    }
+
+    pub(super) fn lose_locks(&self) {
+        self.locks_lost.store(true, Ordering::Release);
+    }
 }
 
 /// Inodes that are no longer open here and that the server still counts as open.
@@ -200,7 +218,8 @@ impl Fs {
     fn add_file(&self, inode: Arc<Inode>, flags: i32) -> FileHandle {
         let errors_heard = Mutex::new(inode.lock().errors());
         let handle = self.new_handle();
-        let file = OpenFile { inode, flags, errors_heard, ahead: Mutex::default() };
+        let (ahead, locks, locks_lost) = (Mutex::default(), Mutex::default(), AtomicBool::new(false));
+        let file = OpenFile { inode, flags, errors_heard, ahead, locks, locks_lost };
         self.files.lock().insert(handle, Arc::new(file));
         handle
     }
@@ -210,9 +229,9 @@ impl Fs {
     }
 
     /// The last close of this open. What is still dirty is stored in the background.
-    #[expect(clippy::unused_async, reason = "a release may come to wait; its callers need not change then")]
     pub async fn release(&self, _ino: Ino, handle: FileHandle) {
         let Some(file) = self.files.lock().remove(&handle) else { return };
+        self.unlock_description(&file).await;
         let closed = {
             let mut state = file.inode.lock();
             state.opens -= 1;

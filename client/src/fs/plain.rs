@@ -45,6 +45,10 @@ impl Plain {
         self.modes.lock().remove(&ino);
     }
 
+    pub(super) fn forget_all(&self) {
+        self.modes.lock().clear();
+    }
+
     /// Is it known that the inode does not have this attribute?
     pub(super) fn lacks(&self, ino: Ino, name: &[u8]) -> bool {
         let Some(flag) = flag_of(name) else { return false };

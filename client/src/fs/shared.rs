@@ -98,7 +98,7 @@ impl Shared {
             }
             Err(Errno(libc::EBUSY)) if upload.append.is_some() => inode.lock().rebase(upload),
             Err(error @ Errno(libc::ESTALE)) => {
-                warn!(ino = %inode.ino, bytes = upload.bytes, "the file is gone: what was written to it is dropped");
+                warn!(ino = %inode.ino, bytes = upload.bytes, "the file is gone, or a lock on it: what was written to it is dropped");
                 inode.lock().give_up(upload, error)
             }
             Err(error) => {
@@ -220,6 +220,9 @@ impl Shared {
             clear_suid: false,
             only_over,
         };
+        if inode.lock().is_severed(upload) {
+            return Err(Errno(libc::ESTALE));
+        }
         Ok(Put { item: Item { file, blocks }, places, kept })
     }
 

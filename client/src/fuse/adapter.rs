@@ -6,16 +6,16 @@ use bytes::Bytes;
 use fuser::{
     BsdFileFlags, CopyFileRangeFlags, FileHandle as Fh, Filesystem, FopenFlags, Generation, INodeNo, InitFlags,
     KernelConfig, LockOwner, OpenFlags, RenameFlags, ReplyAttr, ReplyCreate, ReplyData, ReplyDirectory,
-    ReplyDirectoryPlus, ReplyEmpty, ReplyEntry, ReplyIoctl, ReplyLseek, ReplyOpen, ReplyPoll, ReplyStatfs, ReplyWrite,
-    ReplyXattr, Request, TimeOrNow, WriteFlags,
+    ReplyDirectoryPlus, ReplyEmpty, ReplyEntry, ReplyIoctl, ReplyLock, ReplyLseek, ReplyOpen, ReplyPoll, ReplyStatfs,
+    ReplyWrite, ReplyXattr, Request, TimeOrNow, WriteFlags,
 };
-use holdfast_common::{Attr, DirEntry, Ino, Kind, wire::meta::SetAttr};
+use holdfast_common::{Attr, DirEntry, Ino, Kind, locks::LockRange, wire::meta::SetAttr};
 
 use super::{
-    convert,
+    caller, convert,
     dispatch::{Dispatcher, Operation, Patience},
 };
-use crate::fs::{Caller, DirectoryPage, Errno, FileHandle, Fs, FsResult, MakeRequest, Opened};
+use crate::fs::{Caller, DirectoryPage, Errno, FileHandle, Fs, FsResult, LockWish, MakeRequest, Opened};
 
 /// Inode numbers are never reused, so that one generation is enough.
 const GENERATION: Generation = Generation(0);
@@ -26,12 +26,14 @@ const BACKGROUND_MAX: u16 = 128;
 const CONGESTION_THRESHOLD: u16 = 96;
 /// What is asked of the kernel besides fuser's own choice (ASYNC_READ, BIG_WRITES, MAX_PAGES).
 ///
-/// Left out on purpose: POSIX_LOCKS and FLOCK_LOCKS (the kernel then keeps locks itself, one mount at a time);
-/// WRITEBACK_CACHE (a write is acknowledged by us, not by the page cache); HANDLE_KILLPRIV (without it the kernel takes setuid and
+/// Left out on purpose: WRITEBACK_CACHE (a write is acknowledged by us, not by the page cache); HANDLE_KILLPRIV (without it the kernel takes setuid and
 /// setgid away by a chmod of its own, from fresh attributes; version 2 would need bits that fuser drops); ATOMIC_O_TRUNC
 /// (without it truncation is a SetAttr, one code path); AUTO_INVAL_DATA (it throws a writer's own pages away
 /// at its next stat; `keep_cache` at open gives close-to-open instead); SETXATTR_EXT and SECURITY_CTX (fuser cannot parse them).
-const WANTED: [InitFlags; 8] = [
+const WANTED: [InitFlags; 10] = [
+    // Locks are between mounts.
+    InitFlags::FUSE_POSIX_LOCKS,
+    InitFlags::FUSE_FLOCK_LOCKS,
     // Lists of permissions are obeyed by the kernel; the umask waits for the server, which knows the directory's default list.
     InitFlags::FUSE_POSIX_ACL,
     InitFlags::FUSE_DONT_MASK,
@@ -43,12 +45,12 @@ const WANTED: [InitFlags; 8] = [
     InitFlags::FUSE_DIRECT_IO_ALLOW_MMAP,
 ];
 
-const fn answer(name: &'static str) -> Operation {
-    Operation { name, patience: Patience::Answer }
+fn answer(name: &'static str, request: &Request) -> Operation {
+    Operation { name, patience: Patience::Answer, caller: request.pid() }
 }
 
-const fn flush(name: &'static str) -> Operation {
-    Operation { name, patience: Patience::Flush }
+fn flush(name: &'static str, request: &Request) -> Operation {
+    Operation { name, patience: Patience::Flush, caller: request.pid() }
 }
 
 #[derive(Debug)]
@@ -108,11 +110,39 @@ impl Adapter {
     }
 }
 
+/// A file that is open and that nobody has been told of yet. If nobody is (the caller was killed meanwhile), it is closed.
+struct Unclaimed {
+    fs: Arc<Fs>,
+    ino: Ino,
+    handle: Option<Opened>,
+}
+
+impl Unclaimed {
+    fn claim(mut self) -> Option<Opened> {
+        self.handle.take()
+    }
+}
+
+impl Drop for Unclaimed {
+    fn drop(&mut self) {
+        if let (Some(opened), Ok(runtime)) = (self.handle.take(), tokio::runtime::Handle::try_current()) {
+            let (fs, ino) = (Arc::clone(&self.fs), self.ino);
+            drop(runtime.spawn(async move { fs.release(ino, opened.handle).await }));
+        }
+    }
+}
+
+/// An inode that the kernel named is gone: whoever came to it by a name has to look that up again, which this error makes the
+/// kernel do.
+fn stale(errno: Errno) -> Errno {
+    if errno.0 == libc::ENOENT { Errno(libc::ESTALE) } else { errno }
+}
+
 /// An operation that owns all it needs.
 trait Work<T>: Future<Output = FsResult<T>> + Send + 'static {}
 impl<T, F: Future<Output = FsResult<T>> + Send + 'static> Work<T> for F {}
 
-fn caller(request: &Request) -> Caller {
+fn caller_of(request: &Request) -> Caller {
     Caller { uid: request.uid(), gid: request.gid(), pid: request.pid(), umask: 0 }
 }
 
@@ -122,6 +152,10 @@ fn owned(name: &OsStr) -> Vec<u8> {
 
 fn handle(handle: Fh) -> FileHandle {
     FileHandle(handle.0)
+}
+
+fn lock_range(first: u64, last: u64) -> LockRange {
+    LockRange { first, last }
 }
 
 fn open_flags(opened: Opened) -> FopenFlags {
@@ -183,18 +217,18 @@ impl Filesystem for Adapter {
         Ok(())
     }
 
-    fn lookup(&self, _request: &Request, parent: INodeNo, name: &OsStr, reply: ReplyEntry) {
+    fn lookup(&self, request: &Request, parent: INodeNo, name: &OsStr, reply: ReplyEntry) {
         let (fs, parent, name) = (self.fs.clone(), convert::ino(parent), owned(name));
-        self.entry(answer("lookup"), async move { fs.lookup(parent, &name).await }, reply);
+        self.entry(answer("lookup", request), async move { fs.lookup(parent, &name).await }, reply);
     }
 
     fn forget(&self, _request: &Request, ino: INodeNo, _lookups: u64) {
         self.fs.forget(convert::ino(ino));
     }
 
-    fn getattr(&self, _request: &Request, ino: INodeNo, _handle: Option<Fh>, reply: ReplyAttr) {
+    fn getattr(&self, request: &Request, ino: INodeNo, _handle: Option<Fh>, reply: ReplyAttr) {
         let (fs, ino) = (self.fs.clone(), convert::ino(ino));
-        self.attr(answer("getattr"), async move { fs.getattr(ino).await }, reply);
+        self.attr(answer("getattr", request), async move { fs.getattr(ino).await.map_err(stale) }, reply);
     }
 
     fn setattr(
@@ -225,15 +259,17 @@ impl Filesystem for Adapter {
             // The kernel sends the mode without these bits when they must go.
             clear_suid: false,
         };
-        let (fs, caller, ino) = (self.fs.clone(), caller(request), convert::ino(ino));
-        self.attr(flush("setattr"), async move { fs.setattr(caller, ino, set).await }, reply);
+        let (fs, caller, ino) = (self.fs.clone(), caller_of(request), convert::ino(ino));
+        self.attr(flush("setattr", request), async move { fs.setattr(caller, ino, set).await.map_err(stale) }, reply);
     }
 
-    fn readlink(&self, _request: &Request, ino: INodeNo, reply: ReplyData) {
+    fn readlink(&self, request: &Request, ino: INodeNo, reply: ReplyData) {
         let (fs, ino) = (self.fs.clone(), convert::ino(ino));
-        self.dispatcher.run(answer("readlink"), async move { fs.readlink(ino).await }, move |result| match result {
-            Ok(target) => reply.data(&target),
-            Err(errno) => reply.error(convert::errno(errno)),
+        self.dispatcher.run(answer("readlink", request), async move { fs.readlink(ino).await }, move |result| {
+            match result {
+                Ok(target) => reply.data(&target),
+                Err(errno) => reply.error(convert::errno(errno)),
+            }
         });
     }
 
@@ -247,36 +283,36 @@ impl Filesystem for Adapter {
         rdev: u32,
         reply: ReplyEntry,
     ) {
-        let caller = Caller { umask, ..caller(request) };
+        let caller = Caller { umask, ..caller_of(request) };
         match convert::kind_of_mode(mode) {
-            Ok(kind) => self.make(answer("mknod"), caller, (parent, name), node(kind, mode, rdev), reply),
+            Ok(kind) => self.make(answer("mknod", request), caller, (parent, name), node(kind, mode, rdev), reply),
             Err(errno) => reply.error(convert::errno(errno)),
         }
     }
 
     fn mkdir(&self, request: &Request, parent: INodeNo, name: &OsStr, mode: u32, umask: u32, reply: ReplyEntry) {
-        let caller = Caller { umask, ..caller(request) };
-        self.make(answer("mkdir"), caller, (parent, name), node(Kind::Directory, mode, 0), reply);
+        let caller = Caller { umask, ..caller_of(request) };
+        self.make(answer("mkdir", request), caller, (parent, name), node(Kind::Directory, mode, 0), reply);
     }
 
     fn symlink(&self, request: &Request, parent: INodeNo, name: &OsStr, target: &Path, reply: ReplyEntry) {
         let new = MakeRequest { kind: Kind::Symlink, mode: 0o777, rdev: 0, target: owned(target.as_os_str()) };
-        self.make(answer("symlink"), caller(request), (parent, name), new, reply);
+        self.make(answer("symlink", request), caller_of(request), (parent, name), new, reply);
     }
 
-    fn unlink(&self, _request: &Request, parent: INodeNo, name: &OsStr, reply: ReplyEmpty) {
+    fn unlink(&self, request: &Request, parent: INodeNo, name: &OsStr, reply: ReplyEmpty) {
         let (fs, parent, name) = (self.fs.clone(), convert::ino(parent), owned(name));
-        self.empty(answer("unlink"), async move { fs.unlink(parent, &name).await }, reply);
+        self.empty(answer("unlink", request), async move { fs.unlink(parent, &name).await }, reply);
     }
 
-    fn rmdir(&self, _request: &Request, parent: INodeNo, name: &OsStr, reply: ReplyEmpty) {
+    fn rmdir(&self, request: &Request, parent: INodeNo, name: &OsStr, reply: ReplyEmpty) {
         let (fs, parent, name) = (self.fs.clone(), convert::ino(parent), owned(name));
-        self.empty(answer("rmdir"), async move { fs.rmdir(parent, &name).await }, reply);
+        self.empty(answer("rmdir", request), async move { fs.rmdir(parent, &name).await }, reply);
     }
 
     fn rename(
         &self,
-        _request: &Request,
+        request: &Request,
         parent: INodeNo,
         name: &OsStr,
         new_parent: INodeNo,
@@ -288,12 +324,12 @@ impl Filesystem for Adapter {
         let (from, from_name) = (convert::ino(parent), owned(name));
         let (to, to_name) = (convert::ino(new_parent), owned(new_name));
         let work = async move { fs.rename(from, &from_name, to, &to_name, convert::rename_mode(flags)?).await };
-        self.empty(answer("rename"), work, reply);
+        self.empty(answer("rename", request), work, reply);
     }
 
-    fn link(&self, _request: &Request, ino: INodeNo, parent: INodeNo, name: &OsStr, reply: ReplyEntry) {
+    fn link(&self, request: &Request, ino: INodeNo, parent: INodeNo, name: &OsStr, reply: ReplyEntry) {
         let (fs, ino, parent, name) = (self.fs.clone(), convert::ino(ino), convert::ino(parent), owned(name));
-        self.entry(answer("link"), async move { fs.link(ino, parent, &name).await }, reply);
+        self.entry(answer("link", request), async move { fs.link(ino, parent, &name).await }, reply);
     }
 
     fn create(
@@ -307,12 +343,16 @@ impl Filesystem for Adapter {
         reply: ReplyCreate,
     ) {
         let (fs, parent, name) = (self.fs.clone(), convert::ino(parent), owned(name));
-        let caller = Caller { umask, ..caller(request) };
+        let caller = Caller { umask, ..caller_of(request) };
         let ttl = self.fs.attribute_timeout();
         let mode = convert::permissions(mode);
-        let work = async move { fs.create(caller, parent, &name, mode, flags).await };
-        self.dispatcher.run(answer("create"), work, move |result| match result {
+        let work = async move {
+            let (attr, opened) = fs.create(caller, parent, &name, mode, flags).await?;
+            Ok((attr, Unclaimed { fs, ino: attr.ino, handle: Some(opened) }))
+        };
+        self.dispatcher.run(answer("create", request), work, move |result| match result {
             Ok((attr, opened)) => {
+                let Some(opened) = opened.claim() else { return reply.error(fuser::Errno::EIO) };
                 reply.created(&ttl, &convert::attr(&attr), GENERATION, Fh(opened.handle.0), open_flags(opened));
             }
             Err(errno) => reply.error(convert::errno(errno)),
@@ -320,17 +360,23 @@ impl Filesystem for Adapter {
     }
 
     fn open(&self, request: &Request, ino: INodeNo, flags: OpenFlags, reply: ReplyOpen) {
-        let (fs, caller, ino) = (self.fs.clone(), caller(request), convert::ino(ino));
-        let work = async move { fs.open(caller, ino, flags.0).await };
-        self.dispatcher.run(answer("open"), work, move |result| match result {
-            Ok(opened) => reply.opened(Fh(opened.handle.0), open_flags(opened)),
+        let (fs, caller, ino) = (self.fs.clone(), caller_of(request), convert::ino(ino));
+        let work = async move {
+            let opened = fs.open(caller, ino, flags.0).await.map_err(stale)?;
+            Ok(Unclaimed { fs, ino, handle: Some(opened) })
+        };
+        self.dispatcher.run(answer("open", request), work, move |result| match result {
+            Ok(opened) => match opened.claim() {
+                Some(opened) => reply.opened(Fh(opened.handle.0), open_flags(opened)),
+                None => reply.error(fuser::Errno::EIO),
+            },
             Err(errno) => reply.error(convert::errno(errno)),
         });
     }
 
     fn read(
         &self,
-        _request: &Request,
+        request: &Request,
         ino: INodeNo,
         file: Fh,
         offset: u64,
@@ -341,7 +387,7 @@ impl Filesystem for Adapter {
     ) {
         let (fs, ino, file) = (self.fs.clone(), convert::ino(ino), handle(file));
         let work = async move { fs.read(ino, file, offset, size).await };
-        self.dispatcher.run(answer("read"), work, move |result| match result {
+        self.dispatcher.run(answer("read", request), work, move |result| match result {
             Ok(data) => reply.data(&data),
             Err(errno) => reply.error(convert::errno(errno)),
         });
@@ -359,7 +405,7 @@ impl Filesystem for Adapter {
         _lock_owner: Option<LockOwner>,
         reply: ReplyWrite,
     ) {
-        let (fs, caller, ino, file) = (self.fs.clone(), caller(request), convert::ino(ino), handle(file));
+        let (fs, caller, ino, file) = (self.fs.clone(), caller_of(request), convert::ino(ino), handle(file));
         // The only copy on the way in: the buffer is the kernel loop's own.
         let data = Bytes::copy_from_slice(data);
         let work = async move {
@@ -367,17 +413,74 @@ impl Filesystem for Adapter {
             fs.write(caller, ino, file, offset, data).await?;
             Ok(length)
         };
-        self.written(flush("write"), work, reply);
+        self.written(flush("write", request), work, reply);
     }
 
-    fn flush(&self, _request: &Request, ino: INodeNo, file: Fh, _lock_owner: LockOwner, reply: ReplyEmpty) {
+    fn flush(&self, request: &Request, ino: INodeNo, file: Fh, owner: LockOwner, reply: ReplyEmpty) {
         let (fs, ino, file) = (self.fs.clone(), convert::ino(ino), handle(file));
-        self.empty(flush("flush"), async move { fs.flush(ino, file).await }, reply);
+        self.empty(flush("flush", request), async move { fs.flush(ino, file, owner.0).await }, reply);
+    }
+
+    fn getlk(
+        &self,
+        request: &Request,
+        ino: INodeNo,
+        _file: Fh,
+        owner: LockOwner,
+        start: u64,
+        end: u64,
+        kind: i32,
+        _pid: u32,
+        reply: ReplyLock,
+    ) {
+        let (fs, ino, caller) = (self.fs.clone(), convert::ino(ino), request.pid());
+        let work = async move {
+            let class = caller::lock_class(caller).await;
+            let kind = convert::lock_kind(kind)?;
+            fs.test_lock(ino, LockWish { class, owner: owner.0, range: lock_range(start, end), kind, pid: caller })
+                .await
+        };
+        let own = self.fs.session();
+        self.dispatcher.run(answer("getlk", request), work, move |result| match result {
+            Ok(None) => reply.locked(start, end, libc::F_UNLCK, 0),
+            // A process of another machine has no number here.
+            Ok(Some(lock)) => reply.locked(
+                lock.range.first,
+                lock.range.last,
+                convert::lock_type(lock.kind),
+                if lock.owner.session == own { lock.pid } else { 0 },
+            ),
+            Err(errno) => reply.error(convert::errno(errno)),
+        });
+    }
+
+    fn setlk(
+        &self,
+        request: &Request,
+        ino: INodeNo,
+        file: Fh,
+        owner: LockOwner,
+        start: u64,
+        end: u64,
+        kind: i32,
+        pid: u32,
+        sleep: bool,
+        reply: ReplyEmpty,
+    ) {
+        let (fs, ino, file, caller) = (self.fs.clone(), convert::ino(ino), handle(file), request.pid());
+        let operation = Operation { name: "setlk", patience: Patience::Endless, caller };
+        let work = async move {
+            let class = caller::lock_class(caller).await;
+            let kind = convert::lock_kind(kind)?;
+            let wish = LockWish { class, owner: owner.0, range: lock_range(start, end), kind, pid };
+            fs.set_lock(ino, file, wish, sleep, caller::interrupted(caller)).await
+        };
+        self.empty(operation, work, reply);
     }
 
     fn release(
         &self,
-        _request: &Request,
+        request: &Request,
         ino: INodeNo,
         file: Fh,
         _flags: OpenFlags,
@@ -390,27 +493,27 @@ impl Filesystem for Adapter {
             fs.release(ino, file).await;
             Ok(())
         };
-        self.empty(flush("release"), work, reply);
+        self.empty(flush("release", request), work, reply);
     }
 
-    fn fsync(&self, _request: &Request, ino: INodeNo, file: Fh, data_only: bool, reply: ReplyEmpty) {
+    fn fsync(&self, request: &Request, ino: INodeNo, file: Fh, data_only: bool, reply: ReplyEmpty) {
         let (fs, ino, file) = (self.fs.clone(), convert::ino(ino), handle(file));
-        self.empty(flush("fsync"), async move { fs.fsync(ino, file, data_only).await }, reply);
+        self.empty(flush("fsync", request), async move { fs.fsync(ino, file, data_only).await }, reply);
     }
 
-    fn opendir(&self, _request: &Request, ino: INodeNo, _flags: OpenFlags, reply: ReplyOpen) {
+    fn opendir(&self, request: &Request, ino: INodeNo, _flags: OpenFlags, reply: ReplyOpen) {
         let (fs, ino) = (self.fs.clone(), convert::ino(ino));
         let work = async move { fs.opendir(ino).await };
-        self.dispatcher.run(answer("opendir"), work, move |result| match result {
+        self.dispatcher.run(answer("opendir", request), work, move |result| match result {
             Ok(opened) => reply.opened(Fh(opened.0), FopenFlags::empty()),
             Err(errno) => reply.error(convert::errno(errno)),
         });
     }
 
-    fn readdir(&self, _request: &Request, ino: INodeNo, directory: Fh, cookie: u64, mut reply: ReplyDirectory) {
+    fn readdir(&self, request: &Request, ino: INodeNo, directory: Fh, cookie: u64, mut reply: ReplyDirectory) {
         let (fs, ino, directory) = (self.fs.clone(), convert::ino(ino), handle(directory));
         let work = async move { directory_page(&fs, ino, directory, cookie, false).await };
-        self.dispatcher.run(answer("readdir"), work, move |result| match result {
+        self.dispatcher.run(answer("readdir", request), work, move |result| match result {
             Ok(entries) => {
                 for entry in entries {
                     let (ino, kind) = (INodeNo(entry.ino.0), convert::file_type(entry.kind));
@@ -424,14 +527,14 @@ impl Filesystem for Adapter {
         });
     }
 
-    fn readdirplus(&self, _request: &Request, ino: INodeNo, directory: Fh, cookie: u64, mut reply: ReplyDirectoryPlus) {
+    fn readdirplus(&self, request: &Request, ino: INodeNo, directory: Fh, cookie: u64, mut reply: ReplyDirectoryPlus) {
         let (fs, ino, directory) = (self.fs.clone(), convert::ino(ino), handle(directory));
         let ttl = self.fs.attribute_timeout();
         let work = async move {
             let entries = directory_page(&fs, ino, directory, cookie, true).await?;
             with_attributes(&fs, entries).await
         };
-        self.dispatcher.run(answer("readdirplus"), work, move |result| match result {
+        self.dispatcher.run(answer("readdirplus", request), work, move |result| match result {
             Ok(entries) => {
                 for (entry, attr) in entries {
                     let name = OsStr::from_bytes(&entry.name);
@@ -450,14 +553,14 @@ impl Filesystem for Adapter {
         reply.ok();
     }
 
-    fn fsyncdir(&self, _request: &Request, ino: INodeNo, _directory: Fh, _data_only: bool, reply: ReplyEmpty) {
+    fn fsyncdir(&self, request: &Request, ino: INodeNo, _directory: Fh, _data_only: bool, reply: ReplyEmpty) {
         let (fs, ino) = (self.fs.clone(), convert::ino(ino));
-        self.empty(flush("fsyncdir"), async move { fs.fsyncdir(ino).await }, reply);
+        self.empty(flush("fsyncdir", request), async move { fs.fsyncdir(ino).await }, reply);
     }
 
-    fn statfs(&self, _request: &Request, _ino: INodeNo, reply: ReplyStatfs) {
+    fn statfs(&self, request: &Request, _ino: INodeNo, reply: ReplyStatfs) {
         let fs = self.fs.clone();
-        self.dispatcher.run(answer("statfs"), async move { fs.statfs().await }, move |result| match result {
+        self.dispatcher.run(answer("statfs", request), async move { fs.statfs().await }, move |result| match result {
             Ok(figures) => {
                 let shown = convert::statfs(&figures);
                 let (size, name_max) = (shown.block_size, 255);
@@ -469,7 +572,7 @@ impl Filesystem for Adapter {
 
     fn setxattr(
         &self,
-        _request: &Request,
+        request: &Request,
         ino: INodeNo,
         name: &OsStr,
         value: &[u8],
@@ -482,24 +585,24 @@ impl Filesystem for Adapter {
         }
         let (fs, ino, name, value) = (self.fs.clone(), convert::ino(ino), owned(name), value.to_vec());
         let work = async move { fs.setxattr(ino, &name, &value, convert::xattr_mode(flags)?).await };
-        self.empty(answer("setxattr"), work, reply);
+        self.empty(answer("setxattr", request), work, reply);
     }
 
-    fn getxattr(&self, _request: &Request, ino: INodeNo, name: &OsStr, room: u32, reply: ReplyXattr) {
+    fn getxattr(&self, request: &Request, ino: INodeNo, name: &OsStr, room: u32, reply: ReplyXattr) {
         if !convert::xattr_is_kept(name.as_bytes()) {
             return reply.error(fuser::Errno::NO_XATTR);
         }
         let (fs, ino, name) = (self.fs.clone(), convert::ino(ino), owned(name));
-        self.xattr(answer("getxattr"), async move { fs.getxattr(ino, &name).await }, room, reply);
+        self.xattr(answer("getxattr", request), async move { fs.getxattr(ino, &name).await }, room, reply);
     }
 
     fn listxattr(&self, request: &Request, ino: INodeNo, room: u32, reply: ReplyXattr) {
         let (fs, ino, uid) = (self.fs.clone(), convert::ino(ino), request.uid());
         let work = async move { Ok(convert::xattr_names(&convert::xattrs_shown(fs.listxattr(ino).await?, uid))) };
-        self.xattr(answer("listxattr"), work, room, reply);
+        self.xattr(answer("listxattr", request), work, room, reply);
     }
 
-    fn removexattr(&self, _request: &Request, ino: INodeNo, name: &OsStr, reply: ReplyEmpty) {
+    fn removexattr(&self, request: &Request, ino: INodeNo, name: &OsStr, reply: ReplyEmpty) {
         if !convert::xattr_is_kept(name.as_bytes()) {
             return reply.error(fuser::Errno::NO_XATTR);
         }
@@ -511,10 +614,10 @@ impl Filesystem for Adapter {
                 result => result,
             }
         };
-        self.empty(answer("removexattr"), work, reply);
+        self.empty(answer("removexattr", request), work, reply);
     }
 
-    fn lseek(&self, _request: &Request, ino: INodeNo, _file: Fh, offset: i64, whence: i32, reply: ReplyLseek) {
+    fn lseek(&self, request: &Request, ino: INodeNo, _file: Fh, offset: i64, whence: i32, reply: ReplyLseek) {
         let (fs, ino) = (self.fs.clone(), convert::ino(ino));
         let work = async move {
             let hole = match whence {
@@ -526,7 +629,7 @@ impl Filesystem for Adapter {
             let found = fs.seek(ino, offset, hole).await?;
             i64::try_from(found).map_err(|_| Errno(libc::EOVERFLOW))
         };
-        self.dispatcher.run(flush("lseek"), work, move |result| match result {
+        self.dispatcher.run(flush("lseek", request), work, move |result| match result {
             Ok(offset) => reply.offset(offset),
             Err(errno) => reply.error(convert::errno(errno)),
         });
@@ -534,7 +637,7 @@ impl Filesystem for Adapter {
 
     fn fallocate(
         &self,
-        _request: &Request,
+        request: &Request,
         ino: INodeNo,
         file: Fh,
         offset: u64,
@@ -544,12 +647,12 @@ impl Filesystem for Adapter {
     ) {
         let (fs, ino, file) = (self.fs.clone(), convert::ino(ino), handle(file));
         let work = async move { fs.fallocate(ino, file, offset, length, mode).await };
-        self.empty(flush("fallocate"), work, reply);
+        self.empty(flush("fallocate", request), work, reply);
     }
 
     fn copy_file_range(
         &self,
-        _request: &Request,
+        request: &Request,
         from: INodeNo,
         _from_file: Fh,
         from_offset: u64,
@@ -567,7 +670,7 @@ impl Filesystem for Adapter {
             let copied = fs.copy_file_range(from, from_offset, to, to_offset, length).await?;
             u32::try_from(copied).map_err(|_| Errno(libc::EIO))
         };
-        self.written(flush("copy_file_range"), work, reply);
+        self.written(flush("copy_file_range", request), work, reply);
     }
 
     fn ioctl(

@@ -5,6 +5,7 @@ use std::time::SystemTime;
 use fuser::{FileAttr, FileType, INodeNo, RenameFlags, TimeOrNow};
 use holdfast_common::{
     Attr, Ino, Kind, Time,
+    locks::LockKind,
     wire::meta::{RenameMode, SetTime, StatFs, XattrMode},
 };
 
@@ -133,6 +134,23 @@ pub(super) fn xattr_mode(flags: i32) -> FsResult<XattrMode> {
         libc::XATTR_CREATE => Ok(XattrMode::Create),
         libc::XATTR_REPLACE => Ok(XattrMode::Replace),
         _ => Err(Errno(libc::EINVAL)),
+    }
+}
+
+/// fcntl(2)'s types of locks; `None`: F_UNLCK.
+pub(super) fn lock_kind(kind: i32) -> FsResult<Option<LockKind>> {
+    match kind {
+        libc::F_RDLCK => Ok(Some(LockKind::Shared)),
+        libc::F_WRLCK => Ok(Some(LockKind::Exclusive)),
+        libc::F_UNLCK => Ok(None),
+        _ => Err(Errno(libc::EINVAL)),
+    }
+}
+
+pub(super) fn lock_type(kind: LockKind) -> i32 {
+    match kind {
+        LockKind::Shared => libc::F_RDLCK,
+        LockKind::Exclusive => libc::F_WRLCK,
     }
 }
 

@@ -11,6 +11,7 @@ use std::{
 
 use tokio::runtime::Handle;
 
+use super::caller;
 use crate::{
     fs::{Errno, FsResult},
     remote::probe,
@@ -23,6 +24,8 @@ pub(super) enum Patience {
     Answer,
     /// As many bytes as are dirty may have to travel first.
     Flush,
+    /// Somebody else decides: a lock.
+    Endless,
 }
 
 /// An operation's name in the log, and how long it may take.
@@ -30,6 +33,8 @@ pub(super) enum Patience {
 pub(super) struct Operation {
     pub(super) name: &'static str,
     pub(super) patience: Patience,
+    /// The thread that waits for the answer; 0: unknown.
+    pub(super) caller: u32,
 }
 
 /// Past the operation's own retries: their last one may have begun at the very end of `--io-timeout`.
@@ -55,6 +60,7 @@ impl Deadlines {
         match patience {
             Patience::Answer => self.answer,
             Patience::Flush => self.flush,
+            Patience::Endless => Duration::MAX,
         }
     }
 }
@@ -74,7 +80,8 @@ impl Dispatcher {
 
     /// Polls `work` once here, to see whether memory can answer. If it is not ready, the runtime goes on with it and calls `reply` later:
     /// it is polled there at once, whether or not anything woke it.
-    /// `reply` is called exactly once: with EIO when `work` panics or outlasts the operation's deadline.
+    /// `reply` is called exactly once: with EIO when `work` panics or outlasts the operation's deadline, with EINTR when the caller is killed
+    /// meanwhile. `work` is carried out all the same, and its late result dropped.
     pub(super) fn run<T, W, R>(&self, operation: Operation, work: W, reply: R)
     where
         T: Send + 'static,
@@ -100,15 +107,19 @@ impl Dispatcher {
         let deadline = self.deadlines.of(operation.patience);
         let task = async move {
             let mut guarded = std::future::poll_fn(|context| poll_guarded(operation, &mut work, context));
-            match tokio::time::timeout(deadline, &mut guarded).await {
-                Ok(result) => reply(result),
-                Err(_elapsed) => {
+            let early = tokio::select! {
+                biased;
+                result = &mut guarded => return reply(result),
+                () = tokio::time::sleep(deadline) => {
                     tracing::error!(operation = operation.name, ?deadline, "the operation outlasted its deadline: EIO");
-                    reply(Err(Errno(libc::EIO)));
-                    // Not dropped: half of an operation is worse than a late one.
-                    drop(guarded.await);
+                    libc::EIO
                 }
-            }
+                // It dies only when it is answered.
+                () = caller::killed(operation.caller) => libc::EINTR,
+            };
+            reply(Err(Errno(early)));
+            // Not dropped: half of an operation is worse than a late one.
+            drop(guarded.await);
         };
         drop(self.runtime.spawn(task));
     }
@@ -137,7 +148,7 @@ mod tests {
 
     use super::*;
 
-    const TEST: Operation = Operation { name: "test", patience: Patience::Answer };
+    const TEST: Operation = Operation { name: "test", patience: Patience::Answer, caller: 0 };
 
     struct Bench {
         runtime: tokio::runtime::Runtime,

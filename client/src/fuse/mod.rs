@@ -1,6 +1,7 @@
 //! The only user of fuser: takes the kernel's requests, asks [`Fs`](crate::fs::Fs), gives the kernel its answers.
 
 mod adapter;
+mod caller;
 mod convert;
 mod dispatch;
 mod notify;

@@ -47,4 +47,21 @@ impl KernelCaches for KernelNotifier {
             Err(error) => tracing::debug!(%ino, %error, "the kernel was not told that attributes changed"),
         }
     }
+
+    fn name_changed(&self, parent: Ino, name: &[u8]) {
+        match self.inval_entry(parent, name) {
+            Ok(()) => {}
+            Err(error) if error.kind() == io::ErrorKind::NotFound => {}
+            // A directory that something is mounted in, or that is in use.
+            Err(error) => tracing::debug!(%parent, %error, "the kernel keeps a name that has changed"),
+        }
+    }
+
+    fn pages_changed(&self, ino: Ino) {
+        match self.inval_inode(ino) {
+            Ok(()) => {}
+            Err(error) if error.kind() == io::ErrorKind::NotFound => {}
+            Err(error) => tracing::warn!(%ino, %error, "the kernel was not told that pages changed"),
+        }
+    }
 }

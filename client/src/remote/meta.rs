@@ -26,13 +26,14 @@ use tokio::sync::{Notify, watch};
 use tracing::{debug, error, info, warn};
 
 use super::{
+    locks::Locks,
     retry::{OutOfTime, Retry},
     undurable::Undurable,
 };
 use crate::fs::{Errno, FsResult};
 
 /// One attempt of a request that needs no disk.
-const ATTEMPT: Duration = Duration::from_secs(5);
+pub(super) const ATTEMPT: Duration = Duration::from_secs(5);
 /// Of a request that is answered when every mount has told what the server has lost.
 const REPLAY_ATTEMPT: Duration = Duration::from_secs(130);
 /// How long a new mount waits for a server that waits for others.
@@ -71,6 +72,8 @@ pub struct MetaClient {
     /// False while the server has not taken in `opens` since a new session began.
     opens_told: AtomicBool,
     entering: tokio::sync::Mutex<()>,
+    pub(super) locks: Locks,
+    locks_lost: OnceLock<LocksLost>,
 }
 
 /// Is this mount telling a restarted server what that has to know before anything else?
@@ -85,6 +88,9 @@ enum Recovering {
 /// Told when the server has lost changes: all after the first position. Those of this mount have been made again, at or before
 /// the second; those of others may have come out differently.
 pub type RolledBack = Box<dyn Fn(Position, Position) + Send + Sync>;
+
+/// Told of files of which locks that were held here are lost: somebody else may have had them since.
+pub type LocksLost = Box<dyn Fn(&[Ino]) + Send + Sync>;
 
 impl std::fmt::Debug for MetaClient {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
@@ -152,6 +158,8 @@ impl MetaClient {
             opens: Mutex::default(),
             opens_told: AtomicBool::new(true),
             entering: tokio::sync::Mutex::default(),
+            locks: Locks::default(),
+            locks_lost: OnceLock::new(),
         });
         client.first_contact(patience).await?;
         client.await_service().await?;
@@ -214,6 +222,21 @@ impl MetaClient {
     /// `rolled_back` hears of every loss of the server. The first one counts.
     pub fn tell_rolled_back(&self, rolled_back: RolledBack) {
         self.rolled_back.get_or_init(|| rolled_back);
+    }
+
+    /// `locks_lost` hears of every lock that this mount held and has lost. The first one counts.
+    pub fn tell_locks_lost(&self, locks_lost: LocksLost) {
+        self.locks_lost.get_or_init(|| locks_lost);
+    }
+
+    fn lose_locks(&self, inos: &[Ino]) {
+        if inos.is_empty() {
+            return;
+        }
+        error!(files = inos.len(), "locks are lost: what is open of these files does not work any more");
+        if let Some(locks_lost) = self.locks_lost.get() {
+            locks_lost(inos);
+        }
     }
 
     pub async fn query(self: &Arc<Self>, query: Query) -> FsResult<MetaAnswer> {
@@ -362,7 +385,7 @@ impl MetaClient {
         Ok(self.ask_or_expire(attempt, request).await?)
     }
 
-    async fn ask_or_expire(
+    pub(super) async fn ask_or_expire(
         self: &Arc<Self>,
         attempt: Duration,
         request: impl Fn() -> MetaRequest,
@@ -378,7 +401,7 @@ impl MetaClient {
                 Ok(answer) => return Ok(answer),
                 Err(Trouble::Refused(Refusal::Unavailable)) => {}
                 Err(Trouble::Refused(Refusal::SessionExpired)) => match (session_of(&request), &request) {
-                    (Some(session), MetaRequest::Mutate { .. }) => {
+                    (Some(session), MetaRequest::Mutate { .. } | MetaRequest::Lock { .. }) => {
                         return Err(Failure::Expired { session, perhaps_applied });
                     }
                     (session, _) => self.reenter(session.unwrap_or_else(|| self.session())).await,
@@ -397,7 +420,11 @@ impl MetaClient {
         }
     }
 
-    async fn once(self: &Arc<Self>, request: &MetaRequest, deadline: Duration) -> Result<MetaAnswer, Trouble> {
+    pub(super) async fn once(
+        self: &Arc<Self>,
+        request: &MetaRequest,
+        deadline: Duration,
+    ) -> Result<MetaAnswer, Trouble> {
         let malformed = |e: codec::CodecError| CallError::Malformed(self.server.address, e.to_string());
         let header = codec::encode(request).map_err(|_| Trouble::Refused(Refusal::BadRequest))?;
         let frame = Frame { header, payload: Vec::new() };
@@ -508,6 +535,8 @@ impl MetaClient {
 
     /// `lost`: this mount knows by now that something was lost.
     async fn recover_once(self: &Arc<Self>, session: SessionId, lost: &mut bool) -> Result<(), Trouble> {
+        let lost_locks = self.relock(session).await?;
+        self.lose_locks(&lost_locks);
         match self.send_opens(session).await? {
             Some(after) => {
                 *lost = true;
@@ -563,7 +592,7 @@ impl MetaClient {
         replayed.result.unwrap_or(Position(0))
     }
 
-    fn malformed(&self, answer: &MetaAnswer) -> Trouble {
+    pub(super) fn malformed(&self, answer: &MetaAnswer) -> Trouble {
         Trouble::Call(CallError::Malformed(self.server.address, format!("{answer:?}")))
     }
 
@@ -587,7 +616,7 @@ impl MetaClient {
     }
 
     /// A new session in place of `expired`, with the same opens.
-    async fn reenter(self: &Arc<Self>, expired: SessionId) {
+    pub(super) async fn reenter(self: &Arc<Self>, expired: SessionId) {
         let _one_at_a_time = self.entering.lock().await;
         if self.session() != expired {
             return;
@@ -621,6 +650,8 @@ impl MetaClient {
                 state.next = 1;
                 state.in_flight.clear();
                 drop(state);
+                let lost_locks = self.locks.begin_session(session);
+                self.lose_locks(&lost_locks);
                 self.room.notify_waiters();
                 Ok(())
             }
@@ -664,13 +695,13 @@ impl MetaClient {
 }
 
 #[derive(Debug)]
-enum Trouble {
+pub(super) enum Trouble {
     Refused(Refusal),
     Call(CallError),
 }
 
 /// Why a request ended without an answer that counts.
-enum Failure {
+pub(super) enum Failure {
     Errno(Errno),
     /// The mount's patience has ended.
     Late {
@@ -700,6 +731,7 @@ impl From<Failure> for Errno {
 fn session_of(request: &MetaRequest) -> Option<SessionId> {
     match request {
         MetaRequest::Mutate { session, .. }
+        | MetaRequest::Lock { session, .. }
         | MetaRequest::Barrier { session }
         | MetaRequest::Query(Query::Open { session, .. })
         | MetaRequest::Session(
@@ -707,7 +739,9 @@ fn session_of(request: &MetaRequest) -> Option<SessionId> {
             | SessionRequest::Reopen { session, .. }
             | SessionRequest::Close { session }
             | SessionRequest::Opens { session, .. }
-            | SessionRequest::Replay { session, .. },
+            | SessionRequest::Replay { session, .. }
+            | SessionRequest::Relock { session, .. }
+            | SessionRequest::Listen { session, .. },
         ) => Some(*session),
         _ => None,
     }

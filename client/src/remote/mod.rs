@@ -3,6 +3,7 @@
 pub mod batch;
 pub mod blocks;
 pub mod health;
+pub mod locks;
 pub mod meta;
 pub mod retry;
 pub mod undurable;

@@ -5,6 +5,7 @@ use serde::{Deserialize, Serialize};
 use crate::{
     block::BlockHash,
     cluster::{ClusterMap, ServerState},
+    locks::{Lock, LockClass, LockKind, LockRange},
     net::identity::Role,
     refusal::Refusal,
     types::{
@@ -33,6 +34,80 @@ pub enum MetaRequest {
     },
     Storage(StorageNotice),
     Admin(AdminRequest),
+    Lock {
+        session: SessionId,
+        request: LockRequest,
+    },
+}
+
+/// Advisory locks. Role: client. They are kept in memory: after a restart of the server each mount tells its own again.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub enum LockRequest {
+    /// Takes a lock, changes one, or (without a `kind`) lets go. Answered `Granted`, `Held`, or with `wait` `Waiting`: then
+    /// `sequence` is the ticket. Executed once: a sequence that has been answered gets the same answer again.
+    Set {
+        sequence: Sequence,
+        /// Every sequence below this has been answered to the client.
+        answered_below: Sequence,
+        ino: Ino,
+        class: LockClass,
+        owner: u64,
+        range: LockRange,
+        kind: Option<LockKind>,
+        pid: u32,
+        wait: bool,
+        /// The mount knows of all changes through this one, see [`Foreign`].
+        since: Position,
+    },
+    /// Stops waiting. Answered `Free`; or `Granted`, when it came too late.
+    Cancel { ticket: Sequence, since: Position },
+    /// Answered `Held`, by somebody who would be in the way, or `Free`.
+    Test { ino: Ino, class: LockClass, owner: u64, range: LockRange, kind: LockKind },
+}
+
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub enum LockAnswer {
+    /// With what others have changed meanwhile: whoever held the lock before may have.
+    Granted(Foreign),
+    Held(Lock),
+    /// An `Event` will tell when it is granted.
+    Waiting,
+    /// Let go, or nobody holds it.
+    Free,
+}
+
+/// What other mounts have changed after a position, through another one.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Foreign {
+    pub through: Position,
+    pub changes: Vec<Change>,
+    pub reach: Reach,
+}
+
+/// How far back `changes` are complete.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub enum Reach {
+    /// Over all that was asked for.
+    Complete,
+    /// Over the last `FOREIGN_SPAN` only.
+    Recent,
+    #[default]
+    Nothing,
+}
+
+#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
+pub enum Change {
+    /// Attributes or data.
+    Inode(Ino),
+    /// What a name stands for.
+    Name(Ino, Vec<u8>),
+}
+
+/// What a server has to say to a mount without being asked.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub enum Event {
+    /// Of a lock that was waited for.
+    Granted { ticket: Sequence, foreign: Foreign },
 }
 
 /// Role: client (and admin).
@@ -54,6 +129,11 @@ pub enum SessionRequest {
     /// also with nothing in it). Answered `Replayed` when every mount's are made, in their old order. Asked again it makes nothing
     /// twice.
     Replay { session: SessionId, part: u32, parts: u32, changes: Vec<LostChange> },
+    /// After a restart of the server, before `Reopen`: locks that this session holds, at most `RELOCK_MAX`. Answered `Relocked`.
+    Relock { session: SessionId, locks: Vec<(Ino, Lock)> },
+    /// Asks for what the server has to say. Events through `heard` have arrived. Answered `Events` when there is one, or after
+    /// `LISTEN_PATIENCE` without any.
+    Listen { session: SessionId, heard: u64, since: Position },
 }
 
 /// A change that was answered, and that the metadata server may have lost with its power.
@@ -449,6 +529,13 @@ pub enum MetaAnswer {
         outcome: Mutated,
         directories: Vec<Attr>,
     },
+    Lock(LockAnswer),
+    /// Files of which some lock could not be given back: somebody else has it by now.
+    Relocked {
+        lost: Vec<Ino>,
+    },
+    /// In order, each with its number.
+    Events(Vec<(u64, Event)>),
 }
 
 /// The part of an answer to a mutation that is kept for I5.

@@ -8,8 +8,8 @@ use crate::{
     types::{BootId, Epoch, ServerId},
 };
 
-/// Header of a request. Who may send what: `Put`, `Get`, `Repair` clients and storage servers;
-/// `Sync`, `Has`, `Obtain`, `Delete`, `List` the metadata server (and `Has`, `Get` storage servers).
+/// Header of a request. Who may send what: `Put`, `Get`, `Repair`, `Has` clients and storage servers;
+/// `Sync`, `Has`, `Obtain`, `Delete`, `List` the metadata server.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub enum StorageRequest {
     /// Payload: the bytes of all `blocks`, one after the other. At most `PUT_BATCH_MAX` blocks and

@@ -14,6 +14,7 @@ use tokio::sync::{mpsc, oneshot};
 use super::{
     core::{Core, Fault},
     log::{Log, RECORD_LENGTH_MAX},
+    recent::changes_of,
     state::{Applied, Command, Entry, Outcome, Reply, StorageError, apply},
 };
 
@@ -235,13 +236,22 @@ impl Committer {
                 // Before it is durable: who gives up waiting for that leaves a session that expires like any other.
                 if let Ok(Reply::Session(session)) = applied.outcome {
                     let now = self.core.clock.monotonic();
-                    self.core.sessions.lock().opened(session, *node, host.clone(), mountpoint.clone(), now);
+                    let mut sessions = self.core.sessions.lock();
+                    sessions.opened(session, *node, host.clone(), mountpoint.clone(), now);
+                    sessions.begin(session, applied.position);
                 }
                 return;
             }
-            Command::EndSession { session } => return self.core.sessions.lock().end(*session),
+            Command::EndSession { session } => {
+                self.core.sessions.lock().end(*session);
+                return self.core.locking.end(*session);
+            }
             _ => return,
         };
+        if let (true, Ok(Reply::Mutated(outcome))) = (applied.changed, &applied.outcome) {
+            let now = self.core.clock.monotonic();
+            self.core.recent.lock().note(applied.position, *session, changes_of(op, outcome), now);
+        }
         match (op, &applied.outcome) {
             (op, Ok(_)) if applied.changed && !op.new_blocks().is_empty() => {
                 self.core.unsynced.lock().note(op.new_blocks());

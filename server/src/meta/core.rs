@@ -26,7 +26,9 @@ use tokio::sync::{Notify, watch};
 
 use super::{
     cluster::Cluster,
+    locking::Locking,
     log::{Log, LogError},
+    recent::Recent,
     recovery::Recovery,
     sessions::Sessions,
     state::StorageError,
@@ -60,6 +62,8 @@ pub struct Core {
     pub cluster_id: ClusterId,
     pub cluster: Mutex<Cluster>,
     pub sessions: Mutex<Sessions>,
+    pub locking: Locking,
+    pub recent: Mutex<Recent>,
     pub unsynced: Mutex<Unsynced>,
     /// Blocks whose durable copies are too few for a barrier: the duties make more.
     pub thin: Mutex<BTreeSet<BlockHash>>,
@@ -107,14 +111,29 @@ pub struct Recovered {
     pub recovery: Recovery,
     /// Everybody waits until it is over.
     pub recovering: bool,
+    /// How long mounts may take to say which locks they hold.
+    pub lock_grace: Duration,
 }
 
 impl Core {
     pub fn new(clock: Arc<dyn Clock>, cluster_id: ClusterId, recovered: Recovered) -> Arc<Self> {
-        let Recovered { disk, directory, store, log, cluster, sessions, unsynced, durable, recovery, recovering } =
-            recovered;
+        let Recovered {
+            disk,
+            directory,
+            store,
+            log,
+            cluster,
+            sessions,
+            unsynced,
+            durable,
+            recovery,
+            recovering,
+            lock_grace,
+        } = recovered;
         let applied = log.next().0 - 1;
         let judged = Mutex::new(clock.monotonic());
+        let recent = Mutex::new(Recent::new(Position(applied), clock.monotonic()));
+        let locking = Locking::new(clock.monotonic() + lock_grace);
         Arc::new(Self {
             disk,
             directory,
@@ -126,6 +145,8 @@ impl Core {
             cluster_id,
             cluster: Mutex::new(cluster),
             sessions: Mutex::new(sessions),
+            locking,
+            recent,
             unsynced: Mutex::new(unsynced),
             thin: Mutex::default(),
             recovering: watch::Sender::new(recovering),
@@ -151,6 +172,11 @@ impl Core {
             self.sessions.lock().forgive(gap, now);
         }
         now
+    }
+
+    /// May locks be given to who did not have them before this server's start?
+    pub fn gives_locks(&self) -> bool {
+        self.locking.is_open(self.sessions.lock().all_confirmed(), self.clock.monotonic())
     }
 
     /// Do mounts still say again what was lost?

@@ -5,9 +5,11 @@ pub mod cluster;
 pub mod committer;
 pub mod core;
 pub mod duties;
+pub mod locking;
 pub mod log;
 #[cfg(test)]
 mod memory_disk;
+pub mod recent;
 pub mod recovery;
 pub mod server;
 pub mod service;

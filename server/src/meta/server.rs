@@ -168,6 +168,7 @@ pub fn recover(
             durable,
             recovery,
             recovering,
+            lock_grace: options.recovery_window,
         },
     ))
 }

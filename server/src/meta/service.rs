@@ -3,8 +3,8 @@
 use std::{sync::Arc, time::Duration};
 
 use holdfast_common::{
-    Ino, Refusal, Sequence, ServerId, SessionId, Time,
-    limits::HEADER_SIZE_MAX,
+    Ino, Position, Refusal, Sequence, ServerId, SessionId, Time,
+    limits::{HEADER_SIZE_MAX, LISTEN_PATIENCE},
     net::{
         BoxFuture, Frame, Serve,
         enrol::Enrol,
@@ -15,8 +15,8 @@ use holdfast_common::{
         codec,
         enrol::{EnrolReply, EnrolRequest, Enrolled},
         meta::{
-            AdminRequest, ClusterStatus, FileMap, LostChange, MetaAnswer, MetaReply, MetaRequest, Query, Replayed,
-            SessionRequest, StorageNotice,
+            AdminRequest, ClusterStatus, Event, FileMap, Foreign, LockAnswer, LockRequest, LostChange, MetaAnswer,
+            MetaReply, MetaRequest, Query, Replayed, SessionRequest, StorageNotice,
         },
     },
 };
@@ -27,6 +27,7 @@ use super::{
     cluster::Heartbeat,
     committer::Proposer,
     core::Core,
+    locking::{Outcome, Wish},
     server::Authority,
     state::{Command, Reply, Rows, Step, StorageError, View, query, settled, violations::violations},
 };
@@ -133,7 +134,53 @@ impl Service {
             }
             MetaRequest::Storage(notice) => self.storage(from.node, notice).await,
             MetaRequest::Admin(request) => self.admin(request).await,
+            MetaRequest::Lock { session, request } => {
+                self.check_settled(session, from.node)?;
+                self.lock(session, request).map(MetaAnswer::Lock)
+            }
         }
+    }
+
+    fn lock(&self, session: SessionId, request: LockRequest) -> Result<LockAnswer, Refusal> {
+        // What it holds is not known yet.
+        if !self.core.sessions.lock().is_confirmed(session) {
+            return Err(Refusal::Unavailable);
+        }
+        let locking = &self.core.locking;
+        match request {
+            LockRequest::Set { sequence, answered_below, ino, class, owner, range, kind, pid, wait, since } => {
+                if kind.is_some() && !self.core.gives_locks() {
+                    return Err(Refusal::Unavailable);
+                }
+                let wish = Wish { ino, class, owner, range, kind, pid, wait };
+                Ok(match locking.set(session, sequence, answered_below, &wish)? {
+                    Outcome::Granted if kind.is_none() => LockAnswer::Free,
+                    Outcome::Granted => LockAnswer::Granted(self.foreign(session, since)),
+                    Outcome::Held(lock) => LockAnswer::Held(lock),
+                    Outcome::Waiting => LockAnswer::Waiting,
+                })
+            }
+            LockRequest::Cancel { ticket, .. } if locking.cancel(session, ticket) => Ok(LockAnswer::Free),
+            LockRequest::Cancel { since, .. } => Ok(LockAnswer::Granted(self.foreign(session, since))),
+            LockRequest::Test { ino, class, owner, range, kind } => {
+                if !self.core.gives_locks() {
+                    return Err(Refusal::Unavailable);
+                }
+                let wish = Wish { ino, class, owner, range, kind: Some(kind), pid: 0, wait: false };
+                Ok(locking.test(session, &wish)?.map_or(LockAnswer::Free, LockAnswer::Held))
+            }
+        }
+    }
+
+    fn foreign(&self, session: SessionId, since: Position) -> Foreign {
+        let since = since.max(self.core.sessions.lock().began(session));
+        self.core.recent.lock().foreign(session, since, self.core.clock.monotonic())
+    }
+
+    async fn events(&self, session: SessionId, heard: u64, since: Position) -> Vec<(u64, Event)> {
+        let events = self.core.locking.events(session, heard, LISTEN_PATIENCE).await;
+        let told = |ticket| Event::Granted { ticket, foreign: self.foreign(session, since) };
+        events.into_iter().map(|(number, ticket)| (number, told(ticket))).collect()
     }
 
     fn check_session(&self, session: SessionId, node: NodeName) -> Result<(), Refusal> {
@@ -265,6 +312,14 @@ impl Service {
             SessionRequest::Replay { session, part, parts, changes } => {
                 self.check_session(session, node)?;
                 return self.replay(session, (part, parts), changes, bytes).await.map(MetaAnswer::Replayed);
+            }
+            SessionRequest::Relock { session, locks } => {
+                self.check_session(session, node)?;
+                return Ok(MetaAnswer::Relocked { lost: self.core.locking.restore(session, locks)? });
+            }
+            SessionRequest::Listen { session, heard, since } => {
+                self.check_session(session, node)?;
+                return Ok(MetaAnswer::Events(self.events(session, heard, since).await));
             }
             SessionRequest::Opens { session, opened, released } => {
                 self.check_session(session, node)?;
@@ -419,7 +474,9 @@ fn is_for_recovery(request: &MetaRequest) -> bool {
         | MetaRequest::Storage(_)
         | MetaRequest::Admin(_)
         | MetaRequest::Query(Query::ClusterMap { .. }) => true,
-        MetaRequest::Query(_) | MetaRequest::Mutate { .. } | MetaRequest::Barrier { .. } => false,
+        MetaRequest::Query(_) | MetaRequest::Mutate { .. } | MetaRequest::Barrier { .. } | MetaRequest::Lock { .. } => {
+            false
+        }
     }
 }
 
@@ -428,9 +485,11 @@ fn check_role(role: Role, request: &MetaRequest) -> Result<(), Refusal> {
     let is_client = matches!(role, Role::Client | Role::Admin);
     let allowed = match request {
         MetaRequest::Query(Query::ClusterMap { .. }) => is_client || role == Role::Storage,
-        MetaRequest::Session(_) | MetaRequest::Query(_) | MetaRequest::Mutate { .. } | MetaRequest::Barrier { .. } => {
-            is_client
-        }
+        MetaRequest::Session(_)
+        | MetaRequest::Query(_)
+        | MetaRequest::Mutate { .. }
+        | MetaRequest::Barrier { .. }
+        | MetaRequest::Lock { .. } => is_client,
         MetaRequest::Storage(StorageNotice::Heartbeat { .. }) => role == Role::Storage,
         MetaRequest::Storage(StorageNotice::BadCopy { .. }) => is_client,
         MetaRequest::Admin(AdminRequest::Status) => is_client,

@@ -31,6 +31,8 @@ struct Mount {
     confirmed: bool,
     /// It has to say again what it had done after this.
     owes: Option<Position>,
+    /// Where in the order of all changes it began; 0: in an earlier life of the server.
+    began: Position,
 }
 
 #[derive(Debug, Default)]
@@ -69,7 +71,8 @@ impl Sessions {
         confirmed: bool,
     ) {
         let opens = BTreeSet::new();
-        let mount = Mount { node, host, mountpoint, heard, dirty_bytes: 0, repairs: 0, opens, confirmed, owes: None };
+        let (owes, began) = (None, Position(0));
+        let mount = Mount { node, host, mountpoint, heard, dirty_bytes: 0, repairs: 0, opens, confirmed, owes, began };
         self.mounts.insert(id, mount);
     }
 
@@ -141,6 +144,18 @@ impl Sessions {
         }
     }
 
+    /// The session was opened by the entry at `position`.
+    pub fn begin(&mut self, id: SessionId, position: Position) {
+        if let Some(mount) = self.mounts.get_mut(&id) {
+            mount.began = position;
+        }
+    }
+
+    /// The session cannot have anything in its caches from before this.
+    pub fn began(&self, id: SessionId) -> Position {
+        self.mounts.get(&id).map_or(Position(0), |mount| mount.began)
+    }
+
     pub fn owe(&mut self, id: SessionId, after: Position) {
         if let Some(mount) = self.mounts.get_mut(&id) {
             mount.owes = Some(after);
@@ -165,6 +180,11 @@ impl Sessions {
 
     pub fn exists(&self, id: SessionId) -> bool {
         self.mounts.contains_key(&id)
+    }
+
+    /// Has the mount said what it holds open?
+    pub fn is_confirmed(&self, id: SessionId) -> bool {
+        self.mounts.get(&id).is_some_and(|mount| mount.confirmed)
     }
 
     pub fn holds(&self, id: SessionId, ino: Ino) -> bool {

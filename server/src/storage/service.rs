@@ -76,7 +76,7 @@ fn may(role: Role, request: &StorageRequest) -> bool {
         StorageRequest::Put { .. } | StorageRequest::Get { .. } | StorageRequest::Repair { .. } => {
             matches!(role, Role::Client | Role::Storage)
         }
-        StorageRequest::Has { .. } => matches!(role, Role::Meta | Role::Storage),
+        StorageRequest::Has { .. } => matches!(role, Role::Meta | Role::Storage | Role::Client),
         StorageRequest::Sync
         | StorageRequest::Obtain { .. }
         | StorageRequest::Delete { .. }

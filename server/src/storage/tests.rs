@@ -136,7 +136,7 @@ async fn each_role_may_send_only_what_it_needs() {
         (StorageRequest::Get { block: hash, range: None }, [false, true, true, false]),
         (StorageRequest::Repair { block: hash, sources: vec![] }, [false, true, true, false]),
         (StorageRequest::Sync, [true, false, false, false]),
-        (StorageRequest::Has { blocks: vec![] }, [true, true, false, false]),
+        (StorageRequest::Has { blocks: vec![] }, [true, true, true, false]),
         (StorageRequest::Obtain { block: hash, sources: vec![] }, [true, false, false, false]),
         (StorageRequest::Delete { blocks: vec![], epoch: Epoch(1) }, [true, false, false, false]),
         (StorageRequest::List { after: None }, [true, false, false, false]),

@@ -135,7 +135,7 @@ impl DirectTree {
     }
 
     async fn close(&self, ino: Ino, handle: FileHandle) -> Result<()> {
-        let flushed = self.fs.flush(ino, handle).await;
+        let flushed = self.fs.flush(ino, handle, 0).await;
         self.fs.release(ino, handle).await;
         flushed
     }

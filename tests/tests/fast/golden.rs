@@ -9,14 +9,16 @@ use holdfast_common::{
     Attr, BlockHash, BootId, ChunkIndex, ClusterId, DirEntry, Epoch, Ino, Kind, Piece, Position, Refusal, Sequence,
     ServerId, SessionId, Time,
     cluster::{ClusterMap, ServerInfo, ServerState},
+    locks::{Lock, LockClass, LockKind, LockOwner, LockRange},
     net::identity::Role,
     wire::{
         codec::{CodecError, decode, encode},
         enrol::{EnrolReply, EnrolRequest, Enrolled},
         meta::{
-            AdminRequest, BlockPlace, ClusterStatus, CopyFault, FileCommit, FileMap, Holder, LostChange, MetaAnswer,
-            MetaReply, MetaRequest, MountStatus, Mutated, NewBlock, NewInode, Op, Query, RenameMode, Replayed,
-            ServerStatus, SessionRequest, SetAttr, SetTime, StatFs, StorageLoad, StorageNotice, XattrMode,
+            AdminRequest, BlockPlace, Change, ClusterStatus, CopyFault, Event, FileCommit, FileMap, Foreign, Holder,
+            LockAnswer, LockRequest, LostChange, MetaAnswer, MetaReply, MetaRequest, MountStatus, Mutated, NewBlock,
+            NewInode, Op, Query, Reach, RenameMode, Replayed, ServerStatus, SessionRequest, SetAttr, SetTime, StatFs,
+            StorageLoad, StorageNotice, XattrMode,
         },
         storage::{ByteRange, PutBlock, Source, StorageAnswer, StorageReply, StorageRequest},
     },
@@ -143,6 +145,8 @@ fn sessions() -> Vec<SessionRequest> {
         SessionRequest::Close { session },
         SessionRequest::Opens { session, opened: vec![Ino(1)], released: vec![Ino(2)] },
         SessionRequest::Replay { session, part: 1, parts: 3, changes: vec![lost_change()] },
+        SessionRequest::Relock { session, locks: vec![(Ino(7), lock())] },
+        SessionRequest::Listen { session, heard: 3, since: Position(2) },
     ]
 }
 
@@ -319,6 +323,9 @@ fn answers() -> Vec<MetaAnswer> {
             Replayed { sequence: Sequence(5), result: Err(Refusal::Exists) },
         ]),
         MetaAnswer::OffsetBeyond(1 << 34),
+        MetaAnswer::Lock(LockAnswer::Free),
+        MetaAnswer::Relocked { lost: vec![Ino(7)] },
+        MetaAnswer::Events(vec![(4, Event::Granted { ticket: Sequence(6), foreign: foreign() })]),
     ]
 }
 
@@ -380,6 +387,58 @@ fn requests() -> Vec<MetaRequest> {
             repaired: false,
         }),
         MetaRequest::Admin(AdminRequest::Check),
+        MetaRequest::Lock {
+            session: SessionId(5),
+            request: LockRequest::Cancel { ticket: Sequence(3), since: Position(2) },
+        },
+    ]
+}
+
+fn lock() -> Lock {
+    let owner = LockOwner { session: SessionId(5), class: LockClass::Description, id: 9 };
+    Lock { owner, range: LockRange { first: 3, last: 4 }, kind: LockKind::Exclusive, pid: 77 }
+}
+
+fn foreign() -> Foreign {
+    Foreign {
+        through: Position(12),
+        changes: vec![Change::Inode(Ino(7)), Change::Name(Ino(1), name())],
+        reach: Reach::Recent,
+    }
+}
+
+fn lock_requests() -> Vec<LockRequest> {
+    let (ino, range, since) = (Ino(7), LockRange::WHOLE, Position(2));
+    let set = |class, kind, wait| LockRequest::Set {
+        sequence: Sequence(6),
+        answered_below: Sequence(4),
+        ino,
+        class,
+        owner: 9,
+        range,
+        kind,
+        pid: 77,
+        wait,
+        since,
+    };
+    vec![
+        set(LockClass::Process, Some(LockKind::Shared), true),
+        set(LockClass::Flock, None, false),
+        LockRequest::Cancel { ticket: Sequence(6), since },
+        LockRequest::Test { ino, class: LockClass::Description, owner: 9, range, kind: LockKind::Exclusive },
+    ]
+}
+
+fn lock_answers() -> Vec<LockAnswer> {
+    let nothing = Foreign::default();
+    let complete = Foreign { reach: Reach::Complete, ..Foreign::default() };
+    vec![
+        LockAnswer::Granted(foreign()),
+        LockAnswer::Granted(nothing),
+        LockAnswer::Granted(complete),
+        LockAnswer::Held(lock()),
+        LockAnswer::Waiting,
+        LockAnswer::Free,
     ]
 }
 
@@ -413,6 +472,8 @@ pub(crate) fn samples() -> Vec<Sample> {
     add(&mut all, "MetaReply", vec![reply(Ok(MetaAnswer::Done)), reply(Err(Refusal::NotFound))]);
     add(&mut all, "MetaAnswer", answers());
     add(&mut all, "Mutated", mutated());
+    add(&mut all, "LockRequest", lock_requests());
+    add(&mut all, "LockAnswer", lock_answers());
     add(&mut all, "Refusal", refusals());
     add(&mut all, "StorageRequest", storage_requests());
     add(
@@ -439,6 +500,8 @@ fn every_variant_has_a_sample() {
     assert_complete::<AdminRequest>(&all, "AdminRequest");
     assert_complete::<MetaAnswer>(&all, "MetaAnswer");
     assert_complete::<Mutated>(&all, "Mutated");
+    assert_complete::<LockRequest>(&all, "LockRequest");
+    assert_complete::<LockAnswer>(&all, "LockAnswer");
     assert_complete::<Refusal>(&all, "Refusal");
     assert_complete::<StorageRequest>(&all, "StorageRequest");
     assert_complete::<StorageAnswer>(&all, "StorageAnswer");

@@ -5,6 +5,7 @@ mod bounded;
 mod daemons;
 mod dying;
 mod identity;
+mod locks;
 mod model;
 mod mount_cli;
 mod namespace;

@@ -49,6 +49,8 @@ fn tar_unpacks_a_source_tree_and_every_hash_is_right_after_a_remount() {
         "tar --format=posix -cf ../again.tar . && rm -rf src large.bin && test ! -e src && tar -xpf ../again.tar",
     );
     tree::assert_same(outside.path(), mount.path());
+    let log = mount.process().log();
+    assert!(!log.contains("storing it again"), "no server has lost anything: {log}");
 }
 
 #[test]

@@ -60,7 +60,7 @@ async fn create(fs: &Fs, parent: Ino, name: &str) -> (Attr, FileHandle) {
 async fn write_file(fs: &Fs, parent: Ino, name: &str, content: &[u8]) -> Attr {
     let (attr, handle) = create(fs, parent, name).await;
     fs.write(CALLER, attr.ino, handle, 0, Bytes::copy_from_slice(content)).await.expect("write");
-    fs.flush(attr.ino, handle).await.expect("close");
+    fs.flush(attr.ino, handle, 0).await.expect("close");
     fs.release(attr.ino, handle).await;
     attr
 }
@@ -113,7 +113,7 @@ async fn check(meta: bool, storage: bool, seed: u64) {
     // Open, written, committed and dirty, and unlinked by the other mount.
     let (open, handle) = create(&a, directory, "open").await;
     a.write(CALLER, open.ino, handle, 0, Bytes::from(contents[2].clone())).await.expect("write");
-    a.flush(open.ino, handle).await.expect("flush");
+    a.flush(open.ino, handle, 0).await.expect("flush");
     a.write(CALLER, open.ino, handle, 0, Bytes::from(contents[3][..100].to_vec())).await.expect("write");
     b.unlink(directory, b"open").await.expect("unlink");
 
