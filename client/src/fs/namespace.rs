@@ -2,13 +2,14 @@
 
 use holdfast_common::{
     Attr, Ino, Kind, Position,
+    limits::FILE_SIZE_MAX,
     wire::meta::{
         FileCommit, MetaAnswer, Mutated, NewInode, Op, Query, RenameMode, SetAttr, StatFs, UMASK_SHIFT, XattrMode,
     },
 };
 use tracing::error;
 
-use super::{Caller, Errno, FileHandle, Fs, FsResult, MakeRequest};
+use super::{Caller, Errno, FileHandle, Fs, FsResult, MakeRequest, plain};
 use crate::{fs::shared::Urgency, remote::meta::unexpected};
 
 /// What a create, mkdir, mknod or symlink made or found.
@@ -169,6 +170,16 @@ impl Fs {
         if self.plain.lacks(ino, name) {
             return Err(Errno(libc::ENODATA));
         }
+        if plain::is_asked_often(name) {
+            // The answer is true of all of them, and for a while: before each write of a long row of writes the kernel asks.
+            match self.shared.meta.query(Query::GetAttr { ino }).await? {
+                MetaAnswer::Attr(attr) => self.plain.learn(&attr),
+                other => return Err(unexpected(&other)),
+            }
+            if self.plain.lacks(ino, name) {
+                return Err(Errno(libc::ENODATA));
+            }
+        }
         match self.shared.meta.query(Query::GetXattr { ino, name: name.to_vec() }).await? {
             MetaAnswer::Bytes(value) => Ok(value),
             other => Err(unexpected(&other)),
@@ -223,8 +234,13 @@ impl Fs {
     pub async fn fallocate(&self, ino: Ino, _handle: FileHandle, offset: u64, length: u64, mode: i32) -> FsResult<()> {
         const HOLE: i32 = libc::FALLOC_FL_PUNCH_HOLE | libc::FALLOC_FL_KEEP_SIZE;
         const ZERO_KEEP: i32 = libc::FALLOC_FL_ZERO_RANGE | libc::FALLOC_FL_KEEP_SIZE;
+        let end = offset.checked_add(length).filter(|end| *end <= FILE_SIZE_MAX);
+        let grows = mode & libc::FALLOC_FL_KEEP_SIZE == 0;
+        if grows && end.is_none() {
+            return Err(Errno(libc::EFBIG));
+        }
         match mode {
-            0 => self.extend(ino, offset.checked_add(length).ok_or(Errno(libc::EFBIG))?, length).await,
+            0 => self.extend(ino, end.unwrap_or(0), length).await,
             HOLE | ZERO_KEEP => self.punch(ino, offset, length, false).await,
             libc::FALLOC_FL_ZERO_RANGE => self.punch(ino, offset, length, true).await,
             _ => Err(Errno(libc::EOPNOTSUPP)),
@@ -245,7 +261,11 @@ impl Fs {
         let applied = self.shared.meta.mutate(Op::Commit { files: vec![file], blocks: Vec::new() }, false).await?;
         match applied.outcome {
             Mutated::Committed(files) => {
-                let [Ok(attr)] = files[..] else { return Err(Errno(libc::EIO)) };
+                let attr = match files[..] {
+                    [Ok(attr)] => attr,
+                    [Err(refusal)] => return Err(Errno(refusal.errno())),
+                    _ => return Err(Errno(libc::EIO)),
+                };
                 self.changed(ino, attr, applied.position);
                 Ok(())
             }

@@ -25,6 +25,11 @@ fn flag_of(name: &[u8]) -> Option<u32> {
     }
 }
 
+/// Does the kernel ask for it again and again?
+pub(super) fn is_asked_often(name: &[u8]) -> bool {
+    flag_of(name).is_some()
+}
+
 /// The modes of inodes, with their flags, for as long as attributes are believed.
 #[derive(Debug, Default)]
 pub(super) struct Plain {
