@@ -48,6 +48,8 @@ pub const COMMIT_PIECES_MAX: usize = 8192;
 /// Replies kept for each session, so that a retried mutation gets its first answer (I5).
 /// A client keeps fewer mutations than this in flight.
 pub const REPLIES_KEPT_PER_SESSION: u64 = 4096;
+/// Times of access in one message.
+pub const ACCESSED_MAX: usize = 8192;
 /// Locks in one message.
 pub const RELOCK_MAX: usize = 16 << 10;
 /// Events in one message: each may bring `FOREIGN_CHANGES_MAX` changes.

@@ -80,7 +80,7 @@ pub enum Verdict {
     Blocked(Lock),
     /// Under the ticket.
     Waiting,
-    /// Whoever holds it waits for this owner.
+    /// Whoever holds it waits for this process.
     Deadlock,
     /// No more are kept for this session, or for all.
     TooMany,
@@ -89,6 +89,13 @@ pub enum Verdict {
 /// Locks that one session may hold and wait for, and all together: bounds the memory of who keeps them.
 pub const LOCKS_PER_SESSION_MAX: usize = 1 << 18;
 pub const LOCKS_TOTAL_MAX: usize = 1 << 22;
+
+/// A process, as far as it is known: its mount, and its number there.
+type Party = (SessionId, u32);
+
+fn party(lock: &Lock) -> Party {
+    (lock.owner.session, lock.pid)
+}
 
 /// A file, and which of its two spaces of locks.
 type Place = (Ino, bool);
@@ -135,8 +142,8 @@ fn first_owner(session: SessionId) -> LockOwner {
 pub struct LockTable {
     files: BTreeMap<Place, FileLocks>,
     waiting: BTreeMap<Ticket, (Place, u64)>,
-    /// What each owner waits for: a process has threads.
-    waits_of: BTreeMap<LockOwner, BTreeSet<Ticket>>,
+    /// What each process waits for: it has threads.
+    waits_of: BTreeMap<Party, BTreeSet<Ticket>>,
     sessions: BTreeMap<SessionId, Share>,
     total: usize,
     arrivals: u64,
@@ -200,6 +207,19 @@ impl LockTable {
             self.put(place, lock.owner, lock.range, Some((lock.kind, lock.pid)));
         }
         free
+    }
+
+    /// Is exactly this held, perhaps as a part of more?
+    pub fn is_held(&self, ino: Ino, lock: &Lock) -> bool {
+        let covers = |held: Lock| {
+            held.kind == lock.kind && held.range.first <= lock.range.first && lock.range.last <= held.range.last
+        };
+        self.held_by(ino, lock.owner).any(covers)
+    }
+
+    /// Keeps what somebody else has granted: nothing is tested, nobody is woken.
+    pub fn record(&mut self, ino: Ino, lock: Lock) {
+        self.put(place(ino, lock.owner.class), lock.owner, lock.range, Some((lock.kind, lock.pid)));
     }
 
     /// Stops waiting. `false`: it did not wait (any more).
@@ -305,7 +325,7 @@ impl LockTable {
         self.arrivals += 1;
         self.files.entry(place).or_default().queue.insert(self.arrivals, (ticket, wanted));
         self.waiting.insert(ticket, (place, self.arrivals));
-        self.waits_of.entry(wanted.owner).or_default().insert(ticket);
+        self.waits_of.entry(party(&wanted)).or_default().insert(ticket);
         self.count(ticket.session, 0, 1);
         self.note_place(ticket.session, place);
     }
@@ -313,10 +333,11 @@ impl LockTable {
     fn dequeue(&mut self, ticket: Ticket) -> Option<Lock> {
         let (place, arrival) = self.waiting.remove(&ticket)?;
         let (_, wanted) = self.files.get_mut(&place)?.queue.remove(&arrival)?;
-        if let Some(waits) = self.waits_of.get_mut(&wanted.owner) {
+        let party = party(&wanted);
+        if let Some(waits) = self.waits_of.get_mut(&party) {
             waits.remove(&ticket);
             if waits.is_empty() {
-                self.waits_of.remove(&wanted.owner);
+                self.waits_of.remove(&party);
             }
         }
         self.count(ticket.session, 1, 0);
@@ -347,34 +368,39 @@ impl LockTable {
         }
     }
 
-    /// Does somebody who is in the way wait, over whatever others, for the owner? As in Linux only processes are followed: a
-    /// description's lock has no process that could be waiting.
+    /// Does somebody who is in the way wait, over whatever others, for the process that wants this? As in Linux only locks of
+    /// processes are followed: a description's has no process that could be waiting. One without a number is nobody's.
     fn would_wait_for_itself(&self, place: Place, wanted: &Lock) -> bool {
-        let is_process = |owner: &LockOwner| owner.class == LockClass::Process;
-        if !is_process(&wanted.owner) {
+        if wanted.owner.class != LockClass::Process || wanted.pid == 0 {
             return false;
         }
-        let blockers = |place: &Place, wanted: &Lock| -> Vec<LockOwner> {
-            let file = self.files.get(place);
-            file.map_or_else(Vec::new, |file| {
-                file.in_the_way(wanted).map(|lock| lock.owner).filter(is_process).collect()
-            })
-        };
-        let mut to_visit = blockers(&place, wanted);
+        let own = party(wanted);
+        // A lock of its own that is just being let go is no circle.
+        let mut to_visit = self.blockers(place, wanted);
+        to_visit.retain(|blocker| *blocker != own);
         let mut visited = BTreeSet::new();
-        while let Some(owner) = to_visit.pop() {
-            if owner == wanted.owner {
+        while let Some(blocker) = to_visit.pop() {
+            if blocker == own {
                 return true;
             }
-            if !visited.insert(owner) {
+            if !visited.insert(blocker) {
                 continue;
             }
-            for ticket in self.waits_of.get(&owner).into_iter().flatten() {
+            for ticket in self.waits_of.get(&blocker).into_iter().flatten() {
                 let Some((place, arrival)) = self.waiting.get(ticket) else { continue };
                 let waiting = self.files.get(place).and_then(|file| file.queue.get(arrival));
-                to_visit.extend(waiting.map_or_else(Vec::new, |(_, wanted)| blockers(place, wanted)));
+                to_visit.extend(waiting.map_or_else(Vec::new, |(_, wanted)| self.blockers(*place, wanted)));
             }
         }
         false
+    }
+
+    /// Processes whose locks are in the way.
+    fn blockers(&self, place: Place, wanted: &Lock) -> Vec<Party> {
+        let is_followed = |lock: &Lock| lock.owner.class == LockClass::Process && lock.pid != 0;
+        let file = self.files.get(&place);
+        file.map_or_else(Vec::new, |file| {
+            file.in_the_way(wanted).filter(is_followed).map(|lock| party(&lock)).collect()
+        })
     }
 }

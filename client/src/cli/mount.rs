@@ -21,7 +21,7 @@ use super::{
     error::{CliError, CliResult},
 };
 use crate::{
-    fs::FsOptions,
+    fs::{AccessTimes, FsOptions},
     fuse::MountPlan,
     mount::{self, MountJob, options::MountOptions, table::check_mountpoint},
     sys,
@@ -45,7 +45,7 @@ pub(super) struct MountArgs {
     pub cluster: PathBuf,
     /// An empty directory
     pub mountpoint: PathBuf,
-    /// Options, separated by commas: ro, noatime, noexec, nosuid, nodev, sync, allow_other, noallow_other,
+    /// Options, separated by commas: ro, noatime, relatime, strictatime, noexec, nosuid, nodev, sync, allow_other, noallow_other,
     /// fsname=NAME, io_timeout=30s, cache_bytes=1GiB, dirty_bytes=1GiB, log_file=PATH, and what fstab(5) has
     #[arg(short = 'o', value_name = "OPTIONS")]
     pub options: Vec<String>,
@@ -120,6 +120,7 @@ pub(super) fn prepare(args: MountArgs, sloppy: bool) -> CliResult<(MountJob, Cli
         dirty_bytes: config.dirty_bytes,
         io_timeout: config.io_timeout,
         connect_timeout: CONNECT_TIMEOUT,
+        access_times: if options.flags.read_only { AccessTimes::Never } else { options.access_times },
     };
     let credentials = Credentials::load(&config.tls_dir)?;
     Ok((MountJob { plan, meta: meta_endpoint(&config), credentials, fs }, config))

@@ -35,6 +35,7 @@ impl Fs {
         if offset >= end {
             return Ok(Bytes::new());
         }
+        self.note_access(&file.inode);
         let sequential = self.read_ahead(&file, offset, end, file_size);
         let (first, from) = split(offset);
         let (last, to) = split(end - 1);
@@ -127,6 +128,9 @@ impl Fs {
                 Some(_) => state.note_append(range),
                 None => state.note_write(&range),
             }
+            // A lock may have been lost while there was no room.
+            file.check_locks()?;
+            state.note_writer(caller.pid);
             let (grown, full) = state.write(offset, data, self.shared.clock.now());
             self.shared.budget.add(grown);
             full
@@ -192,10 +196,12 @@ impl Fs {
     /// returns, and the process has no locks on the file any more.
     pub async fn flush(&self, _ino: Ino, handle: FileHandle, owner: u64) -> FsResult<()> {
         let file = self.file(handle)?;
+        let locks = self.take_lock_owner(file.inode.ino, owner);
+        self.note_unseen_reads(&file);
         if !file.inode.lock().is_clean() {
             self.shared.write_out(&file.inode, Urgency::Visible).await;
         }
-        self.unlock_process(&file.inode, owner).await;
+        self.unlock_process(&file.inode, locks).await;
         self.tell_error(&file)
     }
 
@@ -221,6 +227,16 @@ impl Fs {
         self.tell_error(&file)
     }
 
+    /// What the kernel has in its pages is read without a word. Who opened a file only to read it, and got those, has read it.
+    fn note_unseen_reads(&self, file: &OpenFile) {
+        if file.keeps_pages && file.flags & libc::O_ACCMODE == libc::O_RDONLY && file.inode.lock().size() > 0 {
+            self.note_access(&file.inode);
+            if let Some(kernel) = self.kernel.get() {
+                kernel.attributes_changed(file.inode.ino);
+            }
+        }
+    }
+
     fn tell_error(&self, file: &OpenFile) -> FsResult<()> {
         let error = file.inode.lock().unheard_error(&mut file.errors_heard.lock());
         error.map_or(Ok(()), Err)
@@ -240,6 +256,7 @@ impl Fs {
 
     /// Flushes everything and ends the session. For unmount.
     pub async fn shutdown(&self) -> FsResult<()> {
+        self.tell_accesses().await;
         let flushed = self.sync_all(true).await;
         if let Err(error) = &flushed {
             tracing::error!(

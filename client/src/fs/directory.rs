@@ -65,6 +65,9 @@ impl Fs {
     /// Entries after `cookie` (0: from the start); `plus`: with attributes.
     pub async fn readdir(&self, _ino: Ino, handle: FileHandle, cookie: u64, plus: bool) -> FsResult<DirectoryPage> {
         let directory = self.directories.lock().get(&handle).cloned().ok_or(Errno(libc::EBADF))?;
+        if cookie == 0 {
+            self.note_listed(directory.ino);
+        }
         // A rewind has to see the directory as it is now.
         let kept = if cookie == 0 { None } else { directory.page.lock().clone() };
         if let Some(rest) = kept.and_then(|page| page.rest(cookie, plus)) {

@@ -4,7 +4,7 @@ use std::{sync::Arc, time::Duration};
 
 use tracing::warn;
 
-use super::Fs;
+use super::{Fs, access::TELL_EVERY};
 
 /// Written bytes are stored at the latest after this, fsynced or not.
 const DIRTY_AGE_MAX: Duration = Duration::from_secs(1);
@@ -25,7 +25,8 @@ impl Duties {
             Self::keeping(&fs),
             Self::renewing(&fs),
             Self::releasing(&fs),
-            fs.shared.meta.keep_locks()
+            fs.shared.meta.keep_locks(),
+            Self::telling_accesses(&fs)
         );
     }
 
@@ -59,6 +60,13 @@ impl Duties {
             if let Err(error) = fs.shared.store_again().await {
                 warn!(?error, "what storage servers have lost could not be stored again yet");
             }
+        }
+    }
+
+    async fn telling_accesses(fs: &Arc<Fs>) {
+        loop {
+            tokio::time::sleep(TELL_EVERY).await;
+            fs.tell_accesses().await;
         }
     }
 

@@ -16,7 +16,11 @@ const LOOKS_AT_ONCE: usize = 32;
 
 impl Fs {
     /// From here on nothing is believed in a form that it had before these changes.
-    pub(super) async fn catch_up(&self, foreign: Foreign) -> FsResult<()> {
+    pub(super) async fn catch_up(&self, mut foreign: Foreign) -> FsResult<()> {
+        let begun = self.shared.meta.begin_catching_up();
+        if begun.1 {
+            foreign.reach = Reach::Nothing;
+        }
         let inos: BTreeSet<Ino> = foreign.changes.iter().filter_map(changed_inode).collect();
         if !inos.is_empty() || foreign.reach != Reach::Complete {
             self.forget_attributes(&inos, foreign.reach);
@@ -35,7 +39,7 @@ impl Fs {
             let looks = some.iter().map(|inode| self.look_anew(inode));
             futures_util::future::try_join_all(looks).await?;
         }
-        self.shared.meta.note_foreign_seen(foreign.through);
+        self.shared.meta.note_foreign_seen(begun, foreign.through);
         Ok(())
     }
 
@@ -77,16 +81,22 @@ impl Fs {
             Err(error) => return Err(error),
         };
         self.plain.learn(&attr);
-        let is_new = {
+        let are_true = {
             let mut state = inode.lock();
-            state.learn(attr);
-            !state.show_pages(attr.data_version)
+            state.learn(self.accesses.shown(attr));
+            let are_true = state.pages_are_true();
+            if !are_true {
+                // Not true before they are gone: whoever looks meanwhile must not believe them.
+                state.distrust_pages();
+            }
+            are_true
         };
         let Some(kernel) = self.kernel.get() else { return Ok(()) };
         kernel.attributes_changed(ino);
-        if is_new {
+        if !are_true {
             let kernel = Arc::clone(kernel);
             tokio::task::spawn_blocking(move || kernel.pages_changed(ino)).await.map_err(|_| Errno(libc::EIO))?;
+            inode.lock().show_pages(attr.data_version);
         }
         Ok(())
     }

@@ -32,6 +32,8 @@ pub(super) const ATTRIBUTE_LIFE: Duration = Duration::from_secs(1);
 pub(super) const PAGES_UNKNOWN: u64 = u64::MAX;
 /// Bytes of one upload at most, beside its last extent.
 const UPLOAD_BYTES_MAX: u64 = 4 << 20;
+/// Writing threads of one file that are told apart.
+const WRITERS_MAX: usize = 32;
 /// Bytes between the places at which what was appended may be cut.
 const CUT_BYTES_MIN: u64 = 64 << 10;
 
@@ -57,6 +59,8 @@ pub(super) struct State {
     /// Uploads of which nothing is known.
     late: BTreeSet<u64>,
     next_upload: u64,
+    /// Threads that have written what is not stored; `None`: too many to know.
+    writers: Option<BTreeSet<u32>>,
     /// Uploads up to this one are given up.
     severed: u64,
     /// Writes so far, and which of them made each dirty chunk dirty.
@@ -206,6 +210,7 @@ impl Inode {
             late: BTreeSet::new(),
             next_upload: 1,
             severed: 0,
+            writers: Some(BTreeSet::new()),
             writes: 0,
             written: BTreeMap::new(),
             appended: None,
@@ -243,6 +248,11 @@ impl State {
         fresh.then(|| self.attr())
     }
 
+    /// The file has been read.
+    pub(super) fn note_access(&mut self, now: Time) {
+        self.attr.atime = self.attr.atime.max(now);
+    }
+
     /// The attributes have changed in a way that is not known here.
     pub(super) fn distrust_attr(&mut self) {
         self.attr_at = None;
@@ -277,6 +287,16 @@ impl State {
     pub(super) fn show_pages(&mut self, version: u64) -> bool {
         self.forgotten = false;
         std::mem::replace(&mut self.pages, version) == version
+    }
+
+    /// What the kernel's pages show is not known.
+    pub(super) fn distrust_pages(&mut self) {
+        self.pages = PAGES_UNKNOWN;
+    }
+
+    /// Do the kernel's pages show the data as they are known to be?
+    pub(super) fn pages_are_true(&self) -> bool {
+        self.pages == self.attr.data_version
     }
 
     pub(super) fn forget_pages(&mut self) {
@@ -402,6 +422,23 @@ impl State {
         if self.appended.as_ref().is_some_and(|appended| range.end > appended.range.start) {
             self.appended = None;
         }
+    }
+
+    pub(super) fn note_writer(&mut self, thread: u32) {
+        if self.is_clean() {
+            self.writers = Some(BTreeSet::new());
+        }
+        if let Some(writers) = &mut self.writers {
+            writers.insert(thread);
+            if writers.len() > WRITERS_MAX {
+                self.writers = None;
+            }
+        }
+    }
+
+    /// Threads that have written what is not stored, if they are known.
+    pub(super) fn writers(&self) -> Option<&BTreeSet<u32>> {
+        self.writers.as_ref()
     }
 
     /// Takes in written bytes. Returns how many more are held, and whether a chunk is now complete.

@@ -3,6 +3,7 @@
 //! Every operation is a future that is ready at the first poll when memory can answer it: the FUSE adapter polls
 //! once on its own thread and hands over to the runtime only what must wait for the network.
 
+mod access;
 mod data;
 mod directory;
 mod duties;
@@ -31,7 +32,14 @@ use holdfast_common::{
 use parking_lot::Mutex;
 use tokio::sync::Semaphore;
 
+pub use self::{
+    access::AccessTimes,
+    duties::Duties,
+    locks::{IsForeign, LockAsk},
+    shared::ClockDebug,
+};
 use self::{
+    access::Accesses,
     directory::OpenDirectory,
     inode::Inode,
     open::{OpenFile, Releases},
@@ -39,7 +47,6 @@ use self::{
     shared::{Shared, UPLOADS_IN_FLIGHT_MAX},
     told::{TOLD_LIFE, Told},
 };
-pub use self::{duties::Duties, locks::LockWish, shared::ClockDebug};
 use crate::{
     read::fetch::Fetcher,
     remote::{
@@ -126,6 +133,7 @@ pub struct FsOptions {
     pub io_timeout: Duration,
     /// How long the first contact may take.
     pub connect_timeout: Duration,
+    pub access_times: AccessTimes,
 }
 
 /// The mounted filesystem, in place of a kernel's view of it.
@@ -140,8 +148,11 @@ pub struct Fs {
     /// The version of the data that the kernel's pages of each inode show, until the kernel forgets it.
     kernel_versions: Mutex<HashMap<Ino, u64>>,
     releases: Releases,
+    /// Processes that have locks, by file and the kernel's name, and as the metadata server knows them.
+    lock_owners: Mutex<HashMap<(Ino, u64), u64>>,
     plain: Plain,
     told: Told,
+    accesses: Accesses,
     read_ahead_max: u32,
     kernel: OnceLock<Arc<dyn KernelCaches>>,
 }
@@ -178,8 +189,10 @@ impl Fs {
             next_handle: AtomicU64::new(1),
             kernel_versions: Mutex::default(),
             releases: Releases::default(),
+            lock_owners: Mutex::default(),
             plain: Plain::default(),
             told: Told::default(),
+            accesses: Accesses::new(options.access_times),
             read_ahead_max: read_ahead_max(options.cache_bytes),
             kernel: OnceLock::new(),
         });
@@ -255,6 +268,7 @@ impl Fs {
     /// Lets the state of a known file follow what the server said of it.
     fn learn(&self, attr: Attr) -> Attr {
         self.plain.learn(&attr);
+        let attr = self.accesses.shown(attr);
         match self.inode(attr.ino) {
             Some(inode) => {
                 let mut state = inode.lock();

@@ -37,7 +37,7 @@ impl Fs {
 
     pub async fn getattr(&self, ino: Ino) -> FsResult<Attr> {
         if let Some(attr) = self.inode(ino).and_then(|inode| inode.lock().fresh_attr()) {
-            return Ok(attr);
+            return Ok(self.accesses.shown(attr));
         }
         if let Some(attr) = self.told.take(ino) {
             return Ok(self.learn(attr));
@@ -49,6 +49,9 @@ impl Fs {
     }
 
     pub async fn setattr(&self, _caller: Caller, ino: Ino, set: SetAttr) -> FsResult<Attr> {
+        if set.atime.is_some() {
+            self.accesses.forget(ino);
+        }
         let Some(inode) = self.inode(ino) else { return self.change(ino, Op::SetAttr { ino, set }).await };
         // A new size or time must not be undone by bytes that were written before it and are committed after it.
         let cut = set.size.map_or_else(Vec::new, |size| inode.lock().take_dirty(size..u64::MAX));
@@ -68,7 +71,10 @@ impl Fs {
 
     pub async fn readlink(&self, ino: Ino) -> FsResult<Vec<u8>> {
         match self.shared.meta.query(Query::ReadLink { ino }).await? {
-            MetaAnswer::Link(target) => Ok(target),
+            MetaAnswer::Link(target) => {
+                self.note_listed(ino);
+                Ok(target)
+            }
             other => Err(unexpected(&other)),
         }
     }

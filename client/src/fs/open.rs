@@ -10,7 +10,6 @@ use std::{
 
 use holdfast_common::{
     Attr, ChunkIndex, Ino, Kind,
-    locks::LockClass,
     wire::meta::{MetaAnswer, SetAttr},
 };
 use parking_lot::Mutex;
@@ -36,18 +35,26 @@ pub(super) struct OpenFile {
     pub inode: Arc<Inode>,
     /// open(2)'s.
     pub flags: i32,
+    /// The kernel had pages of the file already.
+    pub keeps_pages: bool,
     /// Write errors up to this one have been told to this descriptor.
     pub errors_heard: Mutex<u64>,
     pub ahead: Mutex<ReadAhead>,
-    /// Owners of locks that go with the last close.
-    pub locks: Mutex<BTreeSet<(LockClass, u64)>>,
+    /// Processes that have taken locks through it.
+    pub locks: Mutex<BTreeSet<u64>>,
     locks_lost: AtomicBool,
+    released: AtomicBool,
 }
 
 impl OpenFile {
     /// `EIO` if a lock on the file was lost that was held here: somebody else may have changed the file since.
     pub(super) fn check_locks(&self) -> FsResult<()> {
         if self.locks_lost.load(Ordering::Acquire) { Err(Errno(libc::EIO)) } else { Ok(()) }
+    }
+
+    /// Has its last descriptor been closed?
+    pub(super) fn is_released(&self) -> bool {
+        self.released.load(Ordering::Acquire)
     }
 
     pub(super) fn lose_locks(&self) {
@@ -184,7 +191,7 @@ impl Fs {
     pub async fn open(&self, _caller: Caller, ino: Ino, flags: i32) -> FsResult<Opened> {
         let opening = self.releases.begin_open(ino).await;
         let (attr, map) = match self.shared.meta.open(ino, CHUNKS_WITH_OPEN).await? {
-            MetaAnswer::Opened { attr, map } => (attr, map),
+            MetaAnswer::Opened { attr, map } => (self.accesses.shown(attr), map),
             other => return Err(unexpected(&other)),
         };
         self.plain.learn(&attr);
@@ -211,15 +218,16 @@ impl Fs {
     }
 
     fn opened(&self, inode: Arc<Inode>, flags: i32, keep_cache: bool) -> Opened {
-        Opened { handle: self.add_file(inode, flags), keep_cache, direct: flags & libc::O_APPEND != 0 }
+        Opened { handle: self.add_file(inode, flags, keep_cache), keep_cache, direct: flags & libc::O_APPEND != 0 }
     }
 
     /// A handle for an open that is counted in the inode already.
-    fn add_file(&self, inode: Arc<Inode>, flags: i32) -> FileHandle {
+    fn add_file(&self, inode: Arc<Inode>, flags: i32, keeps_pages: bool) -> FileHandle {
         let errors_heard = Mutex::new(inode.lock().errors());
         let handle = self.new_handle();
         let (ahead, locks, locks_lost) = (Mutex::default(), Mutex::default(), AtomicBool::new(false));
-        let file = OpenFile { inode, flags, errors_heard, ahead, locks, locks_lost };
+        let released = AtomicBool::new(false);
+        let file = OpenFile { inode, flags, keeps_pages, errors_heard, ahead, locks, locks_lost, released };
         self.files.lock().insert(handle, Arc::new(file));
         handle
     }
@@ -231,7 +239,8 @@ impl Fs {
     /// The last close of this open. What is still dirty is stored in the background.
     pub async fn release(&self, _ino: Ino, handle: FileHandle) {
         let Some(file) = self.files.lock().remove(&handle) else { return };
-        self.unlock_description(&file).await;
+        file.released.store(true, Ordering::Release);
+        self.unlock_description(&file, handle).await;
         let closed = {
             let mut state = file.inode.lock();
             state.opens -= 1;

@@ -96,6 +96,7 @@ impl Shared {
                 state.note_position(stored.committed.position);
                 state.finish(upload, &stored.cut.pieces, &stored.places, stored.committed.attr)
             }
+            Err(_) if inode.lock().is_severed(upload) => inode.lock().give_up(upload, Errno(libc::EIO)),
             Err(Errno(libc::EBUSY)) if upload.append.is_some() => inode.lock().rebase(upload),
             Err(error @ Errno(libc::ESTALE)) => {
                 warn!(ino = %inode.ino, bytes = upload.bytes, "the file is gone, or a lock on it: what was written to it is dropped");
@@ -167,7 +168,7 @@ impl Shared {
         urgency: Urgency,
     ) -> FsResult<Stored> {
         let cut = sealed(extents)?;
-        let Put { item: Item { file, blocks }, places, kept } =
+        let Put { item: Item { file, blocks, losses }, places, kept } =
             self.put(inode, upload, &cut, only_over, urgency).await?;
         let op = Op::Append { file, blocks, at_size: part.at_size };
         // Asked for anew it would be a second record: until it is known whether there is a first one, nothing else is sent.
@@ -176,7 +177,7 @@ impl Shared {
             inode.lock().note_late(upload);
             inode.settled.notify_waiters();
         };
-        let applied = self.meta.mutate_until_known(op, late).await?;
+        let applied = self.meta.mutate_until_known(op, losses, late).await?;
         let Mutated::Committed(files) = &applied.outcome else {
             tracing::error!(outcome = ?applied.outcome, "the metadata server answered an append with something else");
             return Err(Errno(libc::EIO));
@@ -220,10 +221,12 @@ impl Shared {
             clear_suid: false,
             only_over,
         };
+        // In this order: what is lost after the count was taken is seen by whoever sends the commit.
+        let losses = self.meta.lock_losses();
         if inode.lock().is_severed(upload) {
             return Err(Errno(libc::ESTALE));
         }
-        Ok(Put { item: Item { file, blocks }, places, kept })
+        Ok(Put { item: Item { file, blocks, losses }, places, kept })
     }
 
     /// Keeps blocks that their servers have not synced, unless they have by now.

@@ -15,7 +15,7 @@ use super::{
     caller, convert,
     dispatch::{Dispatcher, Operation, Patience},
 };
-use crate::fs::{Caller, DirectoryPage, Errno, FileHandle, Fs, FsResult, LockWish, MakeRequest, Opened};
+use crate::fs::{Caller, DirectoryPage, Errno, FileHandle, Fs, FsResult, LockAsk, MakeRequest, Opened};
 
 /// Inode numbers are never reused, so that one generation is enough.
 const GENERATION: Generation = Generation(0);
@@ -87,6 +87,14 @@ impl Adapter {
         });
     }
 
+    /// As `empty`, of what is undone if nobody is there to be told.
+    fn empty_unclaimed(&self, operation: Operation, work: impl Work<Unclaimed<()>>, reply: ReplyEmpty) {
+        self.dispatcher.run(operation, work, move |result| match result.map(Unclaimed::claim) {
+            Ok(_done) => reply.ok(),
+            Err(errno) => reply.error(convert::errno(errno)),
+        });
+    }
+
     fn written(&self, operation: Operation, work: impl Work<u32>, reply: ReplyWrite) {
         self.dispatcher.run(operation, work, move |result| match result {
             Ok(count) => reply.written(count),
@@ -110,25 +118,45 @@ impl Adapter {
     }
 }
 
-/// A file that is open and that nobody has been told of yet. If nobody is (the caller was killed meanwhile), it is closed.
-struct Unclaimed {
-    fs: Arc<Fs>,
-    ino: Ino,
-    handle: Option<Opened>,
+/// What an operation has done for a caller who has not been told of it yet. If he never is (he was killed meanwhile), it is undone.
+struct Unclaimed<T: Send + 'static> {
+    value: Option<T>,
+    undo: Option<Box<dyn FnOnce(T) + Send>>,
 }
 
-impl Unclaimed {
-    fn claim(mut self) -> Option<Opened> {
-        self.handle.take()
+impl<T: Send + 'static> Unclaimed<T> {
+    fn new(value: T, undo: impl FnOnce(T) + Send + 'static) -> Self {
+        Self { value: Some(value), undo: Some(Box::new(undo)) }
+    }
+
+    fn claim(mut self) -> Option<T> {
+        self.value.take()
     }
 }
 
-impl Drop for Unclaimed {
+impl<T: Send + 'static> Drop for Unclaimed<T> {
     fn drop(&mut self) {
-        if let (Some(opened), Ok(runtime)) = (self.handle.take(), tokio::runtime::Handle::try_current()) {
-            let (fs, ino) = (Arc::clone(&self.fs), self.ino);
-            drop(runtime.spawn(async move { fs.release(ino, opened.handle).await }));
+        if let (Some(value), Some(undo)) = (self.value.take(), self.undo.take()) {
+            undo(value);
         }
+    }
+}
+
+/// A file that is open for nobody is closed.
+fn unclaimed_open(fs: Arc<Fs>, ino: Ino, opened: Opened) -> Unclaimed<Opened> {
+    Unclaimed::new(opened, move |opened| {
+        in_background(async move { fs.release(ino, opened.handle).await });
+    })
+}
+
+/// A change of the data that the kernel was not answered: it has not taken the old pages away.
+fn unclaimed_change<T: Send + 'static>(fs: Arc<Fs>, ino: Ino, value: T) -> Unclaimed<T> {
+    Unclaimed::new(value, move |_| fs.distrust_pages(ino))
+}
+
+fn in_background(work: impl Future<Output = ()> + Send + 'static) {
+    if let Ok(runtime) = tokio::runtime::Handle::try_current() {
+        drop(runtime.spawn(work));
     }
 }
 
@@ -154,8 +182,19 @@ fn handle(handle: Fh) -> FileHandle {
     FileHandle(handle.0)
 }
 
-fn lock_range(first: u64, last: u64) -> LockRange {
-    LockRange { first, last }
+async fn lock_ask(caller: u32, owner: LockOwner, range: (u64, u64), kind: i32, pid: u32) -> FsResult<LockAsk> {
+    let class = caller::lock_class(caller).await;
+    let kind = convert::lock_kind(kind)?;
+    Ok(LockAsk { class, process: owner.0, range: LockRange { first: range.0, last: range.1 }, kind, pid })
+}
+
+/// A lock that its process did not live to hear of.
+async fn let_go(fs: Arc<Fs>, ino: Ino, file: FileHandle, ask: LockAsk) {
+    let release = LockAsk { kind: None, ..ask };
+    let let_go = fs.set_lock(ino, file, release, false, std::future::pending(), &|_| false).await;
+    if let Err(error) = let_go {
+        tracing::debug!(%ino, ?error, "the lock of a process that was killed goes with its file");
+    }
 }
 
 fn open_flags(opened: Opened) -> FopenFlags {
@@ -242,7 +281,7 @@ impl Filesystem for Adapter {
         atime: Option<TimeOrNow>,
         mtime: Option<TimeOrNow>,
         _ctime: Option<SystemTime>,
-        _handle: Option<Fh>,
+        file: Option<Fh>,
         _crtime: Option<SystemTime>,
         _chgtime: Option<SystemTime>,
         _bkuptime: Option<SystemTime>,
@@ -260,7 +299,19 @@ impl Filesystem for Adapter {
             clear_suid: false,
         };
         let (fs, caller, ino) = (self.fs.clone(), caller_of(request), convert::ino(ino));
-        self.attr(flush("setattr", request), async move { fs.setattr(caller, ino, set).await.map_err(stale) }, reply);
+        let (open, ttl) = (file.map(handle), self.fs.attribute_timeout());
+        let work = async move {
+            if let (Some(open), Some(_)) = (open, set.size) {
+                fs.check_locks(open)?;
+            }
+            let attr = fs.setattr(caller, ino, set).await.map_err(stale)?;
+            Ok(unclaimed_change(fs, ino, attr))
+        };
+        self.dispatcher.run(flush("setattr", request), work, move |result| match result.map(Unclaimed::claim) {
+            Ok(Some(attr)) => reply.attr(&ttl, &convert::attr(&attr)),
+            Ok(None) => reply.error(fuser::Errno::EIO),
+            Err(errno) => reply.error(convert::errno(errno)),
+        });
     }
 
     fn readlink(&self, request: &Request, ino: INodeNo, reply: ReplyData) {
@@ -348,7 +399,7 @@ impl Filesystem for Adapter {
         let mode = convert::permissions(mode);
         let work = async move {
             let (attr, opened) = fs.create(caller, parent, &name, mode, flags).await?;
-            Ok((attr, Unclaimed { fs, ino: attr.ino, handle: Some(opened) }))
+            Ok((attr, unclaimed_open(fs, attr.ino, opened)))
         };
         self.dispatcher.run(answer("create", request), work, move |result| match result {
             Ok((attr, opened)) => {
@@ -363,7 +414,7 @@ impl Filesystem for Adapter {
         let (fs, caller, ino) = (self.fs.clone(), caller_of(request), convert::ino(ino));
         let work = async move {
             let opened = fs.open(caller, ino, flags.0).await.map_err(stale)?;
-            Ok(Unclaimed { fs, ino, handle: Some(opened) })
+            Ok(unclaimed_open(fs, ino, opened))
         };
         self.dispatcher.run(answer("open", request), work, move |result| match result {
             Ok(opened) => match opened.claim() {
@@ -425,21 +476,17 @@ impl Filesystem for Adapter {
         &self,
         request: &Request,
         ino: INodeNo,
-        _file: Fh,
+        file: Fh,
         owner: LockOwner,
         start: u64,
         end: u64,
         kind: i32,
-        _pid: u32,
+        pid: u32,
         reply: ReplyLock,
     ) {
-        let (fs, ino, caller) = (self.fs.clone(), convert::ino(ino), request.pid());
-        let work = async move {
-            let class = caller::lock_class(caller).await;
-            let kind = convert::lock_kind(kind)?;
-            fs.test_lock(ino, LockWish { class, owner: owner.0, range: lock_range(start, end), kind, pid: caller })
-                .await
-        };
+        let (fs, ino, file, caller) = (self.fs.clone(), convert::ino(ino), handle(file), request.pid());
+        let work =
+            async move { fs.test_lock(ino, file, lock_ask(caller, owner, (start, end), kind, pid).await?).await };
         let own = self.fs.session();
         self.dispatcher.run(answer("getlk", request), work, move |result| match result {
             Ok(None) => reply.locked(start, end, libc::F_UNLCK, 0),
@@ -470,12 +517,13 @@ impl Filesystem for Adapter {
         let (fs, ino, file, caller) = (self.fs.clone(), convert::ino(ino), handle(file), request.pid());
         let operation = Operation { name: "setlk", patience: Patience::Endless, caller };
         let work = async move {
-            let class = caller::lock_class(caller).await;
-            let kind = convert::lock_kind(kind)?;
-            let wish = LockWish { class, owner: owner.0, range: lock_range(start, end), kind, pid };
-            fs.set_lock(ino, file, wish, sleep, caller::interrupted(caller)).await
+            let ask = lock_ask(caller, owner, (start, end), kind, pid).await?;
+            let process = caller::process_of(caller);
+            let is_foreign = |thread: u32| process.is_some_and(|own| caller::is_of_another_process(thread, own));
+            fs.set_lock(ino, file, ask, sleep, caller::interrupted(caller), &is_foreign).await?;
+            Ok(Unclaimed::new((), move |()| in_background(let_go(fs, ino, file, ask))))
         };
-        self.empty(operation, work, reply);
+        self.empty_unclaimed(operation, work, reply);
     }
 
     fn release(
@@ -646,31 +694,45 @@ impl Filesystem for Adapter {
         reply: ReplyEmpty,
     ) {
         let (fs, ino, file) = (self.fs.clone(), convert::ino(ino), handle(file));
-        let work = async move { fs.fallocate(ino, file, offset, length, mode).await };
-        self.empty(flush("fallocate", request), work, reply);
+        let work = async move {
+            fs.check_locks(file)?;
+            fs.fallocate(ino, file, offset, length, mode).await?;
+            Ok(unclaimed_change(fs, ino, ()))
+        };
+        self.empty_unclaimed(flush("fallocate", request), work, reply);
     }
 
     fn copy_file_range(
         &self,
         request: &Request,
         from: INodeNo,
-        _from_file: Fh,
+        from_file: Fh,
         from_offset: u64,
         to: INodeNo,
-        _to_file: Fh,
+        to_file: Fh,
         to_offset: u64,
         length: u64,
         _flags: CopyFileRangeFlags,
         reply: ReplyWrite,
     ) {
         let (fs, from, to) = (self.fs.clone(), convert::ino(from), convert::ino(to));
+        let (from_file, to_file) = (handle(from_file), handle(to_file));
         // The answer has 32 bits: the caller comes back for the rest.
         let length = length.min(u64::from(COPY_LENGTH_MAX));
         let work = async move {
+            fs.check_locks(from_file)?;
+            fs.check_locks(to_file)?;
             let copied = fs.copy_file_range(from, from_offset, to, to_offset, length).await?;
-            u32::try_from(copied).map_err(|_| Errno(libc::EIO))
+            let copied = u32::try_from(copied).map_err(|_| Errno(libc::EIO))?;
+            Ok(unclaimed_change(fs, to, copied))
         };
-        self.written(flush("copy_file_range", request), work, reply);
+        self.dispatcher.run(flush("copy_file_range", request), work, move |result| {
+            match result.map(Unclaimed::claim) {
+                Ok(Some(count)) => reply.written(count),
+                Ok(None) => reply.error(fuser::Errno::EIO),
+                Err(errno) => reply.error(convert::errno(errno)),
+            }
+        });
     }
 
     fn ioctl(

@@ -7,10 +7,11 @@ use std::{fs, time::Duration};
 
 use holdfast_common::locks::LockClass;
 
-/// How often a waiting caller is looked at.
+/// How often a waiting caller is looked at, at first.
 const LOOK_EVERY: Duration = Duration::from_millis(50);
+/// As that grows, for one that waits for long.
+const LOOK_EVERY_MAX: Duration = Duration::from_millis(400);
 /// A caller may not have gone to sleep yet when its request is read: then it has to be looked at again.
-const RUNNING_LOOKS: u32 = 40;
 const RUNNING_PAUSE: Duration = Duration::from_millis(1);
 
 /// Numbers of flock and fcntl among the system calls of 32-bit programs (i386, arm), for which /proc shows those. A 64-bit program that
@@ -18,19 +19,19 @@ const RUNNING_PAUSE: Duration = Duration::from_millis(1);
 const COMPAT_FLOCK: i64 = 143;
 const COMPAT_FCNTL: [i64; 2] = [55, 221];
 
-/// Which kind of lock the thread asks for. `Process` as well when it cannot be seen (another PID namespace, no permission to look).
-pub(super) async fn lock_class(thread: u32) -> LockClass {
-    for _ in 0..RUNNING_LOOKS {
+/// Which kind of lock the thread asks for. `None` when it cannot be seen (another PID namespace, no right to look).
+pub(super) async fn lock_class(thread: u32) -> Option<LockClass> {
+    loop {
         match fs::read_to_string(format!("/proc/{thread}/syscall")) {
+            // It has sent its request and is about to wait.
             Ok(line) if line.trim() == "running" => tokio::time::sleep(RUNNING_PAUSE).await,
-            Ok(line) => return class_in(&line).unwrap_or(LockClass::Process),
+            Ok(line) => return class_in(&line),
             Err(error) => {
-                tracing::debug!(thread, %error, "it cannot be seen whether a lock is a flock: it counts as an fcntl lock");
-                return LockClass::Process;
+                tracing::debug!(thread, %error, "it cannot be seen whether a lock is a flock: it counts as both kinds");
+                return None;
             }
         }
     }
-    LockClass::Process
 }
 
 /// From a line of /proc/TID/syscall: number and arguments.
@@ -49,23 +50,48 @@ fn class_in(line: &str) -> Option<LockClass> {
     Some(if of_description { LockClass::Description } else { LockClass::Process })
 }
 
-/// Resolves when the thread has a signal to handle. Never, for one that cannot be seen.
+/// Resolves when the thread has a signal to handle, or is gone. Never, for one that could not be seen from the start.
 pub(super) async fn interrupted(thread: u32) {
-    watch(thread, is_interrupted).await;
+    if watch(thread, |status| status.is_dead || is_interrupted(status)).await == Seen::Never {
+        std::future::pending::<()>().await;
+    }
 }
 
 /// Resolves when the thread has been killed. Never, for one that cannot be seen.
 pub(super) async fn killed(thread: u32) {
-    watch(thread, |status| status.pending & bit(libc::SIGKILL) != 0).await;
+    if watch(thread, |status| status.pending & bit(libc::SIGKILL) != 0).await != Seen::Met {
+        std::future::pending::<()>().await;
+    }
 }
 
-async fn watch(thread: u32, met: impl Fn(&Status) -> bool) {
+/// The process that the thread is of.
+pub(super) fn process_of(thread: u32) -> Option<u32> {
+    (thread != 0).then(|| Status::of(thread)).flatten().map(|status| status.process)
+}
+
+/// Is the thread alive, and of another process than `process`?
+pub(super) fn is_of_another_process(thread: u32, process: u32) -> bool {
+    Status::of(thread).is_some_and(|status| status.process != process)
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Seen {
+    Met,
+    /// It was there, and is not any more.
+    Gone,
+    Never,
+}
+
+async fn watch(thread: u32, met: impl Fn(&Status) -> bool) -> Seen {
+    let (mut pause, mut seen) = (LOOK_EVERY, false);
     loop {
-        tokio::time::sleep(LOOK_EVERY).await;
+        tokio::time::sleep(pause).await;
+        pause = (pause * 2).min(LOOK_EVERY_MAX);
         match (thread != 0).then(|| Status::of(thread)).flatten() {
-            Some(status) if met(&status) => return,
-            Some(_) => {}
-            None => std::future::pending().await,
+            Some(status) if met(&status) => return Seen::Met,
+            Some(_) => seen = true,
+            None if seen => return Seen::Gone,
+            None => return Seen::Never,
         }
     }
 }

@@ -115,14 +115,16 @@ fn kernel_time(time: SystemTime) -> Time {
     }
 }
 
-/// renameat2(2)'s flags. Whiteouts are for overlay upper layers, which this is not.
+/// renameat2(2)'s flags.
 pub(super) fn rename_mode(flags: RenameFlags) -> FsResult<RenameMode> {
     const NO_REPLACE: u32 = libc::RENAME_NOREPLACE;
     const EXCHANGE: u32 = libc::RENAME_EXCHANGE;
+    const WHITEOUT: u32 = libc::RENAME_WHITEOUT;
     match flags.bits() {
         0 => Ok(RenameMode::Replace),
         NO_REPLACE => Ok(RenameMode::NoReplace),
         EXCHANGE => Ok(RenameMode::Exchange),
+        WHITEOUT => Ok(RenameMode::Whiteout),
         _ => Err(Errno(libc::EINVAL)),
     }
 }
@@ -299,7 +301,10 @@ mod tests {
         assert_eq!(mode(0), Ok(RenameMode::Replace));
         assert_eq!(mode(libc::RENAME_NOREPLACE), Ok(RenameMode::NoReplace));
         assert_eq!(mode(libc::RENAME_EXCHANGE), Ok(RenameMode::Exchange));
-        for bits in [libc::RENAME_WHITEOUT, libc::RENAME_EXCHANGE | libc::RENAME_NOREPLACE, 1 << 20] {
+        assert_eq!(mode(libc::RENAME_WHITEOUT), Ok(RenameMode::Whiteout));
+        for bits in
+            [libc::RENAME_WHITEOUT | libc::RENAME_EXCHANGE, libc::RENAME_EXCHANGE | libc::RENAME_NOREPLACE, 1 << 20]
+        {
             assert_eq!(mode(bits), Err(Errno(libc::EINVAL)), "{bits:#x}");
         }
     }

@@ -134,8 +134,13 @@ fn plan(mountpoint: &Path) -> MountPlan {
 async fn connect(mountpoint: String) -> Arc<Fs> {
     let server = Endpoint { address: ([127, 0, 0, 1], 1).into(), name: NodeName { role: Role::Meta, id: 1 } };
     let name = MountName { host: "test".to_owned(), mountpoint };
-    let options =
-        FsOptions { cache_bytes: 8 << 20, dirty_bytes: 8 << 20, io_timeout: IO_TIMEOUT, connect_timeout: IO_TIMEOUT };
+    let options = FsOptions {
+        cache_bytes: 8 << 20,
+        dirty_bytes: 8 << 20,
+        io_timeout: IO_TIMEOUT,
+        connect_timeout: IO_TIMEOUT,
+        access_times: crate::fs::AccessTimes::default(),
+    };
     Fs::connect(Arc::new(ThreeEntries), server, name, options, Arc::new(SystemClock::default())).await.unwrap()
 }
 

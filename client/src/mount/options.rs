@@ -4,13 +4,14 @@ use std::{path::PathBuf, time::Duration};
 
 use holdfast_common::config::ByteSize;
 
-use crate::fuse::MountFlags;
+use crate::{fs::AccessTimes, fuse::MountFlags};
 
 /// What the words of `-o` come to.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct MountOptions {
     pub flags: MountFlags,
     pub allow_other: bool,
+    pub access_times: AccessTimes,
     /// First column of `/proc/mounts` instead of what was mounted.
     pub fsname: Option<String>,
     pub io_timeout: Option<Duration>,
@@ -52,6 +53,7 @@ impl MountOptions {
                 directories_synchronous: false,
             },
             allow_other: root,
+            access_times: AccessTimes::default(),
             fsname: None,
             io_timeout: None,
             cache_bytes: None,
@@ -102,8 +104,11 @@ impl MountOptions {
             "nodev" => flags.dev = false,
             "exec" => flags.exec = true,
             "noexec" => flags.exec = false,
-            "atime" => flags.atime = true,
-            "noatime" => flags.atime = false,
+            "atime" | "relatime" | "norelatime" | "nostrictatime" => self.set_access_times(AccessTimes::Relative),
+            "noatime" => self.set_access_times(AccessTimes::Never),
+            "strictatime" => self.set_access_times(AccessTimes::Always),
+            // Always so: times of access are told once a second, and are on disk with the next barrier.
+            "lazytime" | "nolazytime" => {}
             "sync" => flags.synchronous = true,
             "async" => flags.synchronous = false,
             "dirsync" => flags.directories_synchronous = true,
@@ -119,6 +124,12 @@ impl MountOptions {
             _ => return false,
         }
         true
+    }
+
+    fn set_access_times(&mut self, times: AccessTimes) {
+        self.access_times = times;
+        // They are kept here, not in the kernel; but who looks at the mount should see it.
+        self.flags.atime = times != AccessTimes::Never;
     }
 
     /// Some words of fstab that are for mount(8) imply flags (mount(8), "user").
@@ -140,23 +151,9 @@ fn parse_size(name: &'static str, text: &str) -> Result<ByteSize, OptionError> {
 
 /// Words for mount(8), systemd or the kernel's own bookkeeping, which reach the helper all the same.
 fn is_for_others(name: &str) -> bool {
-    const WORDS: [&str; 16] = [
-        "_netdev",
-        "nofail",
-        "auto",
-        "noauto",
-        "user",
-        "nouser",
-        "users",
-        "nousers",
-        "owner",
-        "noowner",
-        "group",
+    const WORDS: [&str; 12] = [
+        "_netdev", "nofail", "auto", "noauto", "user", "nouser", "users", "nousers", "owner", "noowner", "group",
         "nogroup",
-        "relatime",
-        "norelatime",
-        "strictatime",
-        "nodiratime",
     ];
     WORDS.contains(&name) || name.starts_with("x-") || name.starts_with("X-") || name == "comment"
 }
@@ -190,12 +187,13 @@ mod tests {
     #[test]
     fn each_flag_can_be_said_and_the_last_word_wins() {
         type Flag = fn(&MountOptions) -> bool;
-        let cases: [(&str, &str, Flag); 8] = [
+        let cases: [(&str, &str, Flag); 9] = [
             ("ro", "rw", |o| o.flags.read_only),
             ("suid", "nosuid", |o| o.flags.suid),
             ("dev", "nodev", |o| o.flags.dev),
             ("exec", "noexec", |o| o.flags.exec),
-            ("atime", "noatime", |o| o.flags.atime),
+            ("atime", "noatime", |o| o.access_times == AccessTimes::Relative),
+            ("strictatime", "relatime", |o| o.access_times == AccessTimes::Always),
             ("sync", "async", |o| o.flags.synchronous),
             ("allow_other", "noallow_other", |o| o.allow_other),
             ("dirsync", "", |o| o.flags.directories_synchronous),

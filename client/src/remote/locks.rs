@@ -4,7 +4,7 @@ use std::{
     collections::{BTreeSet, HashMap},
     sync::{
         Arc,
-        atomic::{AtomicU64, Ordering},
+        atomic::{AtomicBool, AtomicU64, Ordering},
     },
     time::Duration,
 };
@@ -27,6 +27,7 @@ use crate::fs::{Errno, FsResult};
 
 /// Changes of one file's locks are made one after the other, so that this mount and the server see them in one order.
 const LANES: usize = 64;
+const DOUBTS_EVERY: Duration = Duration::from_millis(500);
 /// The server answers within `LISTEN_PATIENCE`.
 const LISTEN_ATTEMPT: Duration = LISTEN_PATIENCE.saturating_add(ATTEMPT);
 
@@ -83,6 +84,10 @@ pub(super) struct Locks {
     /// Somebody waits, so the server has to be listened to.
     wanted: Notify,
     foreign_seen: AtomicU64,
+    /// The caches may hold anything of what others have changed.
+    foreign_doubted: AtomicBool,
+    /// Changes with every restart of the server: positions and tickets from before mean nothing.
+    epoch: AtomicU64,
 }
 
 #[derive(Debug, Default)]
@@ -95,31 +100,116 @@ struct State {
     waiting: HashMap<u64, oneshot::Sender<Foreign>>,
     /// The last event that has arrived.
     heard: u64,
-    /// Owners that are gone, and whose locks could not be let go yet.
-    gone: BTreeSet<(Ino, LockClass, u64)>,
+    /// Of which it is not known whether the server agrees with `held`.
+    doubts: Vec<Doubt>,
+    /// Files of which locks were lost, and when: as a count of losses.
+    lost: HashMap<Ino, u64>,
+    losses: u64,
 }
+
+/// A wish that may have been carried out by the server, or may be yet.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+struct Doubt {
+    ino: Ino,
+    class: LockClass,
+    owner: u64,
+    range: LockRange,
+    /// Under which it may be waited for.
+    ticket: Option<Sequence>,
+}
+
+/// Files past which all count as lost whose locks ever were.
+const LOST_MAX: usize = 64 << 10;
 
 impl Default for Locks {
     fn default() -> Self {
         let lanes = (0..LANES).map(|_| tokio::sync::Mutex::default()).collect();
-        Self { state: Mutex::default(), lanes, wanted: Notify::new(), foreign_seen: AtomicU64::new(0) }
+        Self {
+            state: Mutex::default(),
+            lanes,
+            wanted: Notify::new(),
+            foreign_seen: AtomicU64::new(0),
+            foreign_doubted: AtomicBool::new(false),
+            epoch: AtomicU64::new(0),
+        }
+    }
+}
+
+fn doubt(ino: Ino, wish: &LockWish, ticket: Option<Sequence>) -> Doubt {
+    Doubt { ino, class: wish.class, owner: wish.owner, range: wish.range, ticket }
+}
+
+impl State {
+    fn note_lost(&mut self, inos: &BTreeSet<Ino>) {
+        if inos.is_empty() {
+            return;
+        }
+        self.losses += 1;
+        let losses = self.losses;
+        self.lost.extend(inos.iter().map(|ino| (*ino, losses)));
+        if self.lost.len() > LOST_MAX {
+            self.lost.values_mut().for_each(|at| *at = losses);
+        }
     }
 }
 
 impl Locks {
+    /// What this mount takes the owner to have in the range: parts, and what of it is free.
+    fn believed(&self, doubt: &Doubt) -> Vec<(LockRange, Option<LockKind>)> {
+        let owner = LockOwner { session: SessionId(0), class: doubt.class, id: doubt.owner };
+        let state = self.state.lock();
+        let mut parts = Vec::new();
+        let mut next = doubt.range.first;
+        for lock in state.held.held_by(doubt.ino, owner) {
+            let (first, last) = (lock.range.first.max(doubt.range.first), lock.range.last.min(doubt.range.last));
+            if first > last {
+                continue;
+            }
+            if next < first {
+                parts.push((LockRange { first: next, last: first - 1 }, None));
+            }
+            parts.push((LockRange { first, last }, Some(lock.kind)));
+            next = last + 1;
+        }
+        if next <= doubt.range.last {
+            parts.push((LockRange { first: next, last: doubt.range.last }, None));
+        }
+        parts
+    }
+
     /// What this mount had in its old session is lost. Returns the files of which it held something.
     pub(super) fn begin_session(&self, session: SessionId) -> Vec<Ino> {
         let mut state = self.state.lock();
-        let lost: BTreeSet<Ino> = state.held.held().map(|(ino, _)| ino).collect();
-        *state = State { session, next: 1, ..State::default() };
-        lost.into_iter().collect()
+        let inos: BTreeSet<Ino> = state.held.held().map(|(ino, _)| ino).collect();
+        let (lost, losses) = (std::mem::take(&mut state.lost), state.losses);
+        *state = State { session, next: 1, lost, losses, ..State::default() };
+        state.note_lost(&inos);
+        // What others have changed since the old session was heard last is not known.
+        self.foreign_doubted.store(true, Ordering::Release);
+        inos.into_iter().collect()
+    }
+
+    /// Locks on these files are lost: this mount has none on them any more, and tells the server so.
+    fn lose(&self, inos: &BTreeSet<Ino>) {
+        let mut state = self.state.lock();
+        let held: Vec<(Ino, Lock)> = state.held.held().filter(|(ino, _)| inos.contains(ino)).collect();
+        for (ino, lock) in held {
+            state.held.unlock(ino, lock.owner, LockRange::WHOLE);
+            let (class, owner) = (lock.owner.class, lock.owner.id);
+            state.doubts.push(Doubt { ino, class, owner, range: LockRange::WHOLE, ticket: None });
+        }
+        state.note_lost(inos);
     }
 
     /// The server knows nothing any more of who waits.
     pub(super) fn forget_waiters(&self) {
         let mut state = self.state.lock();
-        state.waiting.clear();
+        let in_flight = std::mem::take(&mut state.in_flight);
+        // Who has no answer yet asks the new server under the same number.
+        state.waiting.retain(|sequence, _| in_flight.contains(sequence));
+        state.in_flight = in_flight;
         state.heard = 0;
+        self.epoch.fetch_add(1, Ordering::AcqRel);
         // Positions after a loss of power are not those from before.
         self.foreign_seen.store(0, Ordering::Release);
     }
@@ -184,9 +274,31 @@ impl MetaClient {
         Position(self.locks.foreign_seen.load(Ordering::Acquire))
     }
 
-    /// All that others have changed through `through` has been taken out of the caches.
-    pub fn note_foreign_seen(&self, through: Position) {
+    /// To be told to [`MetaClient::note_foreign_seen`]; and whether nothing is known of what others have changed.
+    pub fn begin_catching_up(&self) -> (u64, bool) {
+        (self.locks.epoch.load(Ordering::Acquire), self.locks.foreign_doubted.load(Ordering::Acquire))
+    }
+
+    /// All that others have changed through `through` has been taken out of the caches, begun at `begun`.
+    pub fn note_foreign_seen(&self, begun: (u64, bool), through: Position) {
+        if begun.0 != self.locks.epoch.load(Ordering::Acquire) {
+            return;
+        }
+        if begun.1 {
+            self.locks.foreign_doubted.store(false, Ordering::Release);
+        }
         self.locks.foreign_seen.fetch_max(through.0, Ordering::AcqRel);
+    }
+
+    /// How often locks have been lost so far.
+    pub fn lock_losses(&self) -> u64 {
+        self.locks.state.lock().losses
+    }
+
+    /// Was a lock on one of these files lost after there had been `losses`?
+    pub(super) fn lost_lock_since(&self, losses: u64, inos: &[Ino]) -> bool {
+        let state = self.locks.state.lock();
+        state.losses > losses && inos.iter().any(|ino| state.lost.get(ino).is_some_and(|at| *at > losses))
     }
 
     /// Does this mount hold a lock of `owner` on the file?
@@ -195,7 +307,7 @@ impl MetaClient {
         self.locks.state.lock().held.held_by(ino, owner).next().is_some()
     }
 
-    /// Does this mount hold any lock on the file exclusively?
+    /// Does the owner hold any lock on the file exclusively?
     pub fn locks_exclusively(&self, ino: Ino, wish: &LockWish) -> bool {
         let state = self.locks.state.lock();
         state.held.held_by(ino, wish.lock_owner()).any(|lock| lock.kind == LockKind::Exclusive)
@@ -215,8 +327,12 @@ impl MetaClient {
                     self.note_lock(ino, &wish);
                     return Ok(LockOutcome::Free);
                 }
-                Ok(LockAnswer::Held(_)) => return Ok(LockOutcome::Held),
+                Ok(LockAnswer::Held(_)) => {
+                    self.note_let_go_first(ino, &wish);
+                    return Ok(LockOutcome::Held);
+                }
                 Ok(LockAnswer::Waiting) => {
+                    self.note_let_go_first(ino, &wish);
                     self.locks.wanted.notify_one();
                     match numbered.waits() {
                         Some(wait) => return Ok(LockOutcome::Waiting(wait)),
@@ -230,12 +346,15 @@ impl MetaClient {
                         return Ok(LockOutcome::Free);
                     }
                 }
-                Err(failure) => {
+                Err(failure @ Failure::Late { .. }) => {
                     if wish.kind.is_none() {
-                        self.locks.state.lock().gone.insert((ino, wish.class, wish.owner));
+                        self.note_lock(ino, &wish);
                     }
+                    let ticket = wait.then_some(Sequence(numbered.sequence));
+                    self.locks.state.lock().doubts.push(doubt(ino, &wish, ticket));
                     return Err(failure.into());
                 }
+                Err(failure @ Failure::Errno(_)) => return Err(failure.into()),
             }
         }
     }
@@ -271,13 +390,16 @@ impl MetaClient {
     fn note_lock(&self, ino: Ino, wish: &LockWish) {
         let mut state = self.locks.state.lock();
         let owner = wish.lock_owner();
-        state.gone.remove(&(ino, wish.class, wish.owner));
         match wish.kind {
             None => state.held.unlock(ino, owner, wish.range),
-            Some(kind) => {
-                // Nobody else is known here, so nothing is in the way; the server counts what is too much.
-                let _granted = state.held.lock(ino, Lock { owner, range: wish.range, kind, pid: wish.pid }, None);
-            }
+            Some(kind) => state.held.record(ino, Lock { owner, range: wish.range, kind, pid: wish.pid }),
+        }
+    }
+
+    /// A flock that is wanted in its other kind is let go first, also if that is not to be had.
+    fn note_let_go_first(&self, ino: Ino, wish: &LockWish) {
+        if wish.class == LockClass::Flock {
+            self.note_lock(ino, &LockWish { kind: None, ..*wish });
         }
     }
 
@@ -287,24 +409,29 @@ impl MetaClient {
     }
 
     /// Stops waiting. What others have changed, if it came too late and the lock is held.
-    pub async fn cancel_lock(self: &Arc<Self>, ino: Ino, wish: &LockWish, wait: &LockWait) -> Option<Foreign> {
-        let (session, ticket) = (wait.session, wait.ticket);
+    pub async fn cancel_lock(self: &Arc<Self>, ino: Ino, wish: &LockWish, wait: &mut LockWait) -> Option<Foreign> {
         let _in_turn = self.locks.lane(ino).lock().await;
-        self.locks.state.lock().waiting.remove(&ticket.0);
-        let request =
-            || MetaRequest::Lock { session, request: LockRequest::Cancel { ticket, since: self.foreign_seen() } };
-        match self.ask_or_expire(ATTEMPT, request).await {
-            Ok(MetaAnswer::Lock(LockAnswer::Granted(foreign))) => {
-                self.note_lock(ino, wish);
-                Some(foreign)
+        let answer = self.ask_cancel(wait.session, wait.ticket).await;
+        self.locks.state.lock().waiting.remove(&wait.ticket.0);
+        let foreign = match (answer, wait.granted.try_recv()) {
+            // Heard of before it was asked.
+            (_, Ok(foreign)) | (Ok(LockAnswer::Granted(foreign)), Err(_)) => foreign,
+            (Ok(_) | Err(Failure::Expired { .. } | Failure::Errno(_)), Err(_)) => return None,
+            (Err(Failure::Late { .. }), Err(_)) => {
+                // It may be granted some time, to nobody.
+                self.locks.state.lock().doubts.push(doubt(ino, wish, Some(wait.ticket)));
+                return None;
             }
-            Ok(_) | Err(Failure::Expired { .. }) => None,
-            Err(_) => {
-                // It may be granted some time, to nobody: it is let go as soon as that can be said.
-                self.note_lock(ino, wish);
-                self.locks.state.lock().gone.insert((ino, wish.class, wish.owner));
-                None
-            }
+        };
+        self.note_lock(ino, wish);
+        Some(foreign)
+    }
+
+    async fn ask_cancel(self: &Arc<Self>, session: SessionId, ticket: Sequence) -> Result<LockAnswer, Failure> {
+        let cancel = || LockRequest::Cancel { ticket, since: self.foreign_seen() };
+        match self.ask_or_expire(ATTEMPT, || MetaRequest::Lock { session, request: cancel() }).await? {
+            MetaAnswer::Lock(answer) => Ok(answer),
+            other => Err(Failure::Errno(unexpected(&other))),
         }
     }
 
@@ -325,9 +452,9 @@ impl MetaClient {
         }
     }
 
-    /// Hears what the server has to say for as long as somebody waits for a lock, and lets go for those who are gone.
+    /// Hears what the server has to say for as long as somebody waits for a lock, and clears up what the server may hold for nobody.
     pub async fn keep_locks(self: &Arc<Self>) {
-        tokio::join!(self.listen(), self.let_go());
+        tokio::join!(self.listen(), self.settle_doubts());
     }
 
     async fn listen(self: &Arc<Self>) {
@@ -340,7 +467,12 @@ impl MetaClient {
                 let state = self.locks.state.lock();
                 (state.session, state.heard)
             };
-            let request = MetaRequest::Session(SessionRequest::Listen { session, heard, since: self.foreign_seen() });
+            let request = MetaRequest::Session(SessionRequest::Listen {
+                session,
+                heard,
+                instance: self.server_instance(),
+                since: self.foreign_seen(),
+            });
             match self.once(&request, LISTEN_ATTEMPT).await {
                 Ok(MetaAnswer::Events(events)) => {
                     retry = Retry::endless();
@@ -374,23 +506,38 @@ impl MetaClient {
         }
     }
 
-    async fn let_go(self: &Arc<Self>) {
+    /// Has the server agree where it may not.
+    async fn settle_doubts(self: &Arc<Self>) {
         loop {
-            tokio::time::sleep(Duration::from_millis(500)).await;
-            let gone: Vec<_> = self.locks.state.lock().gone.iter().copied().collect();
-            for (ino, class, owner) in gone {
-                let wish = LockWish { class, owner, range: LockRange::WHOLE, kind: None, pid: 0 };
-                if let Err(error) = self.set_lock(ino, wish, false).await {
-                    debug!(%ino, ?error, "the lock of somebody who is gone could not be let go yet");
+            tokio::time::sleep(DOUBTS_EVERY).await;
+            let doubts = std::mem::take(&mut self.locks.state.lock().doubts);
+            for doubt in doubts {
+                if let Err(failure) = self.settle_doubt(&doubt).await {
+                    debug!(ino = %doubt.ino, error = ?Errno::from(failure), "a lock may be held for nobody still");
+                    self.locks.state.lock().doubts.push(doubt);
                 }
             }
         }
     }
 
+    async fn settle_doubt(self: &Arc<Self>, doubt: &Doubt) -> Result<(), Failure> {
+        let _in_turn = self.locks.lane(doubt.ino).lock().await;
+        let session = self.locks.state.lock().session;
+        if let Some(ticket) = doubt.ticket {
+            self.ask_cancel(session, ticket).await?;
+        }
+        for (range, kind) in self.locks.believed(doubt) {
+            let wish = LockWish { class: doubt.class, owner: doubt.owner, range, kind, pid: 0 };
+            let numbered = Numbered::begin(&self.locks);
+            self.ask_lock(doubt.ino, &wish, false, &numbered).await?;
+        }
+        Ok(())
+    }
+
     /// Tells a restarted server which locks are held here. Returns the files of which some could not be kept.
     pub(super) async fn relock(self: &Arc<Self>, session: SessionId) -> Result<Vec<Ino>, Trouble> {
         self.locks.forget_waiters();
-        let mut all_lost = Vec::new();
+        let mut all_lost = BTreeSet::new();
         for locks in self.locks.held().chunks(RELOCK_MAX) {
             let request = SessionRequest::Relock { session, locks: locks.to_vec() };
             match self.once(&MetaRequest::Session(request), ATTEMPT).await? {
@@ -398,6 +545,7 @@ impl MetaClient {
                 other => return Err(self.malformed(&other)),
             }
         }
-        Ok(all_lost)
+        self.locks.lose(&all_lost);
+        Ok(all_lost.into_iter().collect())
     }
 }

@@ -214,6 +214,10 @@ impl MetaClient {
         position.0 <= self.durable_through.load(Ordering::Acquire)
     }
 
+    pub(super) fn server_instance(&self) -> u64 {
+        self.session.lock().server_instance
+    }
+
     /// Everything up to here survives a power cut.
     pub fn durable_through(&self) -> Position {
         Position(self.durable_through.load(Ordering::Acquire))
@@ -296,13 +300,19 @@ impl MetaClient {
 
     /// Applies `op` exactly once, however often the reply is lost (I5).
     pub async fn mutate(self: &Arc<Self>, op: Op, durable: bool) -> FsResult<Applied> {
+        self.mutate_unless_lost(op, durable, self.lock_losses()).await
+    }
+
+    /// As [`MetaClient::mutate`], of what was written when locks had been lost `losses` times: `ESTALE`, and nothing is changed, if
+    /// a lock on one of its files has been lost since.
+    pub async fn mutate_unless_lost(self: &Arc<Self>, op: Op, durable: bool, losses: u64) -> FsResult<Applied> {
         if self.undurable.lock().is_full() {
             self.make_room().await;
         }
-        match self.mutate_in_session(&op, durable).await {
+        match self.mutate_in_session(&op, durable, losses).await {
             Err(Failure::Expired { session, perhaps_applied: false }) => {
                 self.reenter(session).await;
-                Ok(self.mutate_in_session(&op, durable).await?)
+                Ok(self.mutate_in_session(&op, durable, losses).await?)
             }
             result => Ok(result?),
         }
@@ -310,7 +320,7 @@ impl MetaClient {
 
     /// As [`MetaClient::mutate`], of a change that must not be asked for anew while it may have been made: goes on until its
     /// outcome is known, and says `late` each time that the mount's patience ends before.
-    pub async fn mutate_until_known(self: &Arc<Self>, op: Op, late: impl Fn()) -> FsResult<Applied> {
+    pub async fn mutate_until_known(self: &Arc<Self>, op: Op, losses: u64, late: impl Fn()) -> FsResult<Applied> {
         if self.undurable.lock().is_full() {
             self.make_room().await;
         }
@@ -318,7 +328,7 @@ impl MetaClient {
         loop {
             let mutation = Mutation::begin(self).await;
             loop {
-                match self.attempt(&mutation, &op, false).await {
+                match self.attempt(&mutation, &op, false, losses).await {
                     Err(Failure::Late { perhaps_applied: perhaps }) if perhaps || perhaps_applied => {
                         perhaps_applied = true;
                         late();
@@ -349,21 +359,33 @@ impl MetaClient {
         }
     }
 
-    async fn mutate_in_session(self: &Arc<Self>, op: &Op, durable: bool) -> Result<Applied, Failure> {
+    async fn mutate_in_session(self: &Arc<Self>, op: &Op, durable: bool, losses: u64) -> Result<Applied, Failure> {
         let mutation = Mutation::begin(self).await;
-        self.attempt(&mutation, op, durable).await
+        self.attempt(&mutation, op, durable, losses).await
     }
 
-    async fn attempt(self: &Arc<Self>, mutation: &Mutation<'_>, op: &Op, durable: bool) -> Result<Applied, Failure> {
+    async fn attempt(
+        self: &Arc<Self>,
+        mutation: &Mutation<'_>,
+        op: &Op,
+        durable: bool,
+        losses: u64,
+    ) -> Result<Applied, Failure> {
         let attempt = if durable { self.io_timeout } else { ATTEMPT };
-        let request = || MetaRequest::Mutate {
-            session: mutation.session,
-            sequence: mutation.sequence,
-            answered_below: self.answered_below(mutation.session),
-            durable,
-            op: op.clone(),
+        let written = op.written_files();
+        let request = || {
+            if self.lost_lock_since(losses, &written) {
+                return Err(Errno(libc::ESTALE));
+            }
+            Ok(MetaRequest::Mutate {
+                session: mutation.session,
+                sequence: mutation.sequence,
+                answered_below: self.answered_below(mutation.session),
+                durable,
+                op: op.clone(),
+            })
         };
-        let (position, outcome, directories) = match self.ask_or_expire(attempt, request).await? {
+        let (position, outcome, directories) = match self.ask_if(attempt, request).await? {
             MetaAnswer::Mutated { position, outcome } => (position, outcome, Vec::new()),
             MetaAnswer::MutatedIn { position, outcome, directories } => (position, outcome, directories),
             other => return Err(Failure::Errno(unexpected(&other))),
@@ -390,13 +412,22 @@ impl MetaClient {
         attempt: Duration,
         request: impl Fn() -> MetaRequest,
     ) -> Result<MetaAnswer, Failure> {
+        self.ask_if(attempt, || Ok(request())).await
+    }
+
+    /// As [`MetaClient::ask_or_expire`], of a request that may have become pointless by the time it is sent, or sent again.
+    async fn ask_if(
+        self: &Arc<Self>,
+        attempt: Duration,
+        request: impl Fn() -> FsResult<MetaRequest>,
+    ) -> Result<MetaAnswer, Failure> {
         let mut retry = Retry::within(self.io_timeout);
         let mut perhaps_applied = false;
         loop {
             if self.until_recovered(retry.remaining()).await.is_err() {
                 return Err(Failure::Late { perhaps_applied });
             }
-            let request = request();
+            let request = request().map_err(Failure::Errno)?;
             match self.once(&request, attempt.min(retry.remaining())).await {
                 Ok(answer) => return Ok(answer),
                 Err(Trouble::Refused(Refusal::Unavailable)) => {}

@@ -105,7 +105,7 @@ fn facts(outcome: &Mutated) -> (Option<Ino>, Option<Time>) {
         Mutated::Inode { attr, created } => (created.then_some(attr.ino), Some(attr.ctime)),
         Mutated::Removed { attr } | Mutated::Renamed { moved: attr, .. } => (None, Some(attr.ctime)),
         Mutated::Committed(files) => (None, files.iter().flatten().next().map(|attr| attr.ctime)),
-        Mutated::Xattr => (None, None),
+        Mutated::Done => (None, None),
     }
 }
 
@@ -133,7 +133,7 @@ mod tests {
     fn kept(positions: &[u64]) -> Undurable {
         let mut kept = Undurable::default();
         for position in positions {
-            kept.note(Position(*position), Sequence(*position), unlink(10), &Mutated::Xattr);
+            kept.note(Position(*position), Sequence(*position), unlink(10), &Mutated::Done);
         }
         kept
     }
@@ -175,7 +175,7 @@ mod tests {
                 value: value.clone(),
                 mode: holdfast_common::wire::meta::XattrMode::Set,
             };
-            kept.note(Position(n), Sequence(n), op, &Mutated::Xattr);
+            kept.note(Position(n), Sequence(n), op, &Mutated::Done);
         }
         let parts = kept.lost_after(Position(0));
         assert_eq!(parts.iter().map(Vec::len).sum::<usize>(), 100);

@@ -22,6 +22,8 @@ use crate::{
 pub struct Item {
     pub file: FileCommit,
     pub blocks: Vec<NewBlock>,
+    /// How often locks had been lost when it was written.
+    pub losses: u64,
 }
 
 /// What the commit did to the file.
@@ -89,11 +91,14 @@ fn split(batch: Vec<Waiting<Item, FsResult<Committed>>>) -> Vec<Vec<Waiting<Item
 }
 
 async fn commit_group(meta: &Arc<MetaClient>, group: Vec<Waiting<Item, FsResult<Committed>>>, durable: bool) {
-    let result = meta.mutate(merged(group.iter().map(|waiting| &waiting.item)), durable).await;
+    let losses = group.iter().map(|waiting| waiting.item.losses).min().unwrap_or(0);
+    let op = merged(group.iter().map(|waiting| &waiting.item));
+    let result = meta.mutate_unless_lost(op, durable, losses).await;
     if result.is_err() && group.len() > 1 {
         // One bad item must not fail the others: each goes alone, and gets its own answer.
         for waiting in group {
-            let result = meta.mutate(merged(std::iter::once(&waiting.item)), durable).await;
+            let op = merged(std::iter::once(&waiting.item));
+            let result = meta.mutate_unless_lost(op, durable, waiting.item.losses).await;
             answer(vec![waiting], result);
         }
         return;

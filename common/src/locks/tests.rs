@@ -9,7 +9,7 @@ fn owner(session: u64, class: LockClass, id: u64) -> LockOwner {
 }
 
 fn lock(owner: LockOwner, first: u64, last: u64, kind: LockKind) -> Lock {
-    Lock { owner, range: LockRange { first, last }, kind, pid: 1 }
+    Lock { owner, range: LockRange { first, last }, kind, pid: u32::try_from(owner.session.0).expect("small") + 1 }
 }
 
 fn process(session: u64) -> LockOwner {

@@ -131,9 +131,10 @@ pub enum SessionRequest {
     Replay { session: SessionId, part: u32, parts: u32, changes: Vec<LostChange> },
     /// After a restart of the server, before `Reopen`: locks that this session holds, at most `RELOCK_MAX`. Answered `Relocked`.
     Relock { session: SessionId, locks: Vec<(Ino, Lock)> },
-    /// Asks for what the server has to say. Events through `heard` have arrived. Answered `Events` when there is one, or after
+    /// Asks for what the server has to say. Events through `heard` of the server `instance`
+    /// have arrived. Answered `Events` when there is one, or after
     /// `LISTEN_PATIENCE` without any.
-    Listen { session: SessionId, heard: u64, since: Position },
+    Listen { session: SessionId, heard: u64, instance: u64, since: Position },
 }
 
 /// A change that was answered, and that the metadata server may have lost with its power.
@@ -291,6 +292,13 @@ pub enum Op {
         blocks: Vec<NewBlock>,
         at_size: u64,
     },
+    /// Files that were read, and when: at most `ACCESSED_MAX`. Their times of access become later, never earlier, and only if that is
+    /// `always` wanted, or the file has changed since its last access, or a day has passed. Nothing else of them changes. Those that
+    /// are gone are passed over.
+    Accessed {
+        files: Vec<(Ino, Time)>,
+        always: bool,
+    },
 }
 
 impl Op {
@@ -322,7 +330,17 @@ impl Op {
             | Self::Rename { .. }
             | Self::SetAttr { .. }
             | Self::RemoveXattr { .. }
-            | Self::Punch { .. } => false,
+            | Self::Punch { .. }
+            | Self::Accessed { .. } => false,
+        }
+    }
+
+    /// The files that get new bytes by it.
+    pub fn written_files(&self) -> Vec<Ino> {
+        match self {
+            Self::Commit { files, .. } => files.iter().map(|file| file.ino).collect(),
+            Self::Append { file, .. } => vec![file.ino],
+            _ => Vec::new(),
         }
     }
 
@@ -356,6 +374,9 @@ pub enum RenameMode {
     Replace,
     NoReplace,
     Exchange,
+    /// As `Replace`, with a whiteout (a character device 0:0 without permissions) left at the old name in the same step: for a layer
+    /// of an overlay filesystem.
+    Whiteout,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -548,8 +569,8 @@ pub enum Mutated {
     Removed { attr: Attr },
     /// Rename: what moved, and what was replaced by it (after losing that name).
     Renamed { moved: Attr, replaced: Option<Attr> },
-    /// SetXattr, RemoveXattr.
-    Xattr,
+    /// SetXattr, RemoveXattr, Accessed.
+    Done,
     /// One for each file of the commit, in order.
     Committed(Vec<Result<Attr, Refusal>>),
 }

@@ -85,6 +85,8 @@ pub fn changes_of(op: &Op, outcome: &Mutated) -> Vec<Change> {
             changes.extend([name(from, from_name), name(to, to_name)]);
         }
         Op::SetXattr { ino, .. } | Op::RemoveXattr { ino, .. } => changes.push(Change::Inode(*ino)),
+        // Who has read a file has not changed it.
+        Op::Accessed { .. } => {}
         Op::Commit { .. } | Op::Append { .. } | Op::SetAttr { .. } | Op::CopyRange { .. } | Op::Punch { .. } => {}
     }
     match outcome {
@@ -97,7 +99,7 @@ pub fn changes_of(op: &Op, outcome: &Mutated) -> Vec<Change> {
             changes.extend(attrs.map(|attr| Change::Inode(attr.ino)));
         }
         // What is new is in no cache, except as a name.
-        Mutated::Inode { created: true, .. } | Mutated::Xattr => {}
+        Mutated::Inode { created: true, .. } | Mutated::Done => {}
     }
     changes
 }

@@ -136,16 +136,14 @@ impl Service {
             MetaRequest::Admin(request) => self.admin(request).await,
             MetaRequest::Lock { session, request } => {
                 self.check_settled(session, from.node)?;
-                self.lock(session, request).map(MetaAnswer::Lock)
+                let answer = self.lock(session, request);
+                self.still_there(session)?;
+                answer.map(MetaAnswer::Lock)
             }
         }
     }
 
     fn lock(&self, session: SessionId, request: LockRequest) -> Result<LockAnswer, Refusal> {
-        // What it holds is not known yet.
-        if !self.core.sessions.lock().is_confirmed(session) {
-            return Err(Refusal::Unavailable);
-        }
         let locking = &self.core.locking;
         match request {
             LockRequest::Set { sequence, answered_below, ino, class, owner, range, kind, pid, wait, since } => {
@@ -187,11 +185,22 @@ impl Service {
         self.core.sessions.lock().check(session, node)
     }
 
-    /// As above; and a mount that owes what it had done before the power was lost does nothing new before.
+    /// As above; and a mount that has not said yet what it holds, or owes what it had done before the power was lost, does nothing
+    /// new before.
     fn check_settled(&self, session: SessionId, node: NodeName) -> Result<(), Refusal> {
         let sessions = self.core.sessions.lock();
         sessions.check(session, node)?;
-        if sessions.owes(session).is_none() { Ok(()) } else { Err(Refusal::Unavailable) }
+        let settled = sessions.is_confirmed(session) && sessions.owes(session).is_none();
+        if settled { Ok(()) } else { Err(Refusal::Unavailable) }
+    }
+
+    /// A session that has ended while it was served leaves nothing behind.
+    fn still_there(&self, session: SessionId) -> Result<(), Refusal> {
+        if self.core.sessions.lock().exists(session) {
+            return Ok(());
+        }
+        self.core.locking.end(session);
+        Err(Refusal::SessionExpired)
     }
 
     /// A fault of the tables ends the process; whoever asked is told that much.
@@ -315,11 +324,17 @@ impl Service {
             }
             SessionRequest::Relock { session, locks } => {
                 self.check_session(session, node)?;
-                return Ok(MetaAnswer::Relocked { lost: self.core.locking.restore(session, locks)? });
+                let in_time = !self.core.locking.is_open(false, now);
+                let lost = self.core.locking.restore(session, locks, in_time)?;
+                self.still_there(session)?;
+                return Ok(MetaAnswer::Relocked { lost });
             }
-            SessionRequest::Listen { session, heard, since } => {
+            SessionRequest::Listen { session, heard, instance, since } => {
                 self.check_session(session, node)?;
-                return Ok(MetaAnswer::Events(self.events(session, heard, since).await));
+                let heard = if instance == self.instance { heard } else { 0 };
+                let events = self.events(session, heard, since).await;
+                self.still_there(session)?;
+                return Ok(MetaAnswer::Events(events));
             }
             SessionRequest::Opens { session, opened, released } => {
                 self.check_session(session, node)?;

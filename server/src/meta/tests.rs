@@ -229,10 +229,21 @@ impl Cluster {
     }
 
     async fn mutate_as(&self, sequence: u64, durable: bool, op: Op) -> Result<Mutated, Refusal> {
+        self.say_what_is_open().await;
         let (session, sequence, answered_below) = (self.session, Sequence(sequence), Sequence(1));
         match self.ask(MOUNT, MetaRequest::Mutate { session, sequence, answered_below, durable, op }).await? {
             MetaAnswer::Mutated { outcome, .. } | MetaAnswer::MutatedIn { outcome, .. } => Ok(outcome),
             other => panic!("{other:?}"),
+        }
+    }
+
+    /// What a mount tells a server that has restarted, before it changes anything.
+    async fn say_what_is_open(&self) {
+        let session = self.session;
+        let knows = self.core().sessions.lock().is_confirmed(session);
+        if !knows && self.core().sessions.lock().exists(session) {
+            let reopen = SessionRequest::Reopen { session, opens: Vec::new() };
+            self.ask(MOUNT, MetaRequest::Session(reopen)).await.unwrap();
         }
     }
 

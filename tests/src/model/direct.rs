@@ -9,7 +9,7 @@ use std::{
 
 use bytes::Bytes;
 use holdfast_client::{
-    fs::{Caller, Duties, Errno, FileHandle, Fs, FsOptions, MakeRequest},
+    fs::{AccessTimes, Caller, Duties, Errno, FileHandle, Fs, FsOptions, MakeRequest},
     remote::meta::MountName,
 };
 use holdfast_common::{
@@ -68,6 +68,7 @@ impl DirectTree {
                     dirty_bytes: 32 << 20,
                     io_timeout: LIMIT,
                     connect_timeout: LIMIT,
+                    access_times: AccessTimes::default(),
                 };
                 let fs = Fs::connect(peers, server, name, options, Arc::new(SystemClock::default())).await;
                 let fs = fs.unwrap_or_else(|error| panic!("connect to {address}: {error}"));

@@ -146,7 +146,7 @@ fn sessions() -> Vec<SessionRequest> {
         SessionRequest::Opens { session, opened: vec![Ino(1)], released: vec![Ino(2)] },
         SessionRequest::Replay { session, part: 1, parts: 3, changes: vec![lost_change()] },
         SessionRequest::Relock { session, locks: vec![(Ino(7), lock())] },
-        SessionRequest::Listen { session, heard: 3, since: Position(2) },
+        SessionRequest::Listen { session, heard: 3, instance: 8, since: Position(2) },
     ]
 }
 
@@ -207,6 +207,7 @@ fn ops() -> Vec<Op> {
         rename(RenameMode::Replace),
         rename(RenameMode::NoReplace),
         rename(RenameMode::Exchange),
+        rename(RenameMode::Whiteout),
         Op::SetAttr { ino, set },
         xattr(XattrMode::Set),
         xattr(XattrMode::Create),
@@ -215,6 +216,7 @@ fn ops() -> Vec<Op> {
         Op::Commit { files: vec![file_commit()], blocks: vec![new_block()] },
         Op::CopyRange { from: ino, from_offset: 1, to: Ino(8), to_offset: 2, length: 3 },
         Op::Punch { ino, offset: 5, length: 6, grow: true },
+        Op::Accessed { files: vec![(Ino(7), time())], always: true },
         Op::Append { file: file_commit(), blocks: vec![new_block()], at_size: 1 << 21 },
     ]
 }
@@ -254,7 +256,7 @@ fn mutated() -> Vec<Mutated> {
         Mutated::Inode { attr: attr(), created: true },
         Mutated::Removed { attr: attr() },
         Mutated::Renamed { moved: attr(), replaced: Some(attr()) },
-        Mutated::Xattr,
+        Mutated::Done,
         Mutated::Committed(vec![Ok(attr()), Err(Refusal::Stale)]),
     ]
 }
@@ -312,11 +314,11 @@ fn answers() -> Vec<MetaAnswer> {
         MetaAnswer::StatFs(StatFs { capacity_bytes: 1, free_bytes: 2, inodes: 3 }),
         MetaAnswer::ClusterMap(map),
         MetaAnswer::Parent { parent: Ino::ROOT, name: name() },
-        MetaAnswer::Mutated { position: Position(6), outcome: Mutated::Xattr },
+        MetaAnswer::Mutated { position: Position(6), outcome: Mutated::Done },
         MetaAnswer::Status(Box::new(status())),
         MetaAnswer::Token { secret: [1; 32], ca_fingerprint: [2; 32] },
         MetaAnswer::Violations(vec!["a sentence".into()]),
-        MetaAnswer::MutatedIn { position: Position(6), outcome: Mutated::Xattr, directories: vec![attr()] },
+        MetaAnswer::MutatedIn { position: Position(6), outcome: Mutated::Done, directories: vec![attr()] },
         MetaAnswer::Reopened { replay_after: Some(Position(10)) },
         MetaAnswer::Replayed(vec![
             Replayed { sequence: Sequence(4), result: Ok(Position(13)) },

@@ -180,3 +180,22 @@ fn unsafe_code_is_fenced_in_with_a_reason() {
         .collect();
     assert_none(&loose, "`unsafe` needs a module with #[allow(unsafe_code, reason = ...)]");
 }
+
+#[test]
+fn every_sentence_about_semantics_stands_over_a_test() {
+    let page = fs::read_to_string(top().join("docs/semantics.md")).expect("the page can be read");
+    let (promised, _differs) = page.split_once("## What differs").expect("the page has both parts");
+    let sentences: Vec<&str> = promised.lines().filter_map(|line| line.strip_prefix("- ")).collect();
+    assert!(sentences.len() > 30, "the page has lost its sentences");
+    let sources = sources();
+    for sentence in sentences {
+        let quoted = format!("/// \"{sentence}\"\n");
+        let over_a_test = |source: &Source| {
+            source.text.split(&quoted).skip(1).any(|rest| {
+                let attribute = rest.lines().find(|line| !line.starts_with("///"));
+                attribute == Some("#[test]")
+            })
+        };
+        assert!(sources.iter().any(over_a_test), "no test is under: {sentence}");
+    }
+}

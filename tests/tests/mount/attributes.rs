@@ -1,6 +1,8 @@
 //! Lists of permissions, capabilities and other attributes: what a local disk answers, the mount answers.
 
-use holdfast_tests::{cluster::Cluster, shell, sys};
+use std::{fs, os::unix::fs::MetadataExt, path::Path, time::Duration};
+
+use holdfast_tests::{cluster::Cluster, shell, sys, wait};
 
 /// Runs `script` on the mount and on the local disk: both say the same.
 fn check_same(script: &str) {
@@ -20,6 +22,7 @@ fn check_same(script: &str) {
     assert_eq!(shell::run(mount.path(), look), shell::run(local.path(), look), "after a remount");
 }
 
+/// "They change with the mode, and the mode with them."
 #[test]
 fn lists_of_permissions_are_kept_and_change_with_the_mode() {
     check_same(
@@ -38,6 +41,7 @@ fn lists_of_permissions_are_kept_and_change_with_the_mode() {
     );
 }
 
+/// "What is made in a directory inherits its default list instead of the umask."
 #[test]
 fn what_is_made_in_a_directory_inherits_its_default_list_instead_of_the_umask() {
     check_same(
@@ -51,6 +55,7 @@ fn what_is_made_in_a_directory_inherits_its_default_list_instead_of_the_umask() 
     );
 }
 
+/// "POSIX access control lists are obeyed."
 #[test]
 fn lists_of_permissions_are_obeyed() {
     check_same(
@@ -66,6 +71,7 @@ fn lists_of_permissions_are_obeyed() {
     );
 }
 
+/// "Capabilities of programs work, and are lost with a write."
 #[test]
 fn capabilities_of_programs_are_kept_and_lost_with_a_write() {
     check_same(
@@ -81,4 +87,55 @@ fn capabilities_of_programs_are_kept_and_lost_with_a_write() {
          setfattr -n trusted.a -v 1 p; setfattr -n user.b -v 2 p; setfattr -n security.c -v 3 p
          getfattr -d -m - p; chmod 644 p; setpriv --reuid=9 --regid=9 --clear-groups getfattr -d -m - p",
     );
+}
+
+/// Seconds and nanoseconds of the last access, as programs see it.
+fn accessed(path: &Path) -> (i64, i64) {
+    let metadata = fs::symlink_metadata(path).expect("stat");
+    (metadata.atime(), metadata.atime_nsec())
+}
+
+/// "Reading is noted in a file's time of access as `relatime` (without a word), `strictatime` or `noatime` say; it is told to the servers within a second, and changes nothing else of the file."
+#[test]
+fn reading_is_noted_as_the_mount_options_say() {
+    let cluster = Cluster::start();
+    let (relative, strict, never) =
+        (cluster.mount(), cluster.mount_with(&["strictatime"]), cluster.mount_with(&["noatime"]));
+    let old = "touch -a -d '2020-01-01 00:00:00' file && touch -m -d '2020-01-02 00:00:00' file";
+    for (mount, name) in [(&relative, "relative"), (&strict, "strict"), (&never, "never")] {
+        let directory = mount.join(name);
+        fs::create_dir(&directory).expect("make a directory");
+        fs::write(directory.join("file"), "content").expect("write");
+        shell::run(&directory, old);
+        let file = directory.join("file");
+        let before = accessed(&file);
+        assert_eq!(before.0, 1_577_836_800);
+        let changed = fs::metadata(&file).expect("stat").ctime();
+        // The kernel may have the bytes already: that is reading all the same.
+        assert_eq!(fs::read(&file).expect("read"), b"content");
+        let first = accessed(&file);
+        assert_eq!(first > before, name != "never", "{name}: {first:?}");
+        assert_eq!(fs::read(&file).expect("read"), b"content");
+        let second = accessed(&file);
+        assert_eq!(second > first, name == "strict", "{name}: {second:?}");
+        assert_eq!(fs::metadata(&file).expect("stat").ctime(), changed, "reading changes nothing else");
+        // It is remembered by the servers, and a time that is set by hand is not overtaken.
+        let there = strict.join(name).join("file");
+        wait::until("another mount sees it", Duration::from_secs(20), || accessed(&there) == second);
+        shell::run(&directory, "touch -a -d '2001-01-01 00:00:00' file");
+        // What is told after it has been told.
+        fs::write(directory.join("marker"), "content").expect("write");
+        let unread = accessed(&directory.join("marker"));
+        assert_eq!(fs::read(directory.join("marker")).expect("read"), b"content");
+        let marker = strict.join(name).join("marker");
+        if name != "never" {
+            wait::until("a later access is told", Duration::from_secs(20), || accessed(&marker) > unread);
+        }
+        assert_eq!(accessed(&file).0, 978_307_200, "{name}");
+    }
+    relative.remount();
+    assert_eq!(fs::read(relative.join("relative/file")).expect("read"), b"content");
+    let noted = accessed(&relative.join("relative/file"));
+    relative.remount();
+    assert_eq!(accessed(&relative.join("relative/file")), noted, "what was noted is told before the mount ends");
 }

@@ -185,6 +185,7 @@ fn a_full_metadata_disk_refuses_growth_and_nothing_else() {
     drop(disk);
 }
 
+/// "What no room is left for is refused with ENOSPC before it is accepted, or at `fsync` and `close`; nothing else is lost."
 #[test]
 fn full_disks_are_no_space_left_and_nothing_else() {
     if !sys::is_root() {

@@ -117,6 +117,7 @@ fn check(options: &Options, hurt: impl Fn(&Cluster), heal: impl Fn(&Cluster)) {
     }
 }
 
+/// "With one storage server dead nothing is noticed."
 #[test]
 fn a_killed_storage_server_is_not_noticed_and_gets_its_copies_when_it_is_back() {
     check(&Options::default(), |cluster| cluster.storage(2).kill(), Cluster::start_daemons);
@@ -133,6 +134,7 @@ fn a_storage_server_that_is_cut_off_is_not_noticed_and_gets_its_copies_when_it_i
     check(&options, |cluster| cluster.cut(2), |cluster| cluster.mend(2));
 }
 
+/// "With two dead, reads work; writes wait for `io_timeout`, fail at `fsync` or `close`, and succeed when they are tried again later."
 #[test]
 fn with_two_servers_dead_reads_work_and_writes_fail_at_fsync_and_succeed_when_retried_later() {
     let cluster = Cluster::start();
@@ -224,11 +226,13 @@ fn check_metadata_restarts(rounds: u32, hurt: impl Fn(&Cluster)) {
     assert_eq!(cluster.violations(), Vec::<String>::new());
 }
 
+/// "The metadata server may be killed again and again: nothing is lost, and nothing done twice."
 #[test]
 fn a_metadata_server_that_is_killed_again_and_again_loses_nothing_and_does_nothing_twice() {
     check_metadata_restarts(5, |_| {});
 }
 
+/// "If the metadata server loses its power, mounts that live on give back what was not durable, fsynced or not."
 #[test]
 fn a_metadata_server_that_loses_its_power_again_and_again_takes_nothing_from_mounts_that_live_on() {
     let lost = AtomicU64::new(0);
@@ -280,6 +284,7 @@ fn a_write_soon_after_a_metadata_server_came_back_does_not_wait_for_the_next_ren
     assert!(syncing < STALL_MAX, "an fsync took {syncing:?} after every server could answer again");
 }
 
+/// "What `fsync` acknowledged survives the death of every process at any moment."
 #[test]
 fn a_kill_of_everything_at_any_moment_loses_nothing_that_fsync_acknowledged() {
     let cluster = Cluster::start();

@@ -271,6 +271,7 @@ fn the_script_of_locks_is_right_about_a_local_filesystem() {
     locks_behave(&dir.path().join("file"), &dir.path().join("file"));
 }
 
+/// "flock(2), fcntl(2) and open-file-description locks work as on a local disk: kinds, ranges, conversions, what ends them, EDEADLK, EINTR."
 #[test]
 fn locks_on_one_mount_are_as_on_a_local_filesystem() {
     let cluster = Cluster::start();
@@ -278,6 +279,7 @@ fn locks_on_one_mount_are_as_on_a_local_filesystem() {
     locks_behave(&mount.join("file"), &mount.join("file"));
 }
 
+/// "They do so between mounts."
 #[test]
 fn locks_between_two_mounts_are_as_on_a_local_filesystem() {
     let pair = Pair::start();
@@ -303,6 +305,7 @@ fn who_takes_a_lock_sees_what_the_last_holder_wrote() {
     }
 }
 
+/// "Who takes a lock sees names, attributes and data of all files as the last holder left them."
 #[test]
 fn who_takes_a_lock_sees_names_attributes_and_other_files_as_the_last_holder_left_them() {
     let pair = Pair::start();
@@ -344,6 +347,91 @@ fn who_takes_a_lock_sees_names_attributes_and_other_files_as_the_last_holder_lef
     }
 }
 
+/// "What was written under an exclusive lock, to whichever file, is stored before the lock is let go, changed to a shared one, or closed."
+#[test]
+fn what_is_written_under_a_lock_is_there_for_the_next_holder_whatever_lets_it_go() {
+    let pair = Pair::start();
+    let (mut a, mut b) = pair.lockers();
+    let data = pair.a.join("data");
+    fs::write(&data, "nothing").expect("make the data");
+    a.ok(&format!("open data {}", data.display()));
+    b.ok(&format!("open data {}", pair.b.join("data").display()));
+    // To another file than the locked one, which stays open, let go by each way there is.
+    let ways = [
+        (flock(FLOCK_EX), flock(libc::LOCK_UN), flock(libc::LOCK_SH)),
+        (flock(FLOCK_EX), flock(libc::LOCK_SH), flock(libc::LOCK_SH)),
+        (wait_for(0, 0), let_go(0, 0), wait_for(0, 0)),
+        (wait_for(0, 0), setlk(libc::F_SETLK, libc::F_RDLCK, 0, 0), setlk(libc::F_SETLKW, libc::F_RDLCK, 0, 0)),
+        (
+            setlk(libc::F_OFD_SETLKW, libc::F_WRLCK, 0, 5),
+            "close f".to_owned(),
+            setlk(libc::F_OFD_SETLKW, libc::F_RDLCK, 0, 5),
+        ),
+    ];
+    for (round, (take, leave, take_over)) in ways.into_iter().enumerate() {
+        a.ok(&take);
+        a.ok(&format!("write data 0 written-{round}"));
+        a.ok(&leave);
+        b.ok(&take_over);
+        assert_eq!(b.ok("read data 0 9"), format!("written-{round}"), "{leave}");
+        for locker in [&mut a, &mut b] {
+            locker.ask(&flock(libc::LOCK_UN));
+            locker.ask(&let_go(0, 0));
+        }
+    }
+}
+
+#[test]
+fn locks_are_of_who_took_them_not_of_who_closes_something_later() {
+    let pair = Pair::start();
+    let (mut a, mut b) = pair.lockers();
+    // The locks of a process that has gone and come again are new ones: its old descriptor's end does not touch them.
+    for _ in 0..20 {
+        a.ok(&take(0, 0));
+        a.ok(&format!("write f 0 {}", "x".repeat(5000)));
+        a.ok(&format!("open again {}", pair.a.join("file").display()));
+        a.ok("close f");
+        a.ok("dup again f");
+        a.ok("close again");
+        a.ok(&take(0, 0));
+        b.fails(&take(0, 0), libc::EAGAIN);
+    }
+    // A wait that was given up leaves nothing behind.
+    for _ in 0..5 {
+        b.ok("alarm 60 once");
+        b.fails(&wait_for(0, 0), libc::EINTR);
+    }
+    a.ok(&let_go(0, 0));
+    a.ok(&take(0, 0));
+    a.ok(&let_go(0, 0));
+    let mut killed = Locker::on(&pair.b.join("file"));
+    a.ok(&flock(FLOCK_EX));
+    killed.waits(&flock(FLOCK_EX));
+    killed.kill();
+    a.ok(&flock(libc::LOCK_UN));
+    wait::until("nobody has the lock", LIMIT, || a.ask(&flock(FLOCK_EX_NOW)) == "ok");
+}
+
+/// "So has one that does not come back within the recovery window (`recovery_window_secs`) after a restart of the metadata server."
+#[test]
+fn a_mount_that_was_away_while_the_server_restarted_has_lost_its_locks() {
+    let pair = Pair::start();
+    let (mut a, mut b) = pair.lockers();
+    a.ok(&wait_for(0, 0));
+    a.ok("write f 0 old");
+    pair.a.process().freeze();
+    pair.cluster.meta().kill();
+    pair.cluster.meta().start();
+    // Longer than the grace for mounts to come back; shorter than their sessions.
+    b.ok(&wait_for(0, 0));
+    b.ok("write f 0 new");
+    b.ok(&let_go(0, 0));
+    pair.a.process().thaw();
+    wait::until("the mount knows that its lock is lost", LIMIT, || a.ask("write f 0 bad") == libc::EIO.to_string());
+    b.ok(&wait_for(0, 0));
+    assert_eq!(b.ok("read f 0 3"), "new");
+}
+
 #[test]
 fn a_counter_under_a_lock_loses_no_count_on_two_mounts() {
     const ROUNDS: u32 = 60;
@@ -373,6 +461,7 @@ fn a_counter_under_a_lock_loses_no_count_on_two_mounts() {
     assert_eq!(total, (4 * ROUNDS).to_string());
 }
 
+/// "Locks outlive a restart of the metadata server, and who waits goes on waiting."
 #[test]
 fn locks_outlive_the_metadata_server_and_waiters_go_on_waiting() {
     let pair = Pair::start();
@@ -392,6 +481,7 @@ fn locks_outlive_the_metadata_server_and_waiters_go_on_waiting() {
     late.ok(&flock(FLOCK_EX_NOW));
 }
 
+/// "The locks of a mount that dies are free when its session ends (60 seconds, `session_timeout_secs`)."
 #[test]
 fn the_locks_of_a_mount_that_dies_are_free_when_its_session_ends() {
     let cluster = Cluster::prepare(&Options::default());
@@ -405,6 +495,7 @@ fn the_locks_of_a_mount_that_dies_are_free_when_its_session_ends() {
     waiter.answers("ok");
 }
 
+/// "A mount that was cut off for so long has lost its locks: what is open of those files answers EIO, and what was written under them is not stored."
 #[test]
 fn a_mount_that_lost_its_locks_while_it_was_cut_off_does_not_write_under_them() {
     let cluster = Cluster::prepare(&Options::default());
@@ -429,6 +520,7 @@ fn a_mount_that_lost_its_locks_while_it_was_cut_off_does_not_write_under_them() 
     assert_eq!(lost.ok("read again 0 3"), "new");
 }
 
+/// "A process that is killed dies at once, whatever it waits for."
 #[test]
 fn a_killed_process_dies_though_the_servers_do_not_answer() {
     let cluster = Cluster::start();
@@ -447,6 +539,7 @@ fn a_killed_process_dies_though_the_servers_do_not_answer() {
     wait::until("nothing stays open", LIMIT, || cluster.status().open_files() == 0);
 }
 
+/// "Databases that rely on locks can be used from several mounts at once."
 #[test]
 fn two_sqlite_programs_on_two_mounts_lose_nothing() {
     let pair = Pair::start();

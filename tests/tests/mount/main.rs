@@ -13,3 +13,4 @@ mod pjdfstest;
 mod posix_core;
 mod repair;
 mod shell;
+mod suites;

@@ -74,6 +74,7 @@ fn no_server_is_a_sentence_within_five_seconds() {
     }
 }
 
+/// "An unmount stores everything."
 #[test]
 fn a_mount_in_the_background_answers_when_the_command_returns_and_flushes_when_unmounted() {
     let cluster = Cluster::start();
@@ -97,6 +98,7 @@ fn a_mount_in_the_background_answers_when_the_command_returns_and_flushes_when_u
     }
 }
 
+/// "So does SIGTERM to the mount, whatever is open."
 #[test]
 fn sigterm_flushes_what_was_never_closed() {
     let cluster = Cluster::start();

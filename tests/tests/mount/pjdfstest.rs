@@ -38,6 +38,7 @@ fn results(output: &str) -> Vec<(String, String)> {
         .collect()
 }
 
+/// "Every case of pjdfstest passes, as root and as two other users."
 #[test]
 fn every_case_of_pjdfstest_passes_but_those_that_are_listed() {
     if !shell::has("pjdfstest") || !sys::is_root() {

@@ -23,6 +23,7 @@ fn errno<T: std::fmt::Debug>(result: std::io::Result<T>) -> i32 {
     result.expect_err("it must be refused").raw_os_error().expect("the kernel said so")
 }
 
+/// "Names are bytes: anything but `/` and NUL, at most 255 of them."
 #[test]
 fn names_of_255_bytes_and_names_that_are_not_text_work_and_longer_ones_do_not() {
     let cluster = Cluster::start();
@@ -88,6 +89,7 @@ fn a_directory_of_many_entries_lists_each_of_them_once() {
     assert_eq!(errno(fs::remove_dir(mount.join("many"))), libc::ENOTEMPTY);
 }
 
+/// "A directory that changes while it is listed shows every entry that was there throughout, once."
 #[test]
 fn a_directory_that_changes_while_it_is_listed_shows_every_entry_that_stays() {
     let cluster = Cluster::start();
@@ -113,6 +115,7 @@ fn a_directory_that_changes_while_it_is_listed_shows_every_entry_that_stays() {
     assert_eq!((unique.len(), seen.len()), (3000, 3000), "an entry that was there throughout is listed exactly once");
 }
 
+/// "A hole costs nothing and reads as zeroes; `st_blocks` counts what was written."
 #[test]
 fn a_sparse_file_of_a_tebibyte_costs_what_was_written_and_reads_zeroes() {
     let cluster = Cluster::start();
@@ -139,6 +142,7 @@ fn a_sparse_file_of_a_tebibyte_costs_what_was_written_and_reads_zeroes() {
     assert!(sys::seek(&file, 500 << 30, libc::SEEK_HOLE).expect("seek to a hole") < 501 << 30);
 }
 
+/// "A file that has lost its last name lives until its last close, on any mount."
 #[test]
 fn an_unlinked_file_lives_until_its_last_close_on_any_mount() {
     let cluster = Cluster::start();
@@ -166,6 +170,7 @@ fn an_unlinked_file_lives_until_its_last_close_on_any_mount() {
     wait::until("the orphan is reclaimed", PATIENCE, || cluster.status().number("inodes") < inodes);
 }
 
+/// "What one mount has closed, another that opens afterwards sees."
 #[test]
 fn what_one_mount_has_closed_the_other_opens_and_sees() {
     let cluster = Cluster::start();
@@ -214,6 +219,7 @@ fn record(who: usize, round: usize) -> String {
     format!("{who} {round} {}\n", "x".repeat((who * 7919 + round * 104_729) % 20_000))
 }
 
+/// "Records of at most 1 MiB that several mounts append to one file are all there, whole, and in each writer's order."
 #[test]
 fn records_that_mounts_append_at_the_same_time_are_all_whole_and_in_each_writers_order() {
     const ROUNDS: usize = 300;
@@ -280,6 +286,7 @@ fn mounts_that_append_in_turn_never_meet_a_chunk_of_too_many_pieces() {
     assert!(fs::read_to_string(mounts[0].join("log")).expect("read") == expected);
 }
 
+/// "A file that another mount lengthens never reads as zeroes where that has written."
 #[test]
 fn a_file_that_another_mount_lengthens_while_it_is_open_never_reads_as_zeroes() {
     let cluster = Cluster::start();
@@ -298,6 +305,7 @@ fn a_file_that_another_mount_lengthens_while_it_is_open_never_reads_as_zeroes() 
     assert_eq!(text, "first\nsecond\n");
 }
 
+/// "Small writes of two mounts into one file do not undo each other."
 #[test]
 fn small_writes_of_two_mounts_into_one_mebibyte_do_not_undo_each_other() {
     const RECORDS: u64 = 200;
@@ -338,6 +346,7 @@ fn thousands_of_scattered_bytes_in_one_mebibyte_are_stored_and_read() {
     assert!(bytes == expected);
 }
 
+/// "`rename` can refuse to replace a name, exchange two, and leave a whiteout."
 #[test]
 fn rename_can_refuse_to_replace_and_can_exchange() {
     let cluster = Cluster::start();
@@ -353,8 +362,13 @@ fn rename_can_refuse_to_replace_and_can_exchange() {
     sys::rename(&b, &mount.join("c"), libc::RENAME_NOREPLACE).expect("the name is free");
     assert_eq!(errno(sys::rename(&b, &a, libc::RENAME_EXCHANGE)), libc::ENOENT);
     assert_eq!(errno(fs::rename(&a, a.join("below"))), libc::EINVAL);
+    sys::rename(&mount.join("c"), &mount.join("moved"), libc::RENAME_WHITEOUT).expect("rename with a whiteout");
+    assert_eq!(fs::read_to_string(mount.join("moved")).expect("read"), "a");
+    let whiteout = fs::symlink_metadata(mount.join("c")).expect("stat");
+    assert!(whiteout.file_type().is_char_device() && whiteout.rdev() == 0, "{whiteout:?}");
 }
 
+/// "Fifos, sockets and device files are what they were made."
 #[test]
 fn special_files_are_what_they_were_made() {
     let cluster = Cluster::start();
@@ -374,6 +388,7 @@ fn special_files_are_what_they_were_made() {
     assert_eq!(fs::read_link(mount.join("link")).expect("readlink").as_os_str(), "no/where");
 }
 
+/// "`user.`, `trusted.` and `security.` attributes are kept, with the limits and errors of a local disk."
 #[test]
 fn user_attributes_are_kept_replaced_listed_and_removed() {
     let cluster = Cluster::start();
@@ -394,6 +409,7 @@ fn user_attributes_are_kept_replaced_listed_and_removed() {
     assert_eq!(errno(sys::remove_xattr(&file, "user.a")), libc::ENODATA);
 }
 
+/// "O_APPEND, O_TRUNC, O_EXCL and the others mean what open(2) says."
 #[test]
 fn open_flags_mean_what_open_2_says() {
     let cluster = Cluster::start();
@@ -417,6 +433,7 @@ fn open_flags_mean_what_open_2_says() {
     assert_eq!(errno(not_followed), libc::ELOOP);
 }
 
+/// "Times of files are kept to the nanosecond, also those before 1970."
 #[test]
 fn times_are_kept_to_the_nanosecond_also_before_1970() {
     let cluster = Cluster::start();
@@ -436,6 +453,7 @@ fn times_are_kept_to_the_nanosecond_also_before_1970() {
     assert!((after.ctime(), after.ctime_nsec()) > (before.ctime(), before.ctime_nsec()), "and ctime");
 }
 
+/// "`df` tells true figures."
 #[test]
 fn statfs_tells_true_figures() {
     let cluster = Cluster::start();
@@ -449,6 +467,7 @@ fn statfs_tells_true_figures() {
     assert!(capacity <= servers / 2, "three copies of everything fit in {servers}, but {capacity} is promised");
 }
 
+/// "A mapped file can be read and written through memory."
 #[test]
 fn a_mapped_file_is_read_and_written_through_memory() {
     let cluster = Cluster::start();

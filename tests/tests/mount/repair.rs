@@ -104,7 +104,8 @@ fn quarantined(patient: &Patient, server: usize) -> bool {
 fn a_flipped_bit_on_one_server_is_never_read_and_is_healed_and_kept_for_inspection() {
     let patient = check(&[1], |_, _, index, copy| copy.flip_bit(1000 + index as u64 * 170_000));
     assert!(quarantined(&patient, 1), "the bad copies are kept for inspection");
-    assert!(patient.cluster.status().storage_sum("quarantined") > 0);
+    // Told with the next heartbeat.
+    wait::until("it is counted", PATIENCE, || patient.cluster.status().storage_sum("quarantined") > 0);
 }
 
 #[test]

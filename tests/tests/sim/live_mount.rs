@@ -4,7 +4,7 @@ use std::{sync::Arc, time::Duration};
 
 use bytes::Bytes;
 use holdfast_client::{
-    fs::{Caller, Duties, Errno, FileHandle, Fs, FsOptions, FsResult, MakeRequest},
+    fs::{AccessTimes, Caller, Duties, Errno, FileHandle, Fs, FsOptions, FsResult, MakeRequest},
     remote::meta::MountName,
 };
 use holdfast_common::{
@@ -42,6 +42,7 @@ async fn mount(network: &Network, id: u32) -> Mount {
         dirty_bytes: 8 << 20,
         io_timeout: PATIENCE,
         connect_timeout: Duration::from_secs(10),
+        access_times: AccessTimes::default(),
     };
     let name = MountName { host: "sim".into(), mountpoint: format!("/mnt-{id}") };
     let clock = Arc::new(SystemClock::default());

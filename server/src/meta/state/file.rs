@@ -4,7 +4,7 @@ use std::{collections::BTreeMap, ops::ControlFlow};
 
 use holdfast_common::{
     ChunkIndex, Ino, Kind, Piece, Refusal, Time,
-    limits::{CHUNK_SIZE, COMMIT_FILES_MAX, COMMIT_PIECES_MAX, FILE_SIZE_MAX, PIECES_PER_CHUNK_MAX},
+    limits::{ACCESSED_MAX, CHUNK_SIZE, COMMIT_FILES_MAX, COMMIT_PIECES_MAX, FILE_SIZE_MAX, PIECES_PER_CHUNK_MAX},
     mode, pieces,
     wire::meta::{FileCommit, Mutated, NewBlock, SetAttr, SetTime},
 };
@@ -128,6 +128,25 @@ pub(super) fn set_attr(tables: &mut Tables<'_>, ino: Ino, set: &SetAttr, now: Ti
     let attr = inode.attr(ino);
     tables.put_inode(ino, inode);
     Ok(Mutated::Inode { attr, created: false })
+}
+
+/// Seconds after which an access is noted though the file has not changed since the last one (mount(8), relatime).
+const ACCESS_AGE: i64 = 24 * 60 * 60;
+
+pub(super) fn accessed(tables: &mut Tables<'_>, files: &[(Ino, Time)], always: bool) -> Step<Mutated> {
+    if files.len() > ACCESSED_MAX || files.iter().any(|(_, at)| !at.is_sound()) {
+        return Err(Refusal::Invalid.into());
+    }
+    for (ino, at) in files {
+        let Some(mut inode) = tables.inode(*ino)? else { continue };
+        let is_old = inode.atime <= inode.mtime || inode.atime <= inode.ctime;
+        let is_due = always || is_old || at.secs.saturating_sub(inode.atime.secs) >= ACCESS_AGE;
+        if is_due && *at > inode.atime {
+            inode.atime = *at;
+            tables.put_inode(*ino, inode);
+        }
+    }
+    Ok(Mutated::Done)
 }
 
 fn check_times(set: &SetAttr) -> Result<(), Refusal> {

@@ -260,6 +260,7 @@ fn mutate(tables: &mut Tables<'_>, op: &Op, number: &Number, now: Time) -> Step<
             file::copy_range(tables, (*from, *from_offset), (*to, *to_offset), *length, now)
         }
         Op::Append { file, blocks, at_size } => file::append(tables, file, blocks, *at_size, now),
+        Op::Accessed { files, always } => file::accessed(tables, files, *always),
         Op::Punch { ino, offset, length, grow } => file::punch(tables, *ino, *offset, *length, *grow, now),
     }
 }

@@ -293,6 +293,9 @@ pub(super) fn rename(
     mode: RenameMode,
     now: Time,
 ) -> Step<Mutated> {
+    if mode == RenameMode::Whiteout {
+        return rename_away(tables, (from, from_name), (to, to_name), now);
+    }
     check_name(from_name)?;
     check_name(to_name)?;
     directory(tables, from)?;
@@ -310,6 +313,17 @@ pub(super) fn rename(
         (_, Some(taken)) => replace(tables, ((from, from_name), moved), ((to, to_name), taken), now),
         (_, None) => relocate(tables, ((from, from_name), moved), (to, to_name), now),
     }
+}
+
+/// Two names of one inode stay as they are; else the old name becomes that of a whiteout.
+fn rename_away(tables: &mut Tables<'_>, from: Place<'_>, to: Place<'_>, now: Time) -> Step<Mutated> {
+    let outcome = rename(tables, from, to, RenameMode::Replace, now)?;
+    if dentry(tables, from.0, from.1)?.is_none() {
+        let target = Vec::new();
+        let whiteout = NewInode { kind: Kind::CharDevice, mode: 0, uid: 0, gid: 0, rdev: 0, target };
+        make(tables, from, &whiteout, true, &Number::Next, now)?;
+    }
+    Ok(outcome)
 }
 
 fn unmoved(tables: &Tables<'_>, moved: &Dentry) -> Step<Mutated> {

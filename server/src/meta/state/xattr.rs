@@ -51,7 +51,7 @@ pub(super) fn set(
         None => tables.remove_tree(&key::xattr(ino, name))?,
     }
     tables.put_inode(ino, Inode { ctime: now, ..inode });
-    Ok(Mutated::Xattr)
+    Ok(Mutated::Done)
 }
 
 pub(super) fn remove(tables: &mut Tables<'_>, ino: Ino, name: &[u8], now: Time) -> Step<Mutated> {
@@ -60,7 +60,7 @@ pub(super) fn remove(tables: &mut Tables<'_>, ino: Ino, name: &[u8], now: Time) 
     value(tables, ino, name)?.ok_or(Refusal::NoAttribute)?;
     tables.remove_tree(&key::xattr(ino, name))?;
     tables.put_inode(ino, Inode { ctime: now, mode: inode.mode & !flag_of(name), ..inode });
-    Ok(Mutated::Xattr)
+    Ok(Mutated::Done)
 }
 
 fn flag_of(name: &[u8]) -> u32 {

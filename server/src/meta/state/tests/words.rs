@@ -81,6 +81,7 @@ impl Shell {
             "rename" => rename(RenameMode::Replace),
             "rename-noreplace" => rename(RenameMode::NoReplace),
             "exchange" => rename(RenameMode::Exchange),
+            "whiteout" => rename(RenameMode::Whiteout),
             "chmod" => set(SetAttr { mode: Some(octal(2)), ..none }),
             "chown" => set(SetAttr { uid: Some(octal(2)), gid: Some(octal(3)), clear_suid: true, ..none }),
             "truncate" => set(SetAttr { size: Some(number(2)), ..none }),
