@@ -8,4 +8,4 @@ mod real;
 pub use direct::DirectTree;
 pub use memory::Memory;
 pub use ops::{Answer, Op, RenameKind, Shape, System, check, ops, payload};
-pub use real::RealTree;
+pub use real::{InTurn, RealTree};

@@ -105,6 +105,8 @@ struct State {
     /// Files of which locks were lost, and when: as a count of losses.
     lost: HashMap<Ino, u64>,
     losses: u64,
+    /// Up to this loss any file counts as one whose lock was lost.
+    all_lost: u64,
 }
 
 /// A wish that may have been carried out by the server, or may be yet.
@@ -118,7 +120,7 @@ struct Doubt {
     ticket: Option<Sequence>,
 }
 
-/// Files past which all count as lost whose locks ever were.
+/// Files past which every file counts as one whose lock was lost.
 const LOST_MAX: usize = 64 << 10;
 
 impl Default for Locks {
@@ -148,7 +150,8 @@ impl State {
         let losses = self.losses;
         self.lost.extend(inos.iter().map(|ino| (*ino, losses)));
         if self.lost.len() > LOST_MAX {
-            self.lost.values_mut().for_each(|at| *at = losses);
+            self.lost.clear();
+            self.all_lost = losses;
         }
     }
 }
@@ -181,11 +184,13 @@ impl Locks {
     pub(super) fn begin_session(&self, session: SessionId) -> Vec<Ino> {
         let mut state = self.state.lock();
         let inos: BTreeSet<Ino> = state.held.held().map(|(ino, _)| ino).collect();
-        let (lost, losses) = (std::mem::take(&mut state.lost), state.losses);
-        *state = State { session, next: 1, lost, losses, ..State::default() };
+        if state.session != SessionId::default() {
+            // What others have changed since the old session was heard last is not known.
+            self.foreign_doubted.store(true, Ordering::Release);
+        }
+        let (lost, losses, all_lost) = (std::mem::take(&mut state.lost), state.losses, state.all_lost);
+        *state = State { session, next: 1, lost, losses, all_lost, ..State::default() };
         state.note_lost(&inos);
-        // What others have changed since the old session was heard last is not known.
-        self.foreign_doubted.store(true, Ordering::Release);
         inos.into_iter().collect()
     }
 
@@ -298,7 +303,8 @@ impl MetaClient {
     /// Was a lock on one of these files lost after there had been `losses`?
     pub(super) fn lost_lock_since(&self, losses: u64, inos: &[Ino]) -> bool {
         let state = self.locks.state.lock();
-        state.losses > losses && inos.iter().any(|ino| state.lost.get(ino).is_some_and(|at| *at > losses))
+        let is_lost = |ino: &Ino| state.all_lost > losses || state.lost.get(ino).is_some_and(|at| *at > losses);
+        state.losses > losses && inos.iter().any(is_lost)
     }
 
     /// Does this mount hold a lock of `owner` on the file?

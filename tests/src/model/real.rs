@@ -4,7 +4,7 @@ use std::{
     fs::{self, File, OpenOptions},
     io::{self, Write},
     os::unix::fs::{DirBuilderExt, FileExt, MetadataExt, OpenOptionsExt, PermissionsExt, symlink},
-    path::PathBuf,
+    path::{Path, PathBuf},
 };
 
 use super::{Answer, Op, RenameKind, Shape, System, payload};
@@ -19,6 +19,11 @@ impl RealTree {
     /// `root` is made, and must not exist yet.
     pub fn new(root: PathBuf) -> Self {
         fs::create_dir(&root).expect("make the root of the comparison");
+        Self { root }
+    }
+
+    /// The tree that another one made, seen from elsewhere: at `root`.
+    pub fn seen_at(root: PathBuf) -> Self {
         Self { root }
     }
 
@@ -180,5 +185,39 @@ fn flags(kind: RenameKind) -> libc::c_uint {
 impl System for RealTree {
     fn apply(&mut self, op: &Op) -> Result<Answer, i32> {
         self.perform(op).map_err(|error| error.raw_os_error().unwrap_or(libc::EIO))
+    }
+}
+
+/// One directory on two mounts, used in turn, each time under one lock: as one mount must it be.
+#[derive(Debug)]
+pub struct InTurn {
+    sides: [(RealTree, File); 2],
+    count: usize,
+}
+
+impl InTurn {
+    /// The sides of the operations, over and over.
+    const TURNS: [usize; 7] = [0, 1, 0, 0, 1, 1, 1];
+
+    /// `name` is made below both `mounts`, which are of one cluster. The lock is a file beside it.
+    pub fn new(mounts: [&Path; 2], name: &str) -> Self {
+        let lock = |mount: &Path| {
+            let options = OpenOptions::new().read(true).write(true).create(true).truncate(false).clone();
+            options.open(mount.join("lock")).expect("open the lock")
+        };
+        let first = (RealTree::new(mounts[0].join(name)), lock(mounts[0]));
+        let second = (RealTree::seen_at(mounts[1].join(name)), lock(mounts[1]));
+        Self { sides: [first, second], count: 0 }
+    }
+}
+
+impl System for InTurn {
+    fn apply(&mut self, op: &Op) -> Result<Answer, i32> {
+        let (tree, lock) = &mut self.sides[Self::TURNS[self.count % Self::TURNS.len()]];
+        self.count += 1;
+        sys::flock(lock, libc::LOCK_EX).expect("lock");
+        let answer = tree.apply(op);
+        sys::flock(lock, libc::LOCK_UN).expect("unlock");
+        answer
     }
 }

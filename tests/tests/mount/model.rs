@@ -4,7 +4,7 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 
 use holdfast_tests::{
     cluster::Cluster,
-    model::{DirectTree, Memory, RealTree, check, ops},
+    model::{DirectTree, InTurn, Memory, RealTree, check, ops},
 };
 use proptest::{
     prelude::*,
@@ -28,6 +28,20 @@ fn random_operations_on_a_mount_are_answered_as_the_model_says() {
     let outcome = runner.run(&ops(50), |ops| {
         let root = mount.join(format!("round-{}", rounds.fetch_add(1, Ordering::Relaxed)));
         check(&mut Memory::default(), &mut RealTree::new(root), &ops)
+    });
+    outcome.unwrap_or_else(|failure| panic!("{failure}"));
+}
+
+/// "What is done under one lock, on whichever mounts, is as if there were one mount."
+#[test]
+fn random_operations_on_two_mounts_under_a_lock_are_answered_as_the_model_says() {
+    let cluster = Cluster::start();
+    let (a, b) = (cluster.mount(), cluster.mount());
+    let rounds = AtomicUsize::new(0);
+    let mut runner = TestRunner::new(config(100));
+    let outcome = runner.run(&ops(50), |ops| {
+        let name = format!("round-{}", rounds.fetch_add(1, Ordering::Relaxed));
+        check(&mut Memory::default(), &mut InTurn::new([a.path(), b.path()], &name), &ops)
     });
     outcome.unwrap_or_else(|failure| panic!("{failure}"));
 }
