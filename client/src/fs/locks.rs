@@ -27,6 +27,15 @@ pub struct LockAsk {
     pub pid: u32,
 }
 
+/// Somebody who has asked for fcntl locks on a file.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Owner {
+    /// Under which the metadata server knows him.
+    id: u64,
+    /// It was seen that he is a process.
+    is_process: bool,
+}
+
 impl LockAsk {
     /// What cannot be told apart excludes both kinds of locks. A flock is always of the whole file.
     fn classes(&self) -> &'static [LockClass] {
@@ -96,10 +105,14 @@ impl Fs {
             LockClass::Description | LockClass::Flock => handle.0,
             LockClass::Process => {
                 let mut owners = self.lock_owners.lock();
-                let known = owners.get(&(ino, ask.process)).copied();
+                let known = owners.get(&(ino, ask.process)).map(|owner| owner.id);
                 let owner = match (known, ask.kind) {
                     (Some(owner), _) => owner,
-                    (None, Some(_)) => *owners.entry((ino, ask.process)).or_insert(self.new_handle().0),
+                    (None, Some(_)) => {
+                        let id = self.new_handle().0;
+                        owners.insert((ino, ask.process), Owner { id, is_process: ask.class.is_some() });
+                        id
+                    }
                     (None, None) => return None,
                 };
                 if ask.kind.is_some() {
@@ -164,7 +177,7 @@ impl Fs {
         let owner = match class {
             LockClass::Description | LockClass::Flock => handle.0,
             // Who holds nothing is somebody whom nobody knows.
-            LockClass::Process => self.lock_owners.lock().get(&(ino, ask.process)).copied().unwrap_or(0),
+            LockClass::Process => self.lock_owners.lock().get(&(ino, ask.process)).map_or(0, |owner| owner.id),
         };
         let wish = LockWish { class, owner, range: ask.range, kind: ask.kind, pid: ask.pid };
         self.shared.meta.test_lock(ino, &wish).await
@@ -194,10 +207,15 @@ impl Fs {
         futures_util::future::try_join_all(store).await.map(drop)
     }
 
+    /// Has the process that the kernel calls so asked for locks on the file since it last closed it?
+    pub fn has_process_locked(&self, ino: Ino, process: u64) -> bool {
+        self.lock_owners.lock().get(&(ino, process)).is_some_and(|owner| owner.is_process)
+    }
+
     /// The process closes a descriptor of the file: its locks of that file are to go, through whichever descriptor it took them.
     /// From here on a process of the same name in the kernel is another one.
     pub(super) fn take_lock_owner(&self, ino: Ino, process: u64) -> Option<u64> {
-        self.lock_owners.lock().remove(&(ino, process))
+        self.lock_owners.lock().remove(&(ino, process)).map(|owner| owner.id)
     }
 
     pub(super) async fn unlock_process(&self, inode: &Arc<Inode>, owner: Option<u64>) {
@@ -215,7 +233,7 @@ impl Fs {
         let owners = std::mem::take(&mut *file.locks.lock());
         for owner in owners {
             if self.shared.meta.holds_lock(file.inode.ino, LockClass::Process, owner) {
-                self.lock_owners.lock().retain(|_, known| *known != owner);
+                self.lock_owners.lock().retain(|_, known| known.id != owner);
                 self.unlock_owner(&file.inode, LockClass::Process, owner).await;
             }
         }

@@ -149,7 +149,7 @@ pub struct Fs {
     kernel_versions: Mutex<HashMap<Ino, u64>>,
     releases: Releases,
     /// Processes that have locks, by file and the kernel's name, and as the metadata server knows them.
-    lock_owners: Mutex<HashMap<(Ino, u64), u64>>,
+    lock_owners: Mutex<HashMap<(Ino, u64), locks::Owner>>,
     plain: Plain,
     told: Told,
     accesses: Accesses,

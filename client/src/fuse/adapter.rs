@@ -9,7 +9,11 @@ use fuser::{
     ReplyDirectoryPlus, ReplyEmpty, ReplyEntry, ReplyIoctl, ReplyLock, ReplyLseek, ReplyOpen, ReplyPoll, ReplyStatfs,
     ReplyWrite, ReplyXattr, Request, TimeOrNow, WriteFlags,
 };
-use holdfast_common::{Attr, DirEntry, Ino, Kind, locks::LockRange, wire::meta::SetAttr};
+use holdfast_common::{
+    Attr, DirEntry, Ino, Kind,
+    locks::{LockClass, LockRange},
+    wire::meta::SetAttr,
+};
 
 use super::{
     caller, convert,
@@ -182,8 +186,20 @@ fn handle(handle: Fh) -> FileHandle {
     FileHandle(handle.0)
 }
 
-async fn lock_ask(caller: u32, owner: LockOwner, range: (u64, u64), kind: i32, pid: u32) -> FsResult<LockAsk> {
-    let class = caller::lock_class(caller).await;
+async fn lock_ask(
+    fs: &Fs,
+    ino: Ino,
+    caller: u32,
+    owner: LockOwner,
+    range: (u64, u64),
+    kind: i32,
+    pid: u32,
+) -> FsResult<LockAsk> {
+    // The kernel calls processes and open files by different names, and a process by its own until it closes the file.
+    let class = match fs.has_process_locked(ino, owner.0) {
+        true => Some(LockClass::Process),
+        false => caller::lock_class(caller).await,
+    };
     let kind = convert::lock_kind(kind)?;
     Ok(LockAsk { class, process: owner.0, range: LockRange { first: range.0, last: range.1 }, kind, pid })
 }
@@ -485,8 +501,9 @@ impl Filesystem for Adapter {
         reply: ReplyLock,
     ) {
         let (fs, ino, file, caller) = (self.fs.clone(), convert::ino(ino), handle(file), request.pid());
-        let work =
-            async move { fs.test_lock(ino, file, lock_ask(caller, owner, (start, end), kind, pid).await?).await };
+        let work = async move {
+            fs.test_lock(ino, file, lock_ask(&fs, ino, caller, owner, (start, end), kind, pid).await?).await
+        };
         let own = self.fs.session();
         self.dispatcher.run(answer("getlk", request), work, move |result| match result {
             Ok(None) => reply.locked(start, end, libc::F_UNLCK, 0),
@@ -517,7 +534,7 @@ impl Filesystem for Adapter {
         let (fs, ino, file, caller) = (self.fs.clone(), convert::ino(ino), handle(file), request.pid());
         let operation = Operation { name: "setlk", patience: Patience::Endless, caller };
         let work = async move {
-            let ask = lock_ask(caller, owner, (start, end), kind, pid).await?;
+            let ask = lock_ask(&fs, ino, caller, owner, (start, end), kind, pid).await?;
             let process = caller::process_of(caller);
             let is_foreign = |thread: u32| process.is_some_and(|own| caller::is_of_another_process(thread, own));
             fs.set_lock(ino, file, ask, sleep, caller::interrupted(caller), &is_foreign).await?;

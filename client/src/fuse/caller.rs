@@ -12,6 +12,8 @@ const LOOK_EVERY: Duration = Duration::from_millis(50);
 /// As that grows, for one that waits for long.
 const LOOK_EVERY_MAX: Duration = Duration::from_millis(400);
 /// A caller may not have gone to sleep yet when its request is read: then it has to be looked at again.
+/// Mostly it is asleep at the second look.
+const RUNNING_LOOKS: u32 = 10;
 const RUNNING_PAUSE: Duration = Duration::from_millis(1);
 
 /// Numbers of flock and fcntl among the system calls of 32-bit programs (i386, arm), for which /proc shows those. A 64-bit program that
@@ -21,10 +23,18 @@ const COMPAT_FCNTL: [i64; 2] = [55, 221];
 
 /// Which kind of lock the thread asks for. `None` when it cannot be seen (another PID namespace, no right to look).
 pub(super) async fn lock_class(thread: u32) -> Option<LockClass> {
+    let mut looks = 0;
     loop {
         match fs::read_to_string(format!("/proc/{thread}/syscall")) {
             // It has sent its request and is about to wait.
-            Ok(line) if line.trim() == "running" => tokio::time::sleep(RUNNING_PAUSE).await,
+            Ok(line) if line.trim() == "running" => {
+                looks += 1;
+                if looks < RUNNING_LOOKS {
+                    std::thread::yield_now();
+                } else {
+                    tokio::time::sleep(RUNNING_PAUSE).await;
+                }
+            }
             Ok(line) => return class_in(&line),
             Err(error) => {
                 tracing::debug!(thread, %error, "it cannot be seen whether a lock is a flock: it counts as both kinds");
