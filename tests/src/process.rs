@@ -2,7 +2,7 @@
 
 use std::{
     fs::{self, File, OpenOptions},
-    io,
+    io::{self, Write},
     path::{Path, PathBuf},
     process::{Child, Command, ExitStatus, Stdio},
     sync::{OnceLock, mpsc},
@@ -60,6 +60,8 @@ pub struct Process {
     environment: Vec<(String, String)>,
     log: PathBuf,
     child: Mutex<Option<Child>>,
+    /// Waits to become the next one, see [`Process::start`].
+    spare: Mutex<Option<Child>>,
 }
 
 impl Process {
@@ -72,6 +74,7 @@ impl Process {
             environment: vec![("RUST_BACKTRACE".into(), "0".into())],
             log,
             child: Mutex::new(None),
+            spare: Mutex::new(None),
         }
     }
 
@@ -79,18 +82,31 @@ impl Process {
         &self.name
     }
 
+    /// A test may have files of a mount open, with bytes that are not stored. A process that is made then closes its copies of
+    /// them before it becomes another program, and that waits for the very server that is to be started. So each start
+    /// leaves a shell behind that has done so already, and becomes the program at the next.
     pub fn start(&self) {
         let mut child = self.child.lock();
         assert!(child.is_none(), "{} runs already", self.name);
+        let mut next = self.spare.lock().take().unwrap_or_else(|| self.wait_for_start());
+        let mut start = next.stdin.take().expect("its input is a pipe");
+        start.write_all(b"start\n").unwrap_or_else(|error| panic!("start {}: {error}", self.name));
+        *child = Some(next);
+        *self.spare.lock() = Some(self.wait_for_start());
+    }
+
+    fn wait_for_start(&self) -> Child {
         let output = self.open_log();
-        let mut command = Command::new(&self.program);
+        let mut command = Command::new("sh");
         command
+            .args(["-c", "read -r start && exec \"$0\" \"$@\" < /dev/null"])
+            .arg(&self.program)
             .args(&self.arguments)
             .envs(self.environment.iter().map(|(key, value)| (key, value)))
-            .stdin(Stdio::null())
+            .stdin(Stdio::piped())
             .stdout(output.try_clone().expect("a log can be duplicated"))
             .stderr(output);
-        *child = Some(spawn(command).unwrap_or_else(|error| panic!("start {}: {error}", self.name)));
+        spawn(command).unwrap_or_else(|error| panic!("start {}: {error}", self.name))
     }
 
     fn open_log(&self) -> File {
@@ -177,5 +193,9 @@ impl Process {
 impl Drop for Process {
     fn drop(&mut self) {
         self.kill();
+        if let Some(mut spare) = self.spare.get_mut().take() {
+            // It has nothing to lose, and dies with its input anyway.
+            drop((spare.kill(), spare.wait()));
+        }
     }
 }

@@ -14,6 +14,7 @@ use bytes::Bytes;
 use futures_util::{StreamExt, stream::FuturesUnordered};
 use holdfast_common::{
     Block, BlockHash, Epoch, Refusal, ServerId,
+    cluster::{ClusterMap, ServerInfo, ServerState},
     limits::{BLOCK_SIZE_MAX, HASH_LIST_MAX, PUT_BATCH_MAX, REPLICAS, REPLICAS_MIN},
     net::{
         CallError, Endpoint, Frame, Peers,
@@ -126,7 +127,8 @@ impl BlockClient {
             if puts.iter().all(|put| put.holders.len() >= REPLICAS_MIN) {
                 return Ok(puts.into_iter().map(|put| put.holders).collect());
             }
-            if puts.iter().any(|put| put.holders.len() < REPLICAS_MIN && put.refused_full >= REPLICAS_MIN) {
+            let map = self.meta.map();
+            if puts.iter().any(|put| put.holders.len() < REPLICAS_MIN && put.found_full(&map) >= REPLICAS_MIN) {
                 error!("the storage servers are full");
                 return Err(Errno(libc::ENOSPC));
             }
@@ -458,6 +460,13 @@ enum PutTrouble {
 impl<'a> PutState<'a> {
     fn new(block: &'a Block) -> Self {
         Self { block, holders: Vec::with_capacity(REPLICAS), tried: Vec::with_capacity(REPLICAS), refused_full: 0 }
+    }
+
+    /// Servers that refused for want of room, or were not even asked because they have said that they have none.
+    fn found_full(&self, map: &ClusterMap) -> usize {
+        let is_full = |server: &&ServerInfo| server.state == ServerState::Up && server.weight == 0;
+        let unasked = map.servers.iter().filter(is_full).filter(|server| !self.tried.contains(&server.id));
+        self.refused_full + unasked.count()
     }
 
     fn learn(&mut self, server: ServerId, result: Result<Holder, PutTrouble>) {
