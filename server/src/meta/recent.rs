@@ -32,10 +32,6 @@ impl Recent {
         Self { entries: VecDeque::new(), complete_after: (applied, now), through: applied }
     }
 
-    pub fn through(&self) -> Position {
-        self.through
-    }
-
     /// In the order of their positions.
     pub fn note(&mut self, position: Position, session: SessionId, changes: Vec<Change>, now: Duration) {
         self.through = position;
