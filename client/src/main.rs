@@ -2,6 +2,10 @@
 
 use std::process::ExitCode;
 
+/// Keeps the pages of freed blocks of 1 MiB for the next ones, where the C library gives them back to the kernel at once.
+#[global_allocator]
+static ALLOCATOR: mimalloc::MiMalloc = mimalloc::MiMalloc;
+
 fn main() -> ExitCode {
     holdfast_client::cli::main(std::env::args_os().collect())
 }

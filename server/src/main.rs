@@ -13,6 +13,10 @@ use holdfast_common::{
 use holdfast_server::{meta, storage};
 use tokio::signal::unix::{SignalKind, signal};
 
+/// Keeps the pages of freed blocks of 1 MiB for the next ones, where the C library gives them back to the kernel at once.
+#[global_allocator]
+static ALLOCATOR: mimalloc::MiMalloc = mimalloc::MiMalloc;
+
 /// The daemons of Holdfast, a distributed filesystem.
 #[derive(Parser)]
 #[command(name = "holdfastd", version)]
