@@ -3,9 +3,7 @@
 use holdfast_common::{
     Attr, Ino, Kind, Position,
     limits::FILE_SIZE_MAX,
-    wire::meta::{
-        FileCommit, MetaAnswer, Mutated, NewInode, Op, Query, RenameMode, SetAttr, StatFs, UMASK_SHIFT, XattrMode,
-    },
+    wire::meta::{MetaAnswer, Mutated, NewInode, Op, Query, RenameMode, SetAttr, StatFs, UMASK_SHIFT, XattrMode},
 };
 use tracing::error;
 
@@ -236,7 +234,8 @@ impl Fs {
         }
     }
 
-    /// fallocate(2) with its `mode` bits. Space is checked, not reserved: a block is stored only when it is written.
+    /// fallocate(2) with its `mode` bits, as far as they make zeroes. Preallocation is refused: what is written later is stored
+    /// anew, whatever was set aside, so the promise that it cannot meet a full disk could not be kept.
     pub async fn fallocate(&self, ino: Ino, _handle: FileHandle, offset: u64, length: u64, mode: i32) -> FsResult<()> {
         const HOLE: i32 = libc::FALLOC_FL_PUNCH_HOLE | libc::FALLOC_FL_KEEP_SIZE;
         const ZERO_KEEP: i32 = libc::FALLOC_FL_ZERO_RANGE | libc::FALLOC_FL_KEEP_SIZE;
@@ -246,36 +245,9 @@ impl Fs {
             return Err(Errno(libc::EFBIG));
         }
         match mode {
-            0 => self.extend(ino, end.unwrap_or(0), length).await,
             HOLE | ZERO_KEEP => self.punch(ino, offset, length, false).await,
             libc::FALLOC_FL_ZERO_RANGE => self.punch(ino, offset, length, true).await,
             _ => Err(Errno(libc::EOPNOTSUPP)),
-        }
-    }
-
-    async fn extend(&self, ino: Ino, end: u64, length: u64) -> FsResult<()> {
-        if self.statfs().await?.free_bytes < length {
-            return Err(Errno(libc::ENOSPC));
-        }
-        if let Some(inode) = self.inode(ino) {
-            self.settle(&inode).await?;
-        }
-        // A commit of nothing grows the file to `end`, whatever another mount has done to its size meanwhile.
-        let mtime = self.shared.clock.now();
-        let pieces = Vec::new();
-        let file = FileCommit { ino, pieces, size_at_least: end, mtime, clear_suid: false, only_over: Vec::new() };
-        let applied = self.shared.meta.mutate(Op::Commit { files: vec![file], blocks: Vec::new() }, false).await?;
-        match applied.outcome {
-            Mutated::Committed(files) => {
-                let attr = match files[..] {
-                    [Ok(attr)] => attr,
-                    [Err(refusal)] => return Err(Errno(refusal.errno())),
-                    _ => return Err(Errno(libc::EIO)),
-                };
-                self.changed(ino, attr, applied.position);
-                Ok(())
-            }
-            other => Err(unanswered(&other)),
         }
     }
 

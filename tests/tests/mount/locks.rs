@@ -461,6 +461,38 @@ fn a_counter_under_a_lock_loses_no_count_on_two_mounts() {
     assert_eq!(total, (4 * ROUNDS).to_string());
 }
 
+/// As Samba's ping_pong does with which administrators try the locks of cluster filesystems: each process takes the next byte's
+/// lock before it lets the last one go, round and round, and counts every byte up while it holds its lock. One lock more than
+/// processes: somebody can always go on, so nobody may hear of a deadlock.
+#[test]
+fn processes_that_chase_each_other_around_a_ring_of_locks_never_stop_or_miscount() {
+    const PROCESSES: usize = 3;
+    const STEPS: usize = 80;
+    let pair = Pair::start();
+    let ring = PROCESSES + 1;
+    fs::write(pair.a.join("ring"), "000 ".repeat(ring)).expect("write");
+    let chasers: Vec<_> = (0..PROCESSES)
+        .map(|number| {
+            let path = if number % 2 == 0 { pair.a.join("ring") } else { pair.b.join("ring") };
+            thread::spawn(move || {
+                let mut chaser = Locker::on(&path);
+                let at = |step: usize| (step % ring) as u64 * 4;
+                chaser.ok(&wait_for(at(0), 3));
+                for step in 0..STEPS {
+                    chaser.ok(&wait_for(at(step + 1), 3));
+                    let count: usize = chaser.ok(&format!("read f {} 3", at(step))).parse().expect("a count");
+                    chaser.ok(&format!("write f {} {:03}", at(step), count + 1));
+                    chaser.ok(&let_go(at(step), 3));
+                }
+                chaser.ok(&let_go(0, 0));
+            })
+        })
+        .collect();
+    chasers.into_iter().for_each(|chaser| chaser.join().expect("a chaser got around"));
+    let counted = fs::read_to_string(pair.b.join("ring")).expect("read");
+    assert_eq!(counted, format!("{:03} ", PROCESSES * STEPS / ring).repeat(ring));
+}
+
 /// "Locks outlive a restart of the metadata server, and who waits goes on waiting."
 #[test]
 fn locks_outlive_the_metadata_server_and_waiters_go_on_waiting() {

@@ -63,32 +63,6 @@ fn the_first_and_the_last_second_that_a_time_can_have_are_times_like_others() {
     assert_eq!(fs::metadata(mount.join("file-0")).expect("stat").mtime(), i64::MIN);
 }
 
-#[test]
-fn a_directory_of_many_entries_lists_each_of_them_once() {
-    let entries = if std::env::var_os("HOLDFAST_LONG_TESTS").is_some() { 100_000 } else { 20_000 };
-    let cluster = Cluster::start();
-    let mount = cluster.mount();
-    fs::create_dir(mount.join("many")).expect("mkdir");
-    thread::scope(|scope| {
-        for part in 0..4 {
-            let folder = mount.join("many");
-            scope.spawn(move || {
-                for number in (part..entries).step_by(4) {
-                    File::create(folder.join(format!("entry-{number}"))).expect("create");
-                }
-            });
-        }
-    });
-    mount.remount();
-    let mut seen = BTreeSet::new();
-    for entry in fs::read_dir(mount.join("many")).expect("list") {
-        assert!(seen.insert(entry.expect("list").file_name()), "listed twice");
-    }
-    assert_eq!(seen.len(), entries);
-    assert!(fs::metadata(mount.join("many/entry-17")).expect("stat").is_file());
-    assert_eq!(errno(fs::remove_dir(mount.join("many"))), libc::ENOTEMPTY);
-}
-
 /// "A directory that changes while it is listed shows every entry that was there throughout, once."
 #[test]
 fn a_directory_that_changes_while_it_is_listed_shows_every_entry_that_stays() {

@@ -7,7 +7,7 @@ use std::{fs, path::Path, time::Duration};
 use holdfast_tests::{
     cluster::{self, Cluster},
     mount::Mount,
-    shell, sys,
+    shell, sys, wait,
 };
 
 fn is_long() -> bool {
@@ -201,4 +201,50 @@ fn postgresql_keeps_every_committed_row_when_it_is_killed() {
     let said = run(mount.path(), &script);
     assert!(said.contains("all rows are there"), "{said}");
     assert!(!mount.process().log().contains("panicked"));
+}
+
+/// "PostgreSQL's data can move to another mount, also when the first one died under it; two cannot use them at once."
+#[test]
+fn postgresql_moves_from_one_mount_to_another_with_every_row() {
+    if !Path::new("/usr/lib/postgresql").exists() || !sys::is_root() {
+        eprintln!("SKIPPED: postgresql is not installed (scripts/test does that), or this is not root");
+        return;
+    }
+    let (cluster, sockets) = (Cluster::start(), cluster::temp_dir());
+    let (a, b) = (cluster.mount_with(&["allow_other"]), cluster.mount_with(&["allow_other"]));
+    let environment = format!("export SOCKETS={} {POSTGRES}", sockets.path().display());
+    let on = |mount: &Mount, script: &str| run(mount.path(), &format!("{environment}\n{script}"));
+    on(
+        &a,
+        "chmod 755 $SOCKETS; chown postgres $SOCKETS .
+         pg initdb -D data --data-checksums > /dev/null
+         start
+         pg createdb bench && pg pgbench -q -i -s 2 bench > /dev/null 2>&1
+         pg pgbench -T 3 -c 4 bench > /dev/null 2>&1
+         pg psql -Atc 'select count(*) from pgbench_history' bench > $SOCKETS/committed",
+    );
+    // While it runs on one mount, the other refuses: the file with the postmaster's process is seen there.
+    let refused = on(&b, "pg pg_ctl -D data -w -t 5 -o \"-k $SOCKETS/other -h ''\" start 2>&1 && exit 1 || true");
+    assert!(refused.contains("could not start") || refused.contains("another server might be running"), "{refused}");
+    let processes = on(&b, "postmaster=$(head -1 data/postmaster.pid); echo $postmaster $(pgrep -P $postmaster)");
+    let processes: Vec<u32> = processes.split_whitespace().map(|pid| pid.parse().expect("a process")).collect();
+    a.kill();
+    for process in &processes {
+        sys::kill(*process, libc::SIGKILL);
+    }
+    wait::until("its processes are gone", Duration::from_secs(30), || !processes.iter().any(|pid| sys::kill(*pid, 0)));
+    let said = on(
+        &b,
+        "trap 'pg pg_ctl -D data -m immediate stop > /dev/null 2>&1 || true' EXIT
+         start
+         found=$(pg psql -Atc 'select count(*) from pgbench_history' bench)
+         [ \"$found\" = \"$(cat $SOCKETS/committed)\" ] || { echo \"$found rows\"; exit 1; }
+         pg psql -Atc 'select abs(sum(a.abalance) - (select sum(bbalance) from pgbench_branches)) from pgbench_accounts a' bench | grep -qx 0
+         pg pgbench -T 2 -c 2 bench > /dev/null 2>&1
+         pg pg_ctl -D data -m fast stop > /dev/null
+         pg pg_checksums --check -D data | grep -q 'Bad checksums:  0'
+         trap - EXIT
+         echo all rows are there",
+    );
+    assert!(said.contains("all rows are there"), "{said}");
 }
