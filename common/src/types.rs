@@ -123,6 +123,8 @@ pub mod mode {
     pub const HAS_DEFAULT_LIST: u32 = 1 << 17;
     /// `security.capability`.
     pub const HAS_CAPABILITY: u32 = 1 << 18;
+    /// It was made without a name, and may be given one.
+    pub const IS_LINKABLE: u32 = 1 << 19;
 }
 
 /// A run of a chunk's bytes that one block holds: bytes `block_offset..block_offset+length` of `block`

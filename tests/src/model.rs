@@ -7,5 +7,7 @@ mod real;
 
 pub use direct::DirectTree;
 pub use memory::Memory;
-pub use ops::{Answer, Op, RenameKind, Shape, System, check, ops, payload};
+pub use ops::{
+    Answer, Op, RECENT, RenameKind, SLOTS, Shape, System, Time, XattrKind, check, check_answers, data_ops, ops, payload,
+};
 pub use real::{InTurn, RealTree};

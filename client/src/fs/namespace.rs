@@ -17,6 +17,12 @@ pub(super) struct Made {
     pub position: Position,
 }
 
+pub(super) fn new_inode(caller: Caller, request: MakeRequest) -> NewInode {
+    let MakeRequest { kind, mode, rdev, target } = request;
+    let mode = mode | (caller.umask & 0o777) << UMASK_SHIFT;
+    NewInode { kind, mode, uid: caller.uid, gid: caller.gid, rdev, target }
+}
+
 impl Fs {
     pub async fn lookup(&self, parent: Ino, name: &[u8]) -> FsResult<Attr> {
         match self.shared.meta.query(Query::Lookup { parent, name: name.to_vec() }).await? {
@@ -92,10 +98,10 @@ impl Fs {
         exclusive: bool,
         open: bool,
     ) -> FsResult<Made> {
-        let MakeRequest { kind, mode, rdev, target } = request;
-        let mode = mode | (caller.umask & 0o777) << UMASK_SHIFT;
-        let new = NewInode { kind, mode, uid: caller.uid, gid: caller.gid, rdev, target };
-        let op = Op::Make { parent, name: name.to_vec(), new, exclusive, open };
+        self.made(Op::Make { parent, name: name.to_vec(), new: new_inode(caller, request), exclusive, open }).await
+    }
+
+    pub(super) async fn made(&self, op: Op) -> FsResult<Made> {
         let applied = self.shared.meta.mutate(op, false).await?;
         self.told.note(&applied.directories);
         match applied.outcome {

@@ -9,8 +9,8 @@ use std::{
 };
 
 use holdfast_common::{
-    Attr, ChunkIndex, Ino, Kind,
-    wire::meta::{MetaAnswer, SetAttr},
+    Attr, ChunkIndex, Ino, Kind, Position,
+    wire::meta::{MetaAnswer, Op, SetAttr},
 };
 use parking_lot::Mutex;
 use tokio::sync::Notify;
@@ -18,7 +18,7 @@ use tokio::sync::Notify;
 use super::{
     Caller, Errno, FileHandle, Fs, FsResult, MakeRequest, Opened,
     inode::{Inode, PAGES_UNKNOWN},
-    namespace::Made,
+    namespace::{Made, new_inode},
     shared::Urgency,
 };
 use crate::{
@@ -158,6 +158,20 @@ impl Fs {
         if !created {
             return self.open_existing(caller, attr, flags).await;
         }
+        Ok((attr, self.opened_new(attr, position, flags)))
+    }
+
+    /// `O_TMPFILE`: a file that has no name in `parent`, and gets one only by `link`, unless `flags` have `O_EXCL`.
+    pub async fn create_unnamed(&self, caller: Caller, parent: Ino, mode: u32, flags: i32) -> FsResult<(Attr, Opened)> {
+        let request = MakeRequest { kind: Kind::File, mode, rdev: 0, target: Vec::new() };
+        let linkable = flags & libc::O_EXCL == 0;
+        let op = Op::MakeUnnamed { parent, new: new_inode(caller, request), linkable };
+        let Made { attr, position, .. } = self.made(op).await?;
+        Ok((attr, self.opened_new(attr, position, flags)))
+    }
+
+    /// The server has just made it, and knows that it is open.
+    fn opened_new(&self, attr: Attr, position: Position, flags: i32) -> Opened {
         self.shared.meta.opened(attr.ino);
         let inode = Inode::new(attr, KnownMap::empty(attr.data_version), attr.data_version);
         {
@@ -167,7 +181,7 @@ impl Fs {
             state.opens += 1;
         }
         self.inodes.lock().insert(attr.ino, Arc::clone(&inode));
-        Ok((attr, self.opened(inode, flags, true)))
+        self.opened(inode, flags, true)
     }
 
     /// Someone else made the name between the kernel's lookup and the create.

@@ -299,6 +299,13 @@ pub enum Op {
         files: Vec<(Ino, Time)>,
         always: bool,
     },
+    /// `O_TMPFILE`: a file without a name, open by this session, that inherits from the directory `parent` as one made there would.
+    /// If it is `linkable`, `Link` gives it a name, until that is its last.
+    MakeUnnamed {
+        parent: Ino,
+        new: NewInode,
+        linkable: bool,
+    },
 }
 
 impl Op {
@@ -319,6 +326,7 @@ impl Op {
     pub fn grows(&self) -> bool {
         match self {
             Self::Make { .. }
+            | Self::MakeUnnamed { .. }
             | Self::Link { .. }
             | Self::SetXattr { .. }
             | Self::CopyRange { .. }

@@ -83,6 +83,8 @@ pub fn changes_of(op: &Op, outcome: &Mutated) -> Vec<Change> {
         Op::SetXattr { ino, .. } | Op::RemoveXattr { ino, .. } => changes.push(Change::Inode(*ino)),
         // Who has read a file has not changed it.
         Op::Accessed { .. } => {}
+        // Nothing leads to it that could be in a cache.
+        Op::MakeUnnamed { .. } => {}
         Op::Commit { .. } | Op::Append { .. } | Op::SetAttr { .. } | Op::CopyRange { .. } | Op::Punch { .. } => {}
     }
     match outcome {

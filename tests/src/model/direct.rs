@@ -15,16 +15,17 @@ use holdfast_client::{
 use holdfast_common::{
     Attr, Ino, Kind,
     clock::SystemClock,
+    mode::PERMISSIONS,
     net::{
         Endpoint,
         identity::{NodeName, Role},
         quic::{NetOptions, Node},
         tls::Credentials,
     },
-    wire::meta::{RenameMode, SetAttr},
+    wire::meta::{RenameMode, SetAttr, SetTime, XattrMode},
 };
 
-use super::{Answer, Op, RenameKind, Shape, System, payload};
+use super::{Answer, Op, RECENT, RenameKind, SLOTS, Shape, System, Time, XattrKind, payload};
 
 const CALLER: Caller = Caller { uid: 0, gid: 0, pid: 1, umask: 0 };
 /// No operation of a test may take longer.
@@ -40,7 +41,10 @@ pub struct DirectTree {
     fs: Arc<Fs>,
     runtime: tokio::runtime::Handle,
     root: Ino,
+    held: Held,
 }
+
+type Held = [Option<(Ino, FileHandle)>; SLOTS];
 
 /// Where a name is, or would be.
 struct Place {
@@ -77,7 +81,7 @@ impl DirectTree {
             });
         });
         let (fs, runtime) = receiver.recv().expect("the connection is made");
-        Self { fs, runtime, root: Ino::ROOT }
+        Self { fs, runtime, root: Ino::ROOT, held: Held::default() }
     }
 
     /// The same filesystem below a new directory of its root.
@@ -85,7 +89,22 @@ impl DirectTree {
         let request = MakeRequest { kind: Kind::Directory, mode: 0o755, rdev: 0, target: Vec::new() };
         let (fs, name) = (Arc::clone(&self.fs), name.to_owned());
         let made = self.wait(async move { fs.make(CALLER, Ino::ROOT, name.as_bytes(), request).await });
-        Self { root: made.expect("make the root of the comparison").ino, ..self.clone() }
+        Self { root: made.expect("make the root of the comparison").ino, held: Held::default(), ..self.clone() }
+    }
+
+    /// A file without a name in the root, with `content`; then it gets the name, if there is one.
+    pub fn make_unnamed(&self, content: &'static [u8], name: Option<&str>) -> Result<Ino> {
+        let (this, name) = (self.clone(), name.map(str::to_owned));
+        self.wait(async move {
+            let (attr, opened) = this.fs.create_unnamed(CALLER, this.root, 0o600, libc::O_RDWR).await?;
+            this.fs.write(CALLER, attr.ino, opened.handle, 0, Bytes::from_static(content)).await?;
+            this.fs.fsync(attr.ino, opened.handle, false).await?;
+            if let Some(name) = name {
+                this.fs.link(attr.ino, this.root, name.as_bytes()).await?;
+            }
+            this.close(attr.ino, opened.handle).await?;
+            Ok(attr.ino)
+        })
     }
 
     fn wait<T: Send + 'static>(&self, future: impl Future<Output = T> + Send + 'static) -> T {
@@ -131,8 +150,54 @@ impl DirectTree {
         match attr.kind {
             Kind::Directory => Err(Errno(libc::EISDIR)),
             Kind::Symlink => Err(Errno(libc::ELOOP)),
+            Kind::Socket => Err(Errno(libc::ENXIO)),
             _ => Ok(attr),
         }
+    }
+
+    async fn hold(&mut self, slot: usize, path: &str) -> Result<Answer> {
+        self.drop_held(slot).await?;
+        let attr = self.file(path).await?;
+        let handle = self.fs.open(CALLER, attr.ino, libc::O_RDWR).await?.handle;
+        self.held[slot] = Some((attr.ino, handle));
+        Ok(Answer::Done)
+    }
+
+    async fn drop_held(&mut self, slot: usize) -> Result<Answer> {
+        if let Some((ino, handle)) = self.held[slot].take() {
+            self.close(ino, handle).await?;
+        }
+        Ok(Answer::Done)
+    }
+
+    fn held(&self, slot: usize) -> Result<(Ino, FileHandle)> {
+        self.held[slot].ok_or(Errno(libc::EBADF))
+    }
+
+    /// Links and special files have no attributes of users, which the kernel knows.
+    async fn with_xattrs(&self, path: &str, otherwise: i32) -> Result<Attr> {
+        let attr = self.find(path).await?;
+        if matches!(attr.kind, Kind::File | Kind::Directory) { Ok(attr) } else { Err(Errno(otherwise)) }
+    }
+
+    async fn set_xattr(&self, path: &str, name: &str, value: &[u8], kind: XattrKind) -> Result<Answer> {
+        let attr = self.with_xattrs(path, libc::EPERM).await?;
+        let mode = match kind {
+            XattrKind::Set => XattrMode::Set,
+            XattrKind::Create => XattrMode::Create,
+            XattrKind::Replace => XattrMode::Replace,
+        };
+        self.fs.setxattr(attr.ino, name.as_bytes(), value, mode).await?;
+        Ok(Answer::Done)
+    }
+
+    async fn list_xattrs(&self, path: &str) -> Result<Answer> {
+        let attr = self.find(path).await?;
+        let names = self.fs.listxattr(attr.ino).await?;
+        let mut names: Vec<String> =
+            names.into_iter().map(|name| String::from_utf8(name).expect("test names are UTF-8")).collect();
+        names.sort();
+        Ok(Answer::Names(names))
     }
 
     async fn close(&self, ino: Ino, handle: FileHandle) -> Result<()> {
@@ -163,6 +228,12 @@ impl DirectTree {
     async fn read(&self, path: &str, offset: u64, length: usize) -> Result<Answer> {
         let ino = self.file(path).await?.ino;
         let handle = self.fs.open(CALLER, ino, libc::O_RDONLY).await?.handle;
+        let bytes = self.read_open(ino, handle, offset, length).await?;
+        self.close(ino, handle).await?;
+        Ok(Answer::Bytes(bytes))
+    }
+
+    async fn read_open(&self, ino: Ino, handle: FileHandle, offset: u64, length: usize) -> Result<Vec<u8>> {
         let mut bytes = Vec::new();
         while bytes.len() < length {
             let size = u32::try_from(length - bytes.len()).unwrap_or(READ_SIZE).min(READ_SIZE);
@@ -172,14 +243,12 @@ impl DirectTree {
                 break;
             }
         }
-        self.close(ino, handle).await?;
-        Ok(Answer::Bytes(bytes))
+        Ok(bytes)
     }
 
-    async fn punch(&self, path: &str, offset: u64, length: u64) -> Result<Answer> {
+    async fn fallocate(&self, path: &str, mode: i32, offset: u64, length: u64) -> Result<Answer> {
         let ino = self.file(path).await?.ino;
         let handle = self.fs.open(CALLER, ino, libc::O_WRONLY).await?.handle;
-        let mode = libc::FALLOC_FL_PUNCH_HOLE | libc::FALLOC_FL_KEEP_SIZE;
         let punched = self.fs.fallocate(ino, handle, offset, length, mode).await;
         self.close(ino, handle).await?;
         punched.map(|()| Answer::Done)
@@ -208,6 +277,7 @@ impl DirectTree {
         let attr = self.find(path).await?;
         match attr.kind {
             Kind::Symlink => return Err(Errno(libc::ELOOP)),
+            Kind::Socket => return Err(Errno(libc::ENXIO)),
             Kind::Directory => self.fs.fsyncdir(attr.ino).await?,
             _ => {
                 let handle = self.fs.open(CALLER, attr.ino, libc::O_RDONLY).await?.handle;
@@ -294,17 +364,7 @@ impl DirectTree {
 
     async fn stat(&self, path: &str) -> Result<Answer> {
         let found = self.find(path).await?;
-        let attr = self.fs.getattr(found.ino).await?;
-        Ok(match attr.kind {
-            Kind::Directory => {
-                let mode = if path.is_empty() { 0 } else { attr.mode };
-                Answer::Stat { shape: Shape::Directory, mode, size: 0, nlink: 0 }
-            }
-            kind => {
-                let shape = if kind == Kind::Symlink { Shape::Symlink } else { Shape::File };
-                Answer::Stat { shape, mode: attr.mode, size: attr.size, nlink: attr.nlink }
-            }
-        })
+        Ok(stat(&self.fs.getattr(found.ino).await?, path.is_empty()))
     }
 
     async fn list(&self, path: &str) -> Result<Answer> {
@@ -328,7 +388,7 @@ impl DirectTree {
         Ok(Answer::Names(names))
     }
 
-    async fn perform(&self, op: Op) -> Result<Answer> {
+    async fn perform(&mut self, op: Op) -> Result<Answer> {
         match op {
             Op::Create { path, mode } => self.create(&path, mode).await,
             Op::Write { path, offset, length, seed } => self.write(&path, Some(offset), payload(seed, length)).await,
@@ -337,7 +397,14 @@ impl DirectTree {
                 self.set(self.file(&path).await?, SetAttr { size: Some(size), ..SetAttr::default() }).await
             }
             Op::Read { path, offset, length } => self.read(&path, offset, length).await,
-            Op::Punch { path, offset, length } => self.punch(&path, offset, length).await,
+            Op::Punch { path, offset, length } => {
+                let mode = libc::FALLOC_FL_PUNCH_HOLE | libc::FALLOC_FL_KEEP_SIZE;
+                self.fallocate(&path, mode, offset, length).await
+            }
+            Op::Zero { path, offset, length, keeps } => {
+                let keep = if keeps { libc::FALLOC_FL_KEEP_SIZE } else { 0 };
+                self.fallocate(&path, libc::FALLOC_FL_ZERO_RANGE | keep, offset, length).await
+            }
             Op::Copy { from, from_offset, to, to_offset, length } => {
                 self.copy((&from, from_offset), (&to, to_offset), length as u64).await
             }
@@ -350,15 +417,69 @@ impl DirectTree {
             Op::Symlink { target, path } => self.make(&path, Kind::Symlink, 0o777, &target).await,
             Op::Readlink { path } => self.readlink(&path).await,
             Op::Chmod { path, mode } => self.chmod(&path, mode).await,
+            Op::Chown { path, uid, gid } => {
+                let set = SetAttr { uid: Some(uid), gid: Some(gid), ..SetAttr::default() };
+                self.set(self.find(&path).await?, set).await
+            }
+            Op::SetTime { path, time } => {
+                let set = SetAttr { mtime: Some(SetTime::At(wire_time(time))), ..SetAttr::default() };
+                self.set(self.find(&path).await?, set).await
+            }
+            Op::MakeSocket { path, mode } => self.make(&path, Kind::Socket, mode, "").await,
+            Op::SetXattr { path, name, value, kind } => self.set_xattr(&path, name, &value, kind).await,
+            Op::GetXattr { path, name } => {
+                let attr = self.with_xattrs(&path, libc::ENODATA).await?;
+                self.fs.getxattr(attr.ino, name.as_bytes()).await.map(Answer::Bytes)
+            }
+            Op::RemoveXattr { path, name } => {
+                let attr = self.with_xattrs(&path, libc::EPERM).await?;
+                self.fs.removexattr(attr.ino, name.as_bytes()).await?;
+                Ok(Answer::Done)
+            }
+            Op::ListXattrs { path } => self.list_xattrs(&path).await,
+            Op::Hold { slot, path } => self.hold(slot, &path).await,
+            Op::HeldWrite { slot, offset, length, seed } => {
+                let (ino, handle) = self.held(slot)?;
+                self.fs.write(CALLER, ino, handle, offset, Bytes::from(payload(seed, length))).await?;
+                Ok(Answer::Count(length as u64))
+            }
+            Op::HeldRead { slot, offset, length } => {
+                let (ino, handle) = self.held(slot)?;
+                self.read_open(ino, handle, offset, length).await.map(Answer::Bytes)
+            }
+            Op::HeldStat { slot } => Ok(stat(&self.fs.getattr(self.held(slot)?.0).await?, false)),
+            Op::Drop { slot } => self.drop_held(slot).await,
             Op::Stat { path } => self.stat(&path).await,
             Op::List { path } => self.list(&path).await,
         }
     }
 }
 
+fn stat(attr: &Attr, is_root: bool) -> Answer {
+    let shape = match attr.kind {
+        Kind::Directory => Shape::Directory,
+        Kind::Symlink => Shape::Symlink,
+        Kind::Socket => Shape::Socket,
+        _ => Shape::File,
+    };
+    let mode = if is_root { 0 } else { attr.mode & PERMISSIONS };
+    let (size, nlink) = if shape == Shape::Directory { (0, 0) } else { (attr.size, attr.nlink) };
+    let modified = Some((attr.mtime.secs, i64::from(attr.mtime.nanos))).filter(|(seconds, _)| *seconds < RECENT);
+    Answer::Stat { shape, mode, size, nlink, owner: (attr.uid, attr.gid), modified }
+}
+
+fn wire_time((secs, nanos): Time) -> holdfast_common::Time {
+    holdfast_common::Time { secs, nanos: u32::try_from(nanos).expect("nanoseconds") }
+}
+
 impl System for DirectTree {
     fn apply(&mut self, op: &Op) -> std::result::Result<Answer, i32> {
-        let (this, op) = (self.clone(), op.clone());
-        self.wait(async move { this.perform(op).await }).map_err(|Errno(code)| code)
+        let (mut this, op) = (self.clone(), op.clone());
+        let (held, answer) = self.wait(async move {
+            let answer = this.perform(op).await;
+            (this.held, answer)
+        });
+        self.held = held;
+        answer.map_err(|Errno(code)| code)
     }
 }

@@ -2,7 +2,7 @@
 
 use std::collections::BTreeMap;
 
-use super::{Answer, Op, RenameKind, Shape, System, payload};
+use super::{Answer, Op, RenameKind, SLOTS, Shape, System, Time, XattrKind, payload};
 
 type Id = usize;
 
@@ -13,6 +13,7 @@ enum Body {
     File(Vec<u8>),
     Directory(BTreeMap<String, Id>),
     Symlink(String),
+    Socket,
 }
 
 #[derive(Clone, Debug)]
@@ -20,16 +21,27 @@ struct Node {
     body: Body,
     mode: u32,
     nlink: u32,
+    owner: (u32, u32),
+    /// `None`: a moment ago.
+    modified: Option<Time>,
+    xattrs: BTreeMap<&'static str, Vec<u8>>,
+}
+
+impl Node {
+    fn new(body: Body, mode: u32, nlink: u32) -> Self {
+        Self { body, mode, nlink, owner: (0, 0), modified: None, xattrs: BTreeMap::new() }
+    }
 }
 
 #[derive(Clone, Debug)]
 pub struct Memory {
     nodes: Vec<Node>,
+    held: [Option<Id>; SLOTS],
 }
 
 impl Default for Memory {
     fn default() -> Self {
-        Self { nodes: vec![Node { body: Body::Directory(BTreeMap::new()), mode: 0o755, nlink: 2 }] }
+        Self { nodes: vec![Node::new(Body::Directory(BTreeMap::new()), 0o755, 2)], held: [None; SLOTS] }
     }
 }
 
@@ -44,13 +56,15 @@ impl Memory {
     fn directory(&self, id: Id) -> Result<&BTreeMap<String, Id>, i32> {
         match &self.nodes[id].body {
             Body::Directory(entries) => Ok(entries),
-            Body::File(_) => Err(libc::ENOTDIR),
+            Body::File(_) | Body::Socket => Err(libc::ENOTDIR),
             // Links point nowhere in this world, and are followed within a path.
             Body::Symlink(_) => Err(libc::ENOENT),
         }
     }
 
+    /// Its entries, which are about to be changed.
     fn entries(&mut self, id: Id) -> &mut BTreeMap<String, Id> {
+        self.nodes[id].modified = None;
         match &mut self.nodes[id].body {
             Body::Directory(entries) => entries,
             _ => unreachable!("only directories are given out as parents"),
@@ -76,7 +90,7 @@ impl Memory {
         if place.found.is_some() {
             return Err(libc::EEXIST);
         }
-        self.nodes.push(Node { body, mode, nlink: 1 });
+        self.nodes.push(Node::new(body, mode, 1));
         let id = self.nodes.len() - 1;
         self.entries(place.parent).insert(place.name, id);
         Ok(Answer::Done)
@@ -90,11 +104,20 @@ impl Memory {
             Body::Directory(_) if writes => Err(libc::EISDIR),
             Body::Directory(_) => Err(libc::EISDIR),
             Body::Symlink(_) => Err(libc::ELOOP),
+            Body::Socket => Err(libc::ENXIO),
         }
     }
 
+    /// The same, to be changed.
+    fn changed_file(&mut self, path: &str) -> Result<&mut Vec<u8>, i32> {
+        self.file(path, true)?;
+        let id = self.find(path)?;
+        self.nodes[id].modified = None;
+        self.file(path, true)
+    }
+
     fn write(&mut self, path: &str, offset: Option<u64>, bytes: &[u8]) -> Result<Answer, i32> {
-        let file = self.file(path, true)?;
+        let file = self.changed_file(path)?;
         let start = offset.map_or(file.len(), index);
         lay_over(file, start, bytes);
         Ok(Answer::Count(bytes.len() as u64))
@@ -105,9 +128,18 @@ impl Memory {
     }
 
     fn punch(&mut self, path: &str, offset: u64, length: u64) -> Result<Answer, i32> {
-        let file = self.file(path, true)?;
+        let file = self.changed_file(path)?;
         let end = index(offset + length).min(file.len());
         file[index(offset).min(end)..end].fill(0);
+        Ok(Answer::Done)
+    }
+
+    fn zero(&mut self, path: &str, offset: u64, length: u64, keeps: bool) -> Result<Answer, i32> {
+        self.punch(path, offset, length)?;
+        let file = self.changed_file(path)?;
+        if !keeps && file.len() < index(offset + length) {
+            file.resize(index(offset + length), 0);
+        }
         Ok(Answer::Done)
     }
 
@@ -121,7 +153,7 @@ impl Memory {
             return Err(libc::EINVAL);
         }
         if !bytes.is_empty() {
-            lay_over(self.file(to.0, true)?, index(to.1), &bytes);
+            lay_over(self.changed_file(to.0)?, index(to.1), &bytes);
         }
         Ok(Answer::Count(bytes.len() as u64))
     }
@@ -129,6 +161,7 @@ impl Memory {
     fn fsync(&mut self, path: &str) -> Result<Answer, i32> {
         match self.nodes[self.find(path)?].body {
             Body::Symlink(_) => Err(libc::ELOOP),
+            Body::Socket => Err(libc::ENXIO),
             _ => Ok(Answer::Done),
         }
     }
@@ -139,7 +172,7 @@ impl Memory {
         match (&self.nodes[id].body, directory) {
             (Body::Directory(_), false) => return Err(libc::EISDIR),
             (Body::Directory(entries), true) if !entries.is_empty() => return Err(libc::ENOTEMPTY),
-            (Body::File(_) | Body::Symlink(_), true) => return Err(libc::ENOTDIR),
+            (Body::File(_) | Body::Symlink(_) | Body::Socket, true) => return Err(libc::ENOTDIR),
             _ => {}
         }
         self.entries(place.parent).remove(&place.name);
@@ -206,10 +239,65 @@ impl Memory {
 
     fn stat(&self, id: Id) -> Answer {
         let node = &self.nodes[id];
-        match &node.body {
-            Body::File(bytes) => stat(Shape::File, node.mode, bytes.len(), node.nlink),
-            Body::Directory(_) => stat(Shape::Directory, if id == ROOT { 0 } else { node.mode }, 0, 0),
-            Body::Symlink(target) => stat(Shape::Symlink, 0o777, target.len(), node.nlink),
+        let (shape, size) = match &node.body {
+            Body::File(bytes) => (Shape::File, bytes.len()),
+            Body::Directory(_) => (Shape::Directory, 0),
+            Body::Symlink(target) => (Shape::Symlink, target.len()),
+            Body::Socket => (Shape::Socket, 0),
+        };
+        let mode = if id == ROOT { 0 } else { node.mode };
+        let nlink = if shape == Shape::Directory { 0 } else { node.nlink };
+        Answer::Stat { shape, mode, size: size as u64, nlink, owner: node.owner, modified: node.modified }
+    }
+
+    /// What takes attributes of users: not links, not special files.
+    fn may_have_xattrs(&self, id: Id) -> bool {
+        matches!(self.nodes[id].body, Body::File(_) | Body::Directory(_))
+    }
+
+    fn set_xattr(&mut self, path: &str, name: &'static str, value: &[u8], kind: XattrKind) -> Result<Answer, i32> {
+        let id = self.find(path)?;
+        if !self.may_have_xattrs(id) {
+            return Err(libc::EPERM);
+        }
+        let xattrs = &mut self.nodes[id].xattrs;
+        match (kind, xattrs.contains_key(name)) {
+            (XattrKind::Create, true) => return Err(libc::EEXIST),
+            (XattrKind::Replace, false) => return Err(libc::ENODATA),
+            _ => xattrs.insert(name, value.to_vec()),
+        };
+        Ok(Answer::Done)
+    }
+
+    fn get_xattr(&self, path: &str, name: &str) -> Result<Answer, i32> {
+        let id = self.find(path)?;
+        self.nodes[id].xattrs.get(name).cloned().map(Answer::Bytes).ok_or(libc::ENODATA)
+    }
+
+    fn remove_xattr(&mut self, path: &str, name: &str) -> Result<Answer, i32> {
+        let id = self.find(path)?;
+        if !self.may_have_xattrs(id) {
+            return Err(libc::EPERM);
+        }
+        self.nodes[id].xattrs.remove(name).map(|_| Answer::Done).ok_or(libc::ENODATA)
+    }
+
+    fn hold(&mut self, slot: usize, path: &str) -> Result<Answer, i32> {
+        self.held[slot] = None;
+        self.file(path, true)?;
+        self.held[slot] = Some(self.find(path)?);
+        Ok(Answer::Done)
+    }
+
+    fn held(&mut self, slot: usize) -> Result<&mut Node, i32> {
+        let id = self.held[slot].ok_or(libc::EBADF)?;
+        Ok(&mut self.nodes[id])
+    }
+
+    fn held_bytes(&mut self, slot: usize) -> Result<&mut Vec<u8>, i32> {
+        match &mut self.held(slot)?.body {
+            Body::File(bytes) => Ok(bytes),
+            _ => unreachable!("only files are held"),
         }
     }
 
@@ -221,10 +309,6 @@ impl Memory {
         self.nodes[id].mode = mode;
         Ok(Answer::Done)
     }
-}
-
-fn stat(shape: Shape, mode: u32, size: usize, nlink: u32) -> Answer {
-    Answer::Stat { shape, mode, size: size as u64, nlink }
 }
 
 fn lies_below(path: &str, directory: &str) -> bool {
@@ -254,7 +338,7 @@ impl System for Memory {
             Op::Write { path, offset, length, seed } => self.write(path, Some(*offset), &payload(*seed, *length)),
             Op::Append { path, length, seed } => self.write(path, None, &payload(*seed, *length)),
             Op::Truncate { path, size } => {
-                self.file(path, true)?.resize(index(*size), 0);
+                self.changed_file(path)?.resize(index(*size), 0);
                 Ok(Answer::Done)
             }
             Op::Read { path, offset, length } => self.read(path, *offset, *length),
@@ -274,6 +358,42 @@ impl System for Memory {
                 _ => Err(libc::EINVAL),
             },
             Op::Chmod { path, mode } => self.chmod(path, *mode),
+            Op::Chown { path, uid, gid } => {
+                let id = self.find(path)?;
+                self.nodes[id].owner = (*uid, *gid);
+                Ok(Answer::Done)
+            }
+            Op::SetTime { path, time } => {
+                let id = self.find(path)?;
+                self.nodes[id].modified = Some(*time);
+                Ok(Answer::Done)
+            }
+            Op::MakeSocket { path, mode } => self.make(path, *mode, Body::Socket),
+            Op::Zero { path, offset, length, keeps } => self.zero(path, *offset, *length, *keeps),
+            Op::SetXattr { path, name, value, kind } => self.set_xattr(path, name, value, *kind),
+            Op::GetXattr { path, name } => self.get_xattr(path, name),
+            Op::RemoveXattr { path, name } => self.remove_xattr(path, name),
+            Op::ListXattrs { path } => {
+                let id = self.find(path)?;
+                Ok(Answer::Names(self.nodes[id].xattrs.keys().map(|name| (*name).to_owned()).collect()))
+            }
+            Op::Hold { slot, path } => self.hold(*slot, path),
+            Op::HeldWrite { slot, offset, length, seed } => {
+                lay_over(self.held_bytes(*slot)?, index(*offset), &payload(*seed, *length));
+                self.held(*slot)?.modified = None;
+                Ok(Answer::Count(*length as u64))
+            }
+            Op::HeldRead { slot, offset, length } => {
+                Ok(Answer::Bytes(part(self.held_bytes(*slot)?, *offset, *length).to_vec()))
+            }
+            Op::HeldStat { slot } => {
+                let id = self.held[*slot].ok_or(libc::EBADF)?;
+                Ok(self.stat(id))
+            }
+            Op::Drop { slot } => {
+                self.held[*slot] = None;
+                Ok(Answer::Done)
+            }
             Op::Stat { path } => Ok(self.stat(self.find(path)?)),
             Op::List { path } => {
                 let id = self.find(path)?;

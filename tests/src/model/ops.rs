@@ -4,6 +4,9 @@ use std::collections::BTreeMap;
 
 use proptest::prelude::*;
 
+/// Extended attributes that operations meet.
+const ATTRIBUTES: [&str; 2] = ["user.a", "user.b"];
+
 /// `a/b/c`; empty is the root.
 type Path = String;
 
@@ -13,6 +16,23 @@ pub enum RenameKind {
     NoReplace,
     Exchange,
 }
+
+/// As setxattr(2)'s flags.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum XattrKind {
+    Set,
+    Create,
+    Replace,
+}
+
+/// Seconds and nanoseconds since 1970.
+pub type Time = (i64, i64);
+
+/// Times that operations set lie before this, times of real changes after it.
+pub const RECENT: i64 = 1_000_000_000;
+
+/// Descriptors that are held across operations.
+pub const SLOTS: usize = 2;
 
 /// Never follows a symbolic link in the last place of a path.
 #[derive(Clone, Debug)]
@@ -89,6 +109,66 @@ pub enum Op {
         path: Path,
         mode: u32,
     },
+    Chown {
+        path: Path,
+        uid: u32,
+        gid: u32,
+    },
+    /// Of modification.
+    SetTime {
+        path: Path,
+        time: Time,
+    },
+    MakeSocket {
+        path: Path,
+        mode: u32,
+    },
+    /// `FALLOC_FL_ZERO_RANGE`, with `FALLOC_FL_KEEP_SIZE` if it `keeps` the size.
+    Zero {
+        path: Path,
+        offset: u64,
+        length: u64,
+        keeps: bool,
+    },
+    SetXattr {
+        path: Path,
+        name: &'static str,
+        value: Vec<u8>,
+        kind: XattrKind,
+    },
+    GetXattr {
+        path: Path,
+        name: &'static str,
+    },
+    RemoveXattr {
+        path: Path,
+        name: &'static str,
+    },
+    ListXattrs {
+        path: Path,
+    },
+    /// Opens a file and keeps it open, whatever becomes of its name. What the slot held before is closed first.
+    Hold {
+        slot: usize,
+        path: Path,
+    },
+    HeldWrite {
+        slot: usize,
+        offset: u64,
+        length: usize,
+        seed: u8,
+    },
+    HeldRead {
+        slot: usize,
+        offset: u64,
+        length: usize,
+    },
+    HeldStat {
+        slot: usize,
+    },
+    Drop {
+        slot: usize,
+    },
     Stat {
         path: Path,
     },
@@ -102,6 +182,7 @@ pub enum Shape {
     File,
     Directory,
     Symlink,
+    Socket,
 }
 
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -116,6 +197,9 @@ pub enum Answer {
         mode: u32,
         size: u64,
         nlink: u32,
+        owner: (u32, u32),
+        /// `None`: after `RECENT`.
+        modified: Option<Time>,
     },
     Names(Vec<String>),
 }
@@ -134,11 +218,17 @@ pub fn payload(seed: u8, length: usize) -> Vec<u8> {
 
 /// Applies every operation to both, and compares each answer and then everything that can be seen.
 pub fn check(model: &mut dyn System, subject: &mut dyn System, ops: &[Op]) -> Result<(), TestCaseError> {
+    check_answers(model, subject, ops)?;
+    compare_trees(model, subject)
+}
+
+/// Applies every operation to both, and compares each answer.
+pub fn check_answers(model: &mut dyn System, subject: &mut dyn System, ops: &[Op]) -> Result<(), TestCaseError> {
     for (number, op) in ops.iter().enumerate() {
         let (expected, found) = (model.apply(op), subject.apply(op));
         prop_assert!(expected == found, "operation {number}, {op:?}: {} instead of {}", show(&found), show(&expected));
     }
-    compare_trees(model, subject)
+    Ok(())
 }
 
 /// Every file, link and directory of both, compared.
@@ -181,6 +271,13 @@ fn see(system: &mut dyn System) -> BTreeMap<Path, String> {
             }
             _ => text += &show(&system.apply(&Op::Readlink { path: path.clone() })),
         }
+        let names = system.apply(&Op::ListXattrs { path: path.clone() });
+        for name in ATTRIBUTES
+            .into_iter()
+            .filter(|name| matches!(&names, Ok(Answer::Names(names)) if names.iter().any(|n| n == name)))
+        {
+            text += &format!(" {name} {}", show(&system.apply(&Op::GetXattr { path: path.clone(), name })));
+        }
         seen.insert(path, text);
     }
     seen
@@ -213,6 +310,14 @@ fn mode() -> impl Strategy<Value = u32> {
     proptest::sample::select(vec![0o644u32, 0o600, 0o755, 0o444, 0o777])
 }
 
+fn attribute() -> impl Strategy<Value = &'static str> {
+    proptest::sample::select(ATTRIBUTES.to_vec())
+}
+
+fn xattr_kind() -> impl Strategy<Value = XattrKind> {
+    proptest::sample::select(vec![XattrKind::Set, XattrKind::Set, XattrKind::Create, XattrKind::Replace])
+}
+
 fn rename_kind() -> impl Strategy<Value = RenameKind> {
     proptest::sample::select(vec![
         RenameKind::Replace,
@@ -223,6 +328,59 @@ fn rename_kind() -> impl Strategy<Value = RenameKind> {
 }
 
 fn op() -> impl Strategy<Value = Op> {
+    prop_oneof![6 => on_names_and_data(), 2 => on_attributes(), 1 => on_descriptors()]
+}
+
+/// What close-to-open coherence promises without a lock: on the data of files whose names stay.
+fn on_data() -> impl Strategy<Value = Op> {
+    let path = || proptest::sample::select(vec!["a", "b", "c"]).prop_map(String::from);
+    prop_oneof![
+        6 => (path(), offset(), length(), any::<u8>())
+            .prop_map(|(path, offset, length, seed)| Op::Write { path, offset, length, seed }),
+        3 => (path(), length(), any::<u8>()).prop_map(|(path, length, seed)| Op::Append { path, length, seed }),
+        2 => (path(), offset()).prop_map(|(path, size)| Op::Truncate { path, size }),
+        8 => (path(), offset(), length()).prop_map(|(path, offset, length)| Op::Read { path, offset, length }),
+        1 => (path(), offset(), 1u64..300_000).prop_map(|(path, offset, length)| Op::Punch { path, offset, length }),
+        1 => (path(), offset(), path(), offset(), length()).prop_map(|(from, from_offset, to, to_offset, length)| {
+            Op::Copy { from, from_offset, to, to_offset, length }
+        }),
+        1 => path().prop_map(|path| Op::Fsync { path }),
+    ]
+}
+
+/// Up to `most` operations on the data of files `a`, `b` and `c`, which are there.
+pub fn data_ops(most: usize) -> impl Strategy<Value = Vec<Op>> {
+    proptest::collection::vec(on_data(), 1..=most)
+}
+
+fn on_attributes() -> impl Strategy<Value = Op> {
+    let value = || (any::<u8>(), 0usize..200).prop_map(|(seed, length)| payload(seed, length));
+    prop_oneof![
+        2 => (path(), 0u32..3, 0u32..3).prop_map(|(path, uid, gid)| Op::Chown { path, uid, gid }),
+        3 => (path(), -5..RECENT, 0i64..1_000_000_000)
+            .prop_map(|(path, seconds, nanos)| Op::SetTime { path, time: (seconds, nanos) }),
+        3 => (path(), attribute(), value(), xattr_kind())
+            .prop_map(|(path, name, value, kind)| Op::SetXattr { path, name, value, kind }),
+        2 => (path(), attribute()).prop_map(|(path, name)| Op::GetXattr { path, name }),
+        2 => (path(), attribute()).prop_map(|(path, name)| Op::RemoveXattr { path, name }),
+        1 => path().prop_map(|path| Op::ListXattrs { path }),
+        1 => (path(), mode()).prop_map(|(path, mode)| Op::MakeSocket { path, mode }),
+    ]
+}
+
+fn on_descriptors() -> impl Strategy<Value = Op> {
+    let slot = || 0..SLOTS;
+    prop_oneof![
+        3 => (slot(), path()).prop_map(|(slot, path)| Op::Hold { slot, path }),
+        3 => (slot(), offset(), length(), any::<u8>())
+            .prop_map(|(slot, offset, length, seed)| Op::HeldWrite { slot, offset, length, seed }),
+        3 => (slot(), offset(), length()).prop_map(|(slot, offset, length)| Op::HeldRead { slot, offset, length }),
+        2 => slot().prop_map(|slot| Op::HeldStat { slot }),
+        1 => slot().prop_map(|slot| Op::Drop { slot }),
+    ]
+}
+
+fn on_names_and_data() -> impl Strategy<Value = Op> {
     prop_oneof![
         6 => (path(), mode()).prop_map(|(path, mode)| Op::Create { path, mode }),
         8 => (path(), offset(), length(), any::<u8>())
@@ -231,6 +389,8 @@ fn op() -> impl Strategy<Value = Op> {
         3 => (path(), offset()).prop_map(|(path, size)| Op::Truncate { path, size }),
         6 => (path(), offset(), length()).prop_map(|(path, offset, length)| Op::Read { path, offset, length }),
         2 => (path(), offset(), 1u64..300_000).prop_map(|(path, offset, length)| Op::Punch { path, offset, length }),
+        1 => (path(), offset(), 1u64..300_000, any::<bool>())
+            .prop_map(|(path, offset, length, keeps)| Op::Zero { path, offset, length, keeps }),
         2 => (path(), offset(), path(), offset(), length()).prop_map(|(from, from_offset, to, to_offset, length)| {
             Op::Copy { from, from_offset, to, to_offset, length }
         }),

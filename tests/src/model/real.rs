@@ -3,28 +3,44 @@
 use std::{
     fs::{self, File, OpenOptions},
     io::{self, Write},
-    os::unix::fs::{DirBuilderExt, FileExt, MetadataExt, OpenOptionsExt, PermissionsExt, symlink},
+    os::unix::fs::{DirBuilderExt, FileExt, FileTypeExt, MetadataExt, OpenOptionsExt, PermissionsExt, lchown, symlink},
     path::{Path, PathBuf},
 };
 
-use super::{Answer, Op, RenameKind, Shape, System, payload};
+use super::{Answer, Op, RECENT, RenameKind, SLOTS, Shape, System, XattrKind, payload};
 use crate::sys;
 
-#[derive(Clone, Debug)]
+#[derive(Debug)]
 pub struct RealTree {
     root: PathBuf,
+    held: [Option<File>; SLOTS],
 }
 
 impl RealTree {
     /// `root` is made, and must not exist yet.
     pub fn new(root: PathBuf) -> Self {
         fs::create_dir(&root).expect("make the root of the comparison");
-        Self { root }
+        Self::seen_at(root)
     }
 
     /// The tree that another one made, seen from elsewhere: at `root`.
     pub fn seen_at(root: PathBuf) -> Self {
-        Self { root }
+        Self { root, held: Default::default() }
+    }
+
+    /// Closes what is held open.
+    pub fn drop_held(&mut self) {
+        self.held = Default::default();
+    }
+
+    fn hold(&mut self, slot: usize, path: &str) -> io::Result<Answer> {
+        self.held[slot] = None;
+        self.held[slot] = Some(self.open(path, OpenOptions::new().read(true).write(true))?);
+        Ok(Answer::Done)
+    }
+
+    fn held(&self, slot: usize) -> io::Result<&File> {
+        self.held[slot].as_ref().ok_or(io::Error::from_raw_os_error(libc::EBADF))
     }
 
     fn at(&self, path: &str) -> PathBuf {
@@ -55,19 +71,10 @@ impl RealTree {
     }
 
     fn read(&self, path: &str, offset: u64, length: usize) -> io::Result<Answer> {
-        let (file, mut bytes, mut done) = (self.reader(path)?, vec![0; length], 0);
-        loop {
-            match file.read_at(&mut bytes[done..], offset + done as u64)? {
-                0 => break,
-                count => done += count,
-            }
-        }
-        bytes.truncate(done);
-        Ok(Answer::Bytes(bytes))
+        read(&self.reader(path)?, offset, length)
     }
 
-    fn punch(&self, path: &str, offset: u64, length: u64) -> io::Result<Answer> {
-        let mode = libc::FALLOC_FL_PUNCH_HOLE | libc::FALLOC_FL_KEEP_SIZE;
+    fn fallocate(&self, path: &str, mode: libc::c_int, offset: u64, length: u64) -> io::Result<Answer> {
         sys::fallocate(&self.writer(path)?, mode, offset.cast_signed(), length.cast_signed())?;
         Ok(Answer::Done)
     }
@@ -105,13 +112,21 @@ impl RealTree {
     }
 
     fn stat(&self, path: &str) -> io::Result<Answer> {
-        let meta = fs::symlink_metadata(self.at(path))?;
-        let mode = if path.is_empty() { 0 } else { meta.mode() & 0o7777 };
-        Ok(match meta.file_type() {
-            kind if kind.is_dir() => Answer::Stat { shape: Shape::Directory, mode, size: 0, nlink: 0 },
-            kind if kind.is_symlink() => stat(Shape::Symlink, mode, &meta),
-            _ => stat(Shape::File, mode, &meta),
-        })
+        Ok(stat(&fs::symlink_metadata(self.at(path))?, path.is_empty()))
+    }
+
+    fn list_xattrs(&self, path: &str) -> io::Result<Answer> {
+        let names = sys::list_xattrs(&self.at(path))?;
+        let names = names.split(|byte| *byte == 0).map(|name| String::from_utf8_lossy(name).into_owned());
+        let mut names: Vec<String> = names.filter(|name| name.starts_with("user.")).collect();
+        names.sort();
+        Ok(Answer::Names(names))
+    }
+
+    fn make_socket(&self, path: &str, mode: u32) -> io::Result<Answer> {
+        sys::mknod(&self.at(path), libc::S_IFSOCK | mode, 0)?;
+        fs::set_permissions(self.at(path), fs::Permissions::from_mode(mode))?;
+        Ok(Answer::Done)
     }
 
     fn list(&self, path: &str) -> io::Result<Answer> {
@@ -133,7 +148,7 @@ impl RealTree {
         Ok(Answer::Done)
     }
 
-    fn perform(&self, op: &Op) -> io::Result<Answer> {
+    fn perform(&mut self, op: &Op) -> io::Result<Answer> {
         match op {
             Op::Create { path, mode } => self.create(path, *mode),
             Op::Write { path, offset, length, seed } => {
@@ -143,7 +158,13 @@ impl RealTree {
             Op::Append { path, length, seed } => self.append(path, &payload(*seed, *length)),
             Op::Truncate { path, size } => done(self.writer(path)?.set_len(*size)),
             Op::Read { path, offset, length } => self.read(path, *offset, *length),
-            Op::Punch { path, offset, length } => self.punch(path, *offset, *length),
+            Op::Punch { path, offset, length } => {
+                self.fallocate(path, libc::FALLOC_FL_PUNCH_HOLE | libc::FALLOC_FL_KEEP_SIZE, *offset, *length)
+            }
+            Op::Zero { path, offset, length, keeps } => {
+                let keep = if *keeps { libc::FALLOC_FL_KEEP_SIZE } else { 0 };
+                self.fallocate(path, libc::FALLOC_FL_ZERO_RANGE | keep, *offset, *length)
+            }
             Op::Copy { from, from_offset, to, to_offset, length } => {
                 self.copy((from, *from_offset), (to, *to_offset), *length)
             }
@@ -159,15 +180,64 @@ impl RealTree {
                 Ok(Answer::Target(target.into_os_string().into_string().expect("test targets are UTF-8")))
             }
             Op::Chmod { path, mode } => self.chmod(path, *mode),
+            Op::Chown { path, uid, gid } => done(lchown(self.at(path), Some(*uid), Some(*gid))),
+            Op::SetTime { path, time } => done(sys::set_times(&self.at(path), *time, *time)),
+            Op::MakeSocket { path, mode } => self.make_socket(path, *mode),
+            Op::SetXattr { path, name, value, kind } => {
+                done(sys::set_xattr(&self.at(path), name, value, xattr_flags(*kind)))
+            }
+            Op::GetXattr { path, name } => sys::get_xattr(&self.at(path), name).map(Answer::Bytes),
+            Op::RemoveXattr { path, name } => done(sys::remove_xattr(&self.at(path), name)),
+            Op::ListXattrs { path } => self.list_xattrs(path),
+            Op::Hold { slot, path } => self.hold(*slot, path),
+            Op::HeldWrite { slot, offset, length, seed } => {
+                self.held(*slot)?.write_all_at(&payload(*seed, *length), *offset)?;
+                Ok(Answer::Count(*length as u64))
+            }
+            Op::HeldRead { slot, offset, length } => read(self.held(*slot)?, *offset, *length),
+            Op::HeldStat { slot } => Ok(stat(&self.held(*slot)?.metadata()?, false)),
+            Op::Drop { slot } => {
+                self.held[*slot] = None;
+                Ok(Answer::Done)
+            }
             Op::Stat { path } => self.stat(path),
             Op::List { path } => self.list(path),
         }
     }
 }
 
-fn stat(shape: Shape, mode: u32, meta: &fs::Metadata) -> Answer {
+fn stat(meta: &fs::Metadata, is_root: bool) -> Answer {
+    let shape = match meta.file_type() {
+        kind if kind.is_dir() => Shape::Directory,
+        kind if kind.is_symlink() => Shape::Symlink,
+        kind if kind.is_socket() => Shape::Socket,
+        _ => Shape::File,
+    };
+    let mode = if is_root { 0 } else { meta.mode() & 0o7777 };
     let nlink = u32::try_from(meta.nlink()).expect("few links");
-    Answer::Stat { shape, mode, size: meta.len(), nlink }
+    let (size, nlink) = if shape == Shape::Directory { (0, 0) } else { (meta.len(), nlink) };
+    let modified = Some((meta.mtime(), meta.mtime_nsec())).filter(|(seconds, _)| *seconds < RECENT);
+    Answer::Stat { shape, mode, size, nlink, owner: (meta.uid(), meta.gid()), modified }
+}
+
+fn read(file: &File, offset: u64, length: usize) -> io::Result<Answer> {
+    let (mut bytes, mut done) = (vec![0; length], 0);
+    loop {
+        match file.read_at(&mut bytes[done..], offset + done as u64)? {
+            0 => break,
+            count => done += count,
+        }
+    }
+    bytes.truncate(done);
+    Ok(Answer::Bytes(bytes))
+}
+
+fn xattr_flags(kind: XattrKind) -> libc::c_int {
+    match kind {
+        XattrKind::Set => 0,
+        XattrKind::Create => libc::XATTR_CREATE,
+        XattrKind::Replace => libc::XATTR_REPLACE,
+    }
 }
 
 fn done(result: io::Result<()>) -> io::Result<Answer> {
@@ -188,10 +258,11 @@ impl System for RealTree {
     }
 }
 
-/// One directory on two mounts, used in turn, each time under one lock: as one mount must it be.
+/// One directory on two mounts, used in turn, each time under one lock: as one mount must it be. Without a lock it is for what
+/// close-to-open coherence promises.
 #[derive(Debug)]
 pub struct InTurn {
-    sides: [(RealTree, File); 2],
+    sides: [(RealTree, Option<File>); 2],
     count: usize,
 }
 
@@ -205,19 +276,37 @@ impl InTurn {
             let options = OpenOptions::new().read(true).write(true).create(true).truncate(false).clone();
             options.open(mount.join("lock")).expect("open the lock")
         };
-        let first = (RealTree::new(mounts[0].join(name)), lock(mounts[0]));
-        let second = (RealTree::seen_at(mounts[1].join(name)), lock(mounts[1]));
+        let first = (RealTree::new(mounts[0].join(name)), Some(lock(mounts[0])));
+        let second = (RealTree::seen_at(mounts[1].join(name)), Some(lock(mounts[1])));
         Self { sides: [first, second], count: 0 }
+    }
+
+    /// `name` is there below both `mounts`.
+    pub fn without_lock(mounts: [&Path; 2], name: &str) -> Self {
+        Self { sides: mounts.map(|mount| (RealTree::seen_at(mount.join(name)), None)), count: 0 }
     }
 }
 
 impl System for InTurn {
     fn apply(&mut self, op: &Op) -> Result<Answer, i32> {
-        let (tree, lock) = &mut self.sides[Self::TURNS[self.count % Self::TURNS.len()]];
+        // What is held open stays on its side.
+        let side = match op {
+            Op::Hold { slot, .. }
+            | Op::HeldWrite { slot, .. }
+            | Op::HeldRead { slot, .. }
+            | Op::HeldStat { slot }
+            | Op::Drop { slot } => slot % 2,
+            _ => Self::TURNS[self.count % Self::TURNS.len()],
+        };
         self.count += 1;
-        sys::flock(lock, libc::LOCK_EX).expect("lock");
+        let (tree, lock) = &mut self.sides[side];
+        if let Some(lock) = lock {
+            sys::flock(lock, libc::LOCK_EX).expect("lock");
+        }
         let answer = tree.apply(op);
-        sys::flock(lock, libc::LOCK_UN).expect("unlock");
+        if let Some(lock) = lock {
+            sys::flock(lock, libc::LOCK_UN).expect("unlock");
+        }
         answer
     }
 }

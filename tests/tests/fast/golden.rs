@@ -218,6 +218,7 @@ fn ops() -> Vec<Op> {
         Op::Punch { ino, offset: 5, length: 6, grow: true },
         Op::Accessed { files: vec![(Ino(7), time())], always: true },
         Op::Append { file: file_commit(), blocks: vec![new_block()], at_size: 1 << 21 },
+        Op::MakeUnnamed { parent, new: new(Kind::File, b""), linkable: true },
     ]
 }
 

@@ -76,7 +76,7 @@ fn a_mount_forgets_what_is_no_longer_used() {
         eprintln!("SKIPPED: only root can make the kernel forget");
         return;
     }
-    let (rounds, files) = if is_long() { (20, 100_000) } else { (6, 2000) };
+    let (rounds, files) = if is_long() { (10, 30_000) } else { (6, 2000) };
     let cluster = Cluster::start();
     let mount = cluster.mount();
     let mut resident = Vec::new();

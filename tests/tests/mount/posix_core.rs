@@ -11,11 +11,13 @@ use std::{
         net::UnixListener,
     },
     thread,
+    time::Duration,
 };
 
 use holdfast_tests::{
     cluster::{Cluster, PATIENCE},
     fault::random_bytes,
+    model::DirectTree,
     sys, wait,
 };
 
@@ -142,6 +144,20 @@ fn an_unlinked_file_lives_until_its_last_close_on_any_mount() {
     let inodes = cluster.status().number("inodes");
     drop(open_there);
     wait::until("the orphan is reclaimed", PATIENCE, || cluster.status().number("inodes") < inodes);
+}
+
+/// What `O_TMPFILE` will do when the library that speaks FUSE passes it on.
+#[test]
+fn a_file_that_is_made_without_a_name_lives_until_its_close_or_gets_one() {
+    let cluster = Cluster::start();
+    let direct = DirectTree::connect(&cluster.get("client.toml", "meta"), &cluster.client_tls());
+    let mount = cluster.mount();
+    let before = cluster.status().number("inodes");
+    direct.make_unnamed(b"kept", Some("named")).expect("make, and link");
+    direct.make_unnamed(b"lost", None).expect("make");
+    assert_eq!(fs::read(mount.join("named")).expect("read"), b"kept");
+    assert_eq!(fs::read_dir(mount.path()).expect("list").count(), 1);
+    wait::until("the other one is gone", Duration::from_secs(20), || cluster.status().number("inodes") == before + 1);
 }
 
 /// "What one mount has closed, another that opens afterwards sees."

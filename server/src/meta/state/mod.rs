@@ -246,6 +246,9 @@ fn mutate(tables: &mut Tables<'_>, op: &Op, number: &Number, now: Time) -> Step<
         Op::Make { parent, name, new, exclusive, open: _ } => {
             namespace::make(tables, (*parent, name), new, *exclusive, number, now)
         }
+        Op::MakeUnnamed { parent, new, linkable } => {
+            namespace::make_unnamed(tables, *parent, new, *linkable, number, now)
+        }
         Op::Link { ino, parent, name } => namespace::link(tables, *ino, *parent, name, now),
         Op::Unlink { parent, name } => namespace::unlink(tables, *parent, name, now),
         Op::Rmdir { parent, name } => namespace::rmdir(tables, *parent, name, now),

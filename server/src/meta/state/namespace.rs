@@ -115,6 +115,32 @@ pub(super) fn make(
     Ok(Mutated::Inode { attr, created: true })
 }
 
+/// A file that nobody can find: it lives for as long as it is open, or is given a name.
+pub(super) fn make_unnamed(
+    tables: &mut Tables<'_>,
+    parent: Ino,
+    new: &NewInode,
+    linkable: bool,
+    number: &Number,
+    now: Time,
+) -> Step<Mutated> {
+    let directory = directory(tables, parent)?;
+    check_new(new)?;
+    if new.kind != Kind::File {
+        return Err(Refusal::Invalid.into());
+    }
+    let inherited = acl::inherited(tables, parent, &directory, new)?;
+    let flag = if linkable { mode::IS_LINKABLE } else { 0 };
+    let inode = Inode { nlink: 0, ..child(new, inherited.mode | flag, &directory, now) };
+    let ino = take_number(tables, number)?;
+    tables.counters.inodes += 1;
+    inherited.store(tables, ino)?;
+    orphans::add(tables, ino)?;
+    let attr = inode.attr(ino);
+    tables.put_inode(ino, inode);
+    Ok(Mutated::Inode { attr, created: true })
+}
+
 /// The number that a new inode gets.
 #[derive(Clone, Debug)]
 pub(super) enum Number {
@@ -231,11 +257,15 @@ pub(super) fn link(tables: &mut Tables<'_>, ino: Ino, parent: Ino, name: &[u8], 
     match inode.nlink {
         _ if dentry(tables, parent, name)?.is_some() => return Err(Refusal::Exists.into()),
         _ if inode.is_directory() => return Err(Refusal::NotPermitted.into()),
-        0 => return Err(Refusal::NotFound.into()),
+        0 if inode.mode & mode::IS_LINKABLE == 0 => return Err(Refusal::NotFound.into()),
         LINK_COUNT_MAX.. => return Err(Refusal::TooManyLinks.into()),
         _ => {}
     }
     enter(tables, (parent, name), &mut directory, ino, &mut inode, now)?;
+    if inode.nlink == 0 {
+        orphans::remove(tables, ino)?;
+        inode.mode &= !mode::IS_LINKABLE;
+    }
     inode.nlink += 1;
     inode.ctime = now;
     let attr = inode.attr(ino);

@@ -22,6 +22,11 @@ pub(super) fn add(tables: &mut Tables<'_>, ino: Ino) -> Result<()> {
     tables.put_state(&key::orphan(ino), &[])
 }
 
+/// It has a name again.
+pub(super) fn remove(tables: &mut Tables<'_>, ino: Ino) -> Result<()> {
+    tables.remove_state(&key::orphan(ino))
+}
+
 /// Deletes inodes that have lost their last name, as far as the bound of one entry allows.
 pub(super) fn reclaim(tables: &mut Tables<'_>, inos: &[Ino], now: Time) -> Result<Reply> {
     let mut budget = RECLAIM_ROWS_MAX;

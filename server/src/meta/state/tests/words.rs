@@ -102,6 +102,15 @@ impl Shell {
                 let ino = self.ino(words[2])?;
                 self.kept.insert(words[1].to_owned(), ino);
             }
+            "unnamed" | "unnamed-for-good" => {
+                let parent = self.ino(words[2])?;
+                let mode = 0o644;
+                let new = NewInode { kind: Kind::File, mode, uid: 10, gid: 20, rdev: 0, target: Vec::new() };
+                let op = Op::MakeUnnamed { parent, new, linkable: words[0] == "unnamed" };
+                if let Mutated::Inode { attr, .. } = self.world.mutate(op)? {
+                    self.kept.insert(words[1].to_owned(), attr.ino);
+                }
+            }
             "stat" => {
                 let attr = self.ino(words[1]).and_then(|ino| self.world.ask(|view| query::attr(view, ino)))?;
                 return Ok(self.describe(&attr, expected));
@@ -217,6 +226,30 @@ fn links_share_an_inode_until_the_last_name_goes() {
          link @a /again => NotFound
          truncate @a 7
          stat @a => size 7",
+    );
+}
+
+#[test]
+fn a_file_without_a_name_can_be_given_one_once() {
+    check(
+        "mkdir /d
+         chown /d 7 70
+         chmod /d 2777
+         unnamed a /d
+         ls /d => nothing
+         stat /d => mtime old size 0
+         stat @a => nlink 0 mode 2000644 gid 56
+         truncate @a 7
+         link @a /d/a
+         stat /d/a => nlink 1 size 7 mode 644
+         link /d/a /b
+         unlink /d/a
+         unlink /b
+         link @a /again => NotFound
+         unnamed-for-good x /
+         link @x /x => NotFound
+         unnamed y /missing => NotFound
+         unnamed y /d/missing => NotFound",
     );
 }
 
