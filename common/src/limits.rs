@@ -52,6 +52,8 @@ pub const REPLIES_KEPT_PER_SESSION: u64 = 4096;
 pub const ACCESSED_MAX: usize = 8192;
 /// Locks in one message.
 pub const RELOCK_MAX: usize = 16 << 10;
+/// Locks of one file that a mount keeps without the server knowing them.
+pub const DELEGATED_LOCKS_MAX: usize = 1024;
 /// Events in one message: each may bring `FOREIGN_CHANGES_MAX` changes.
 pub const EVENTS_MAX: usize = 1;
 /// Changes of other mounts in one message.

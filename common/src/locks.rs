@@ -262,6 +262,36 @@ impl LockTable {
         ranges.into_iter().flat_map(Ranges::iter).map(move |(range, kind, pid)| Lock { owner, range, kind, pid })
     }
 
+    /// What is held of a file, in both spaces.
+    pub fn held_of(&self, ino: Ino) -> impl Iterator<Item = Lock> + '_ {
+        [false, true].into_iter().filter_map(move |is_flock| self.files.get(&(ino, is_flock))).flat_map(|file| {
+            file.held.iter().flat_map(|(owner, ranges)| {
+                ranges.iter().map(|(range, kind, pid)| Lock { owner: *owner, range, kind, pid })
+            })
+        })
+    }
+
+    /// Does nobody but `session` hold or wait for anything on the file, and it wait for nothing?
+    pub fn is_alone(&self, ino: Ino, session: SessionId) -> bool {
+        [false, true]
+            .into_iter()
+            .filter_map(|is_flock| self.files.get(&(ino, is_flock)))
+            .all(|file| file.queue.is_empty() && file.held.keys().all(|owner| owner.session == session))
+    }
+
+    /// Puts `locks` in the place of all that `session` holds of the file: it knows better. Then others are served.
+    pub fn replace(&mut self, ino: Ino, session: SessionId, locks: impl IntoIterator<Item = Lock>) {
+        for is_flock in [false, true] {
+            let place = (ino, is_flock);
+            let owners: Vec<LockOwner> = self.files.get(&place).map_or_else(Vec::new, |file| {
+                file.held.keys().filter(|owner| owner.session == session).copied().collect()
+            });
+            owners.into_iter().for_each(|owner| self.put(place, owner, LockRange::WHOLE, None));
+        }
+        locks.into_iter().for_each(|lock| self.record(ino, lock));
+        [false, true].into_iter().for_each(|is_flock| self.serve((ino, is_flock)));
+    }
+
     /// Everything that is held.
     pub fn held(&self) -> impl Iterator<Item = (Ino, Lock)> + '_ {
         self.files.iter().flat_map(|((ino, _), file)| {

@@ -147,7 +147,6 @@ impl Fs {
             tokio::select! {
                 granted = waiting.granted() => {
                     if let Some(foreign) = granted {
-                        self.shared.meta.note_granted(ino, &wish);
                         break foreign;
                     }
                     // The server has forgotten who waits.

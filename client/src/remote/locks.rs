@@ -1,4 +1,8 @@
 //! Advisory locks as this mount has them from the metadata server.
+//!
+//! A file that is delegated to this mount is its own to decide on: what nothing here is in the way of is granted here, without a
+//! message. Whoever would have to wait, or whom the server asks for the file, has the file given back first, with all that is held
+//! of it. Without an answer of the server for as long as it says, nothing is granted here either: it may have given the file up.
 
 use std::{
     collections::{BTreeSet, HashMap},
@@ -11,12 +15,15 @@ use std::{
 
 use holdfast_common::{
     Ino, Position, Refusal, Sequence, SessionId,
-    limits::{LISTEN_PATIENCE, RELOCK_MAX},
+    limits::{DELEGATED_LOCKS_MAX, LISTEN_PATIENCE, RELOCK_MAX},
     locks::{Lock, LockClass, LockKind, LockOwner, LockRange, LockTable},
-    wire::meta::{Event, Foreign, LockAnswer, LockRequest, MetaAnswer, MetaRequest, SessionRequest},
+    wire::meta::{Event, Foreign, LockAnswer, LockRequest, MetaAnswer, MetaRequest, Reach, SessionRequest},
 };
 use parking_lot::Mutex;
-use tokio::sync::{Notify, oneshot};
+use tokio::{
+    sync::{Notify, oneshot},
+    time::Instant,
+};
 use tracing::{debug, error};
 
 use super::{
@@ -47,6 +54,10 @@ impl LockWish {
     /// As this mount keeps it: its session is understood.
     fn lock_owner(&self) -> LockOwner {
         LockOwner { session: SessionId(0), class: self.class, id: self.owner }
+    }
+
+    fn lock(&self, kind: LockKind) -> Lock {
+        Lock { owner: self.lock_owner(), range: self.range, kind, pid: self.pid }
     }
 }
 
@@ -97,9 +108,13 @@ struct State {
     next: u64,
     in_flight: BTreeSet<u64>,
     held: LockTable,
-    waiting: HashMap<u64, oneshot::Sender<Foreign>>,
-    /// The last event that has arrived.
+    waiting: HashMap<u64, Waiter>,
+    delegated: HashMap<Ino, Delegation>,
+    /// When the last request was sent that has been answered and kept the session alive.
+    answered: Option<Instant>,
+    /// The last event that has arrived, and the last one of which the server knows that.
     heard: u64,
+    acknowledged: u64,
     /// Of which it is not known whether the server agrees with `held`.
     doubts: Vec<Doubt>,
     /// Files of which locks were lost, and when: as a count of losses.
@@ -107,6 +122,23 @@ struct State {
     losses: u64,
     /// Up to this loss any file counts as one whose lock was lost.
     all_lost: u64,
+}
+
+/// Somebody for whom a lock is granted some time.
+#[derive(Debug)]
+struct Waiter {
+    ino: Ino,
+    wish: LockWish,
+    granted: oneshot::Sender<Foreign>,
+}
+
+/// A file on whose locks this mount decides.
+#[derive(Clone, Copy, Debug)]
+struct Delegation {
+    number: u64,
+    /// It is being given back, and the server may know that.
+    ending: bool,
+    valid: Duration,
 }
 
 /// A wish that may have been carried out by the server, or may be yet.
@@ -142,6 +174,11 @@ fn doubt(ino: Ino, wish: &LockWish, ticket: Option<Sequence>) -> Doubt {
 }
 
 impl State {
+    /// Does somebody wait for what the server may say, or the server for this mount?
+    fn has_to_listen(&self) -> bool {
+        !self.waiting.is_empty() || !self.delegated.is_empty() || self.acknowledged < self.heard
+    }
+
     fn note_lost(&mut self, inos: &BTreeSet<Ino>) {
         if inos.is_empty() {
             return;
@@ -214,6 +251,10 @@ impl Locks {
         state.waiting.retain(|sequence, _| in_flight.contains(sequence));
         state.in_flight = in_flight;
         state.heard = 0;
+        state.acknowledged = 0;
+        // It knows of none. What was granted under them is held, and is told with the rest.
+        state.delegated.clear();
+        state.answered = None;
         self.epoch.fetch_add(1, Ordering::AcqRel);
         // Positions after a loss of power are not those from before.
         self.foreign_seen.store(0, Ordering::Release);
@@ -238,14 +279,14 @@ struct Numbered<'a> {
 }
 
 impl<'a> Numbered<'a> {
-    fn begin(locks: &'a Locks) -> Self {
-        let (sender, receiver) = oneshot::channel();
+    fn begin(locks: &'a Locks, ino: Ino, wish: &LockWish) -> Self {
+        let (granted, receiver) = oneshot::channel();
         let mut state = locks.state.lock();
         let sequence = state.next;
         state.next += 1;
         state.in_flight.insert(sequence);
         // Before it is asked for: it may be granted before the answer that says it has to be waited for.
-        state.waiting.insert(sequence, sender);
+        state.waiting.insert(sequence, Waiter { ino, wish: *wish, granted });
         Self { locks, session: state.session, sequence, granted: Some(receiver) }
     }
 
@@ -322,11 +363,20 @@ impl MetaClient {
     /// Takes, changes or lets go of a lock. `EDEADLK`, `ENOLCK`, or `EIO` when the server does not answer.
     pub async fn set_lock(self: &Arc<Self>, ino: Ino, wish: LockWish, wait: bool) -> FsResult<LockOutcome> {
         let _in_turn = self.locks.lane(ino).lock().await;
+        if let Some(outcome) = self.decide_here(ino, &wish) {
+            return Ok(outcome);
+        }
+        self.give_back(ino, None).await?;
         loop {
-            let numbered = Numbered::begin(&self.locks);
+            let numbered = Numbered::begin(&self.locks, ino, &wish);
             match self.ask_lock(ino, &wish, wait, &numbered).await {
                 Ok(LockAnswer::Granted(foreign)) => {
                     self.note_lock(ino, &wish);
+                    return Ok(LockOutcome::Granted(foreign));
+                }
+                Ok(LockAnswer::Delegated { foreign, number, valid_ms }) => {
+                    self.note_lock(ino, &wish);
+                    self.note_delegated(numbered.session, ino, number, Duration::from_millis(valid_ms));
                     return Ok(LockOutcome::Granted(foreign));
                 }
                 Ok(LockAnswer::Free) => {
@@ -365,6 +415,98 @@ impl MetaClient {
         }
     }
 
+    /// Decides on the wish, if this mount may and nothing here is in its way.
+    fn decide_here(&self, ino: Ino, wish: &LockWish) -> Option<LockOutcome> {
+        let mut state = self.locks.state.lock();
+        self.decides_on(&state, ino).then_some(())?;
+        match wish.kind {
+            None => {
+                state.held.unlock(ino, wish.lock_owner(), wish.range);
+                Some(LockOutcome::Free)
+            }
+            Some(kind) => {
+                let is_free = state.held.test(ino, &wish.lock(kind)).is_none();
+                // One change makes two ranges of one at most.
+                let has_room = state.held.held_of(ino).nth(DELEGATED_LOCKS_MAX - 3).is_none();
+                (is_free && has_room).then_some(())?;
+                state.held.record(ino, wish.lock(kind));
+                // Nobody else can have had it since this mount had: there is nothing new to know.
+                let foreign = Foreign { through: self.foreign_seen(), changes: Vec::new(), reach: Reach::Complete };
+                Some(LockOutcome::Granted(foreign))
+            }
+        }
+    }
+
+    fn decides_on(&self, state: &State, ino: Ino) -> bool {
+        let known = state.delegated.get(&ino);
+        let is_certain = |known: &Delegation| state.answered.is_some_and(|asked| asked.elapsed() < known.valid);
+        known.is_some_and(|known| !known.ending && is_certain(known))
+    }
+
+    fn note_answered(&self, session: SessionId, asked: Instant) {
+        let mut state = self.locks.state.lock();
+        if state.session == session {
+            state.answered = state.answered.max(Some(asked));
+        }
+    }
+
+    fn note_delegated(&self, session: SessionId, ino: Ino, number: u64, valid: Duration) {
+        let mut state = self.locks.state.lock();
+        if state.session == session {
+            state.delegated.insert(ino, Delegation { number, ending: false, valid });
+            self.locks.wanted.notify_one();
+        }
+    }
+
+    /// Gives the file back, if it is delegated to this mount, or the server says so with `recalled`. The file's lane is taken.
+    async fn give_back(self: &Arc<Self>, ino: Ino, recalled: Option<u64>) -> FsResult<()> {
+        let (session, number) = {
+            let mut state = self.locks.state.lock();
+            let known = state.delegated.get_mut(&ino).map(|known| {
+                known.ending = true;
+                known.number
+            });
+            let Some(number) = recalled.or(known) else { return Ok(()) };
+            (state.session, number)
+        };
+        let epoch = self.locks.epoch.load(Ordering::Acquire);
+        let request = || {
+            let state = self.locks.state.lock();
+            // Whoever was to get it has not survived.
+            if epoch != self.locks.epoch.load(Ordering::Acquire) || state.session != session {
+                return Err(Errno(libc::ESTALE));
+            }
+            let locks = state.held.held_of(ino).collect();
+            Ok(MetaRequest::Lock { session, request: LockRequest::Return { ino, number, locks } })
+        };
+        match self.ask_if(ATTEMPT, request).await {
+            Ok(MetaAnswer::Lock(LockAnswer::Free)) => {}
+            Ok(other) => return Err(unexpected(&other)),
+            Err(Failure::Expired { session, .. }) => self.reenter(session).await,
+            Err(Failure::Errno(Errno(libc::ESTALE))) => {}
+            Err(failure) => return Err(failure.into()),
+        }
+        let mut state = self.locks.state.lock();
+        if state.delegated.get(&ino).is_some_and(|known| known.number == number) {
+            state.delegated.remove(&ino);
+        }
+        Ok(())
+    }
+
+    /// Others want locks of the file.
+    async fn answer_recall(self: &Arc<Self>, ino: Ino, number: u64) {
+        let mut retry = Retry::endless();
+        loop {
+            let in_turn = self.locks.lane(ino).lock().await;
+            match self.give_back(ino, Some(number)).await {
+                Ok(()) => return,
+                Err(error) => debug!(%ino, ?error, "the locks of a file could not be given back yet"),
+            }
+            drop(in_turn);
+            retry.wait().await;
+        }
+    }
+
     async fn ask_lock(
         self: &Arc<Self>,
         ino: Ino,
@@ -386,8 +528,13 @@ impl MetaClient {
             since: self.foreign_seen(),
         };
         let session = numbered.session;
+        // Not after the attempt that will be answered was sent.
+        let asked = Instant::now();
         match self.ask_or_expire(ATTEMPT, || MetaRequest::Lock { session, request: request() }).await? {
-            MetaAnswer::Lock(answer) => Ok(answer),
+            MetaAnswer::Lock(answer) => {
+                self.note_answered(session, asked);
+                Ok(answer)
+            }
             other => Err(Failure::Errno(unexpected(&other))),
         }
     }
@@ -407,11 +554,6 @@ impl MetaClient {
         if wish.class == LockClass::Flock {
             self.note_lock(ino, &LockWish { kind: None, ..*wish });
         }
-    }
-
-    /// The lock that was waited for is granted.
-    pub fn note_granted(&self, ino: Ino, wish: &LockWish) {
-        self.note_lock(ino, wish);
     }
 
     /// Stops waiting. What others have changed, if it came too late and the lock is held.
@@ -445,6 +587,15 @@ impl MetaClient {
     pub async fn test_lock(self: &Arc<Self>, ino: Ino, wish: &LockWish) -> FsResult<Option<Lock>> {
         let LockWish { class, owner, range, kind, .. } = *wish;
         let kind = kind.ok_or(Errno(libc::EINVAL))?;
+        {
+            let state = self.locks.state.lock();
+            if self.decides_on(&state, ino) {
+                let own = |lock: Lock| Lock { owner: LockOwner { session: state.session, ..lock.owner }, ..lock };
+                return Ok(state.held.test(ino, &wish.lock(kind)).map(own));
+            }
+        }
+        let _in_turn = self.locks.lane(ino).lock().await;
+        self.give_back(ino, None).await?;
         let test = || LockRequest::Test { ino, class, owner, range, kind };
         loop {
             let session = self.session();
@@ -466,7 +617,7 @@ impl MetaClient {
     async fn listen(self: &Arc<Self>) {
         let mut retry = Retry::endless();
         loop {
-            if self.locks.state.lock().waiting.is_empty() {
+            if !self.locks.state.lock().has_to_listen() {
                 self.locks.wanted.notified().await;
             }
             let (session, heard) = {
@@ -479,10 +630,12 @@ impl MetaClient {
                 instance: self.server_instance(),
                 since: self.foreign_seen(),
             });
+            let asked = Instant::now();
             match self.once(&request, LISTEN_ATTEMPT).await {
                 Ok(MetaAnswer::Events(events)) => {
+                    self.note_answered(session, asked);
                     retry = Retry::endless();
-                    self.hear(session, events);
+                    self.hear(session, heard, events);
                 }
                 Ok(other) => error!(?other, "the metadata server answered another question"),
                 Err(Trouble::Refused(Refusal::SessionExpired)) => self.reenter(session).await,
@@ -494,20 +647,31 @@ impl MetaClient {
         }
     }
 
-    fn hear(&self, session: SessionId, events: Vec<(u64, Event)>) {
+    /// Events after `acknowledged`.
+    fn hear(self: &Arc<Self>, session: SessionId, acknowledged: u64, events: Vec<(u64, Event)>) {
         let mut state = self.locks.state.lock();
         if state.session != session {
             return;
         }
+        state.acknowledged = acknowledged;
         for (number, event) in events {
             if number <= state.heard {
                 continue;
             }
             state.heard = number;
-            let Event::Granted { ticket, foreign } = event;
-            if let Some(waiter) = state.waiting.remove(&ticket.0) {
-                // Who has just been interrupted asks the server, which knows.
-                let _interrupted = waiter.send(foreign);
+            match event {
+                Event::Granted { ticket, foreign } => {
+                    let Some(Waiter { ino, wish, granted }) = state.waiting.remove(&ticket.0) else { continue };
+                    if let Some(kind) = wish.kind {
+                        state.held.record(ino, wish.lock(kind));
+                    }
+                    // Who has just been interrupted asks the server, which knows.
+                    let _interrupted = granted.send(foreign);
+                }
+                Event::Recall { ino, number } => {
+                    let client = Arc::clone(self);
+                    drop(tokio::spawn(async move { client.answer_recall(ino, number).await }));
+                }
             }
         }
     }
@@ -532,10 +696,18 @@ impl MetaClient {
         if let Some(ticket) = doubt.ticket {
             self.ask_cancel(session, ticket).await?;
         }
+        if self.locks.state.lock().delegated.contains_key(&doubt.ino) {
+            // All that is held of it will be told with it.
+            return Ok(());
+        }
         for (range, kind) in self.locks.believed(doubt) {
             let wish = LockWish { class: doubt.class, owner: doubt.owner, range, kind, pid: 0 };
-            let numbered = Numbered::begin(&self.locks);
-            self.ask_lock(doubt.ino, &wish, false, &numbered).await?;
+            let numbered = Numbered::begin(&self.locks, doubt.ino, &wish);
+            if let LockAnswer::Delegated { number, valid_ms, .. } =
+                self.ask_lock(doubt.ino, &wish, false, &numbered).await?
+            {
+                self.note_delegated(session, doubt.ino, number, Duration::from_millis(valid_ms));
+            }
         }
         Ok(())
     }

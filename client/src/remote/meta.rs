@@ -416,7 +416,7 @@ impl MetaClient {
     }
 
     /// As [`MetaClient::ask_or_expire`], of a request that may have become pointless by the time it is sent, or sent again.
-    async fn ask_if(
+    pub(super) async fn ask_if(
         self: &Arc<Self>,
         attempt: Duration,
         request: impl Fn() -> FsResult<MetaRequest>,

@@ -63,6 +63,9 @@ pub enum LockRequest {
     Cancel { ticket: Sequence, since: Position },
     /// Answered `Held`, by somebody who would be in the way, or `Free`.
     Test { ino: Ino, class: LockClass, owner: u64, range: LockRange, kind: LockKind },
+    /// Gives a file's delegation back, with all that the mount's processes hold of the file, at most `DELEGATED_LOCKS_MAX`. Answered
+    /// `Free`. Under a number that is not (any more) the mount's for that file it changes nothing.
+    Return { ino: Ino, number: u64, locks: Vec<Lock> },
 }
 
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -74,6 +77,13 @@ pub enum LockAnswer {
     Waiting,
     /// Let go, or nobody holds it.
     Free,
+    /// As `Granted`; and until the server asks for it back (`Event::Recall`), the mount decides on this file's locks by itself, as long
+    /// as it asked something within the last `valid_ms` milliseconds that was answered.
+    Delegated {
+        foreign: Foreign,
+        number: u64,
+        valid_ms: u64,
+    },
 }
 
 /// What other mounts have changed after a position, through another one.
@@ -108,6 +118,8 @@ pub enum Change {
 pub enum Event {
     /// Of a lock that was waited for.
     Granted { ticket: Sequence, foreign: Foreign },
+    /// Others ask for locks of a file that is delegated to the mount: it has to `Return` it.
+    Recall { ino: Ino, number: u64 },
 }
 
 /// Role: client (and admin).

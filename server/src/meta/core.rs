@@ -63,6 +63,8 @@ pub struct Core {
     pub cluster: Mutex<Cluster>,
     pub sessions: Mutex<Sessions>,
     pub locking: Locking,
+    /// How long a restarted server waits for mounts to say which locks they hold.
+    pub lock_grace: Duration,
     pub recent: Mutex<Recent>,
     pub unsynced: Mutex<Unsynced>,
     /// Blocks whose durable copies are too few for a barrier: the duties make more.
@@ -146,6 +148,7 @@ impl Core {
             cluster: Mutex::new(cluster),
             sessions: Mutex::new(sessions),
             locking,
+            lock_grace,
             recent,
             unsynced: Mutex::new(unsynced),
             thin: Mutex::default(),

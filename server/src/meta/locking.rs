@@ -1,5 +1,8 @@
 //! Advisory locks between mounts, and what mounts are told of them. Time comes in.
 //!
+//! A file whose locks only one mount uses is delegated to that mount, as in NFSv4: it grants them by itself, until the file is
+//! recalled for the sake of others. Then it tells what it has granted, and the server is the one that knows again.
+//!
 //! This is memory, not state: after a restart the mounts tell again what they hold. Until all have, or have been silent for the
 //! grace, nobody gets a new lock; one that comes later finds what others may have taken meanwhile.
 
@@ -11,11 +14,21 @@ use std::{
 
 use holdfast_common::{
     Ino, Refusal, Sequence, SessionId,
-    limits::{EVENTS_MAX, RELOCK_MAX, REPLIES_KEPT_PER_SESSION},
+    limits::{DELEGATED_LOCKS_MAX, EVENTS_MAX, RELOCK_MAX, REPLIES_KEPT_PER_SESSION},
     locks::{Lock, LockClass, LockKind, LockOwner, LockRange, LockTable, Ticket, Verdict},
 };
 use parking_lot::Mutex;
-use tokio::sync::Notify;
+use tokio::sync::{Notify, watch};
+
+/// Locks of a file that one mount has to take in a row, and nobody else in between, before the file is delegated to it. Doubled
+/// each time that it had to be recalled.
+const ROW_BEFORE_DELEGATION: u32 = 3;
+const RECALLS_COUNTED_MAX: u32 = 8;
+/// Files of which it is known who uses their locks; past it all are forgotten.
+const USES_MAX: usize = 64 << 10;
+const DELEGATIONS_PER_SESSION_MAX: usize = 4096;
+/// The owner of what a mount might hold that has been asked for a file, and has not answered yet.
+const UNKNOWN_OWNER: u64 = u64::MAX;
 
 /// What is asked of one file's locks, see `LockRequest::Set`.
 #[derive(Clone, Copy, Debug)]
@@ -33,6 +46,8 @@ pub struct Wish {
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Outcome {
     Granted,
+    /// With a number: the mount's own from here on.
+    Delegated(u64),
     Held(Lock),
     Waiting,
 }
@@ -44,10 +59,38 @@ pub struct Locking {
     grace_ends: Duration,
 }
 
+/// What a mount is told without having asked.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum News {
+    Granted(Sequence),
+    Recall { ino: Ino, number: u64 },
+}
+
 #[derive(Debug, Default)]
 struct State {
     table: LockTable,
     mounts: BTreeMap<SessionId, Mount>,
+    delegations: BTreeMap<Ino, Delegation>,
+    delegation_count: u64,
+    uses: BTreeMap<Ino, Use>,
+}
+
+/// A file whose locks a mount decides on.
+#[derive(Debug)]
+struct Delegation {
+    session: SessionId,
+    number: u64,
+    is_recalled: bool,
+    /// Closed when it is given back.
+    given_back: watch::Sender<()>,
+}
+
+/// Who takes a file's locks.
+#[derive(Clone, Copy, Debug)]
+struct Use {
+    session: SessionId,
+    in_a_row: u32,
+    recalls: u32,
 }
 
 #[derive(Debug, Default)]
@@ -55,10 +98,11 @@ struct Mount {
     /// Below this everything has been answered.
     answered_below: u64,
     answers: BTreeMap<u64, Result<Outcome, Refusal>>,
-    /// Tickets that were granted, each with the number of its event.
-    events: VecDeque<(u64, Sequence)>,
+    /// Each with its number.
+    events: VecDeque<(u64, News)>,
     event_count: u64,
     news: Arc<Notify>,
+    delegations: usize,
 }
 
 impl Locking {
@@ -102,13 +146,38 @@ impl Locking {
     pub fn cancel(&self, session: SessionId, ticket: Sequence) -> bool {
         let mut state = self.state.lock();
         state.table.cancel(Ticket { session, number: ticket.0 });
-        let granted = |mount: &Mount| mount.events.iter().any(|(_, granted)| *granted == ticket);
+        let granted = |mount: &Mount| mount.events.iter().any(|(_, news)| *news == News::Granted(ticket));
         !state.mounts.get(&session).is_some_and(granted)
     }
 
     pub fn test(&self, session: SessionId, wish: &Wish) -> Result<Option<Lock>, Refusal> {
         let kind = wish.kind.filter(|_| wish.range.is_valid()).ok_or(Refusal::Invalid)?;
         Ok(self.state.lock().table.test(wish.ino, &wish.lock(session, kind)))
+    }
+
+    /// Has the file's locks decided on here, for `session`: if another mount does, it is asked to give the file back. One that does not
+    /// within `patience` may hold any of its locks.
+    pub async fn recall(&self, session: SessionId, ino: Ino, patience: Duration) {
+        let Some(mut given_back) = self.state.lock().recall(session, ino) else { return };
+        // Nothing is ever sent: it ends when the delegation does.
+        let _given_back = tokio::time::timeout(patience, given_back.changed()).await;
+    }
+
+    /// The mount has decided on the file's locks so far, and holds these.
+    pub fn give_back(&self, session: SessionId, ino: Ino, number: u64, locks: &[Lock]) -> Result<(), Refusal> {
+        if locks.len() > DELEGATED_LOCKS_MAX || locks.iter().any(|lock| !lock.range.is_valid()) {
+            return Err(Refusal::BadRequest);
+        }
+        let mut state = self.state.lock();
+        let is_its =
+            state.delegations.get(&ino).is_some_and(|known| (known.session, known.number) == (session, number));
+        if is_its {
+            state.end_delegation(ino);
+            let own = locks.iter().map(|lock| Lock { owner: LockOwner { session, ..lock.owner }, ..*lock });
+            state.table.replace(ino, session, own);
+            state.tell_woken();
+        }
+        Ok(())
     }
 
     /// Takes back what a mount held in the server's last life. Returns the files of which something is lost: all, if it comes so late
@@ -135,6 +204,9 @@ impl Locking {
     /// Everything that the session held is free.
     pub fn end(&self, session: SessionId) {
         let mut state = self.state.lock();
+        let delegated = state.delegations.iter().filter(|(_, known)| known.session == session);
+        let delegated: Vec<Ino> = delegated.map(|(ino, _)| *ino).collect();
+        delegated.into_iter().for_each(|ino| state.end_delegation(ino));
         state.table.end_session(session);
         if let Some(mount) = state.mounts.remove(&session) {
             mount.news.notify_waiters();
@@ -143,7 +215,7 @@ impl Locking {
     }
 
     /// What the mount has to be told after event `heard`, if anything within `patience`.
-    pub async fn events(&self, session: SessionId, heard: u64, patience: Duration) -> Vec<(u64, Sequence)> {
+    pub async fn events(&self, session: SessionId, heard: u64, patience: Duration) -> Vec<(u64, News)> {
         let news = Arc::clone(&self.state.lock().mounts.entry(session).or_default().news);
         let told = news.notified();
         tokio::pin!(told);
@@ -157,7 +229,7 @@ impl Locking {
         self.events_after(session, heard)
     }
 
-    fn events_after(&self, session: SessionId, heard: u64) -> Vec<(u64, Sequence)> {
+    fn events_after(&self, session: SessionId, heard: u64) -> Vec<(u64, News)> {
         let mut state = self.state.lock();
         let Some(mount) = state.mounts.get_mut(&session) else { return Vec::new() };
         mount.events.retain(|(number, _)| *number > heard);
@@ -177,13 +249,21 @@ impl Wish {
 
 impl State {
     fn execute(&mut self, session: SessionId, sequence: Sequence, wish: &Wish) -> Result<Outcome, Refusal> {
+        if self.delegations.get(&wish.ino).is_some_and(|known| known.session == session) {
+            // It has not heard that the file is its own: so it has decided on nothing yet.
+            self.end_delegation(wish.ino);
+            for class in [LockClass::Process, LockClass::Flock] {
+                self.table.unlock(wish.ino, LockOwner { session, class, id: UNKNOWN_OWNER }, LockRange::WHOLE);
+            }
+        }
         let Some(kind) = wish.kind else {
             self.table.unlock(wish.ino, wish.owner(session), wish.range);
             return Ok(Outcome::Granted);
         };
         let ticket = wish.wait.then_some(Ticket { session, number: sequence.0 });
+        self.note_use(session, wish.ino);
         match self.table.lock(wish.ino, wish.lock(session, kind), ticket) {
-            Verdict::Granted => Ok(Outcome::Granted),
+            Verdict::Granted => Ok(self.delegate(session, wish.ino).map_or(Outcome::Granted, Outcome::Delegated)),
             Verdict::Blocked(lock) => Ok(Outcome::Held(lock)),
             Verdict::Waiting => Ok(Outcome::Waiting),
             Verdict::Deadlock => Err(Refusal::Deadlock),
@@ -193,10 +273,71 @@ impl State {
 
     fn tell_woken(&mut self) {
         for Ticket { session, number } in self.table.take_woken() {
-            let Some(mount) = self.mounts.get_mut(&session) else { continue };
-            mount.event_count += 1;
-            mount.events.push_back((mount.event_count, Sequence(number)));
-            mount.news.notify_waiters();
+            self.tell(session, News::Granted(Sequence(number)));
+        }
+    }
+
+    fn tell(&mut self, session: SessionId, news: News) {
+        let Some(mount) = self.mounts.get_mut(&session) else { return };
+        mount.event_count += 1;
+        mount.events.push_back((mount.event_count, news));
+        mount.news.notify_waiters();
+    }
+
+    /// Somebody takes a lock of the file.
+    fn note_use(&mut self, session: SessionId, ino: Ino) {
+        if self.uses.len() >= USES_MAX && !self.uses.contains_key(&ino) {
+            self.uses.clear();
+        }
+        let known = self.uses.entry(ino).or_insert(Use { session, in_a_row: 0, recalls: 0 });
+        let in_a_row = if known.session == session { known.in_a_row.saturating_add(1) } else { 1 };
+        *known = Use { session, in_a_row, ..*known };
+    }
+
+    /// Lets the mount decide on the file's locks, if nobody else seems to care for them and it knows of all its own.
+    fn delegate(&mut self, session: SessionId, ino: Ino) -> Option<u64> {
+        let known = self.uses.get(&ino)?;
+        let mount = self.mounts.get_mut(&session)?;
+        let is_its = known.in_a_row >= ROW_BEFORE_DELEGATION << known.recalls
+            && mount.delegations < DELEGATIONS_PER_SESSION_MAX
+            && mount.events.is_empty()
+            && !self.delegations.contains_key(&ino)
+            && self.table.is_alone(ino, session);
+        if !is_its {
+            return None;
+        }
+        mount.delegations += 1;
+        self.delegation_count += 1;
+        let number = self.delegation_count;
+        let given_back = watch::Sender::new(());
+        self.delegations.insert(ino, Delegation { session, number, is_recalled: false, given_back });
+        Some(number)
+    }
+
+    /// Asks another mount than `session` for the file, if one decides on it. Resolves when that has given it back.
+    fn recall(&mut self, session: SessionId, ino: Ino) -> Option<watch::Receiver<()>> {
+        let known = self.delegations.get_mut(&ino).filter(|known| known.session != session)?;
+        let given_back = known.given_back.subscribe();
+        if !std::mem::replace(&mut known.is_recalled, true) {
+            let (holder, number) = (known.session, known.number);
+            if let Some(used) = self.uses.get_mut(&ino) {
+                used.recalls = (used.recalls + 1).min(RECALLS_COUNTED_MAX);
+            }
+            for class in [LockClass::Process, LockClass::Flock] {
+                let owner = LockOwner { session: holder, class, id: UNKNOWN_OWNER };
+                let anything = Lock { owner, range: LockRange::WHOLE, kind: LockKind::Exclusive, pid: 0 };
+                self.table.record(ino, anything);
+            }
+            self.tell(holder, News::Recall { ino, number });
+        }
+        Some(given_back)
+    }
+
+    /// What the table says of the mount's locks of the file is as old as the delegation: whoever ends that puts it right.
+    fn end_delegation(&mut self, ino: Ino) {
+        let Some(Delegation { session, .. }) = self.delegations.remove(&ino) else { return };
+        if let Some(mount) = self.mounts.get_mut(&session) {
+            mount.delegations = mount.delegations.saturating_sub(1);
         }
     }
 }
@@ -250,7 +391,7 @@ mod tests {
         let listening = locking.events(B, 0, Duration::from_secs(60));
         let unlocking = async { assert_eq!(set(&locking, A, 2, &wish(None, false)), Ok(Outcome::Granted)) };
         let (events, ()) = tokio::join!(listening, unlocking);
-        let expected = [(1, Sequence(1))];
+        let expected = [(1, News::Granted(Sequence(1)))];
         assert_eq!(events, expected);
         assert_eq!(locking.events(B, 0, Duration::ZERO).await, expected, "the answer was lost");
         assert_eq!(locking.events(B, 1, Duration::ZERO).await, []);
@@ -285,6 +426,98 @@ mod tests {
             set(&locking, A, 1, &wish(TAKE, false)).map(|outcome| matches!(outcome, Outcome::Held(_))),
             Ok(true)
         );
+    }
+
+    const FILE: Ino = Ino(7);
+
+    /// Lets go and takes `times`; the last answer to the taking.
+    fn use_alone(locking: &Locking, session: SessionId, from: u64, times: u64) -> Outcome {
+        let mut last = Outcome::Waiting;
+        for number in 0..times {
+            set(locking, session, from + 2 * number, &wish(None, false)).unwrap();
+            last = set(locking, session, from + 2 * number + 1, &wish(TAKE, false)).unwrap();
+        }
+        last
+    }
+
+    fn held_by(session: SessionId, owner: u64) -> Lock {
+        Wish { owner, ..wish(TAKE, false) }.lock(session, LockKind::Exclusive)
+    }
+
+    #[tokio::test]
+    async fn a_file_that_one_mount_alone_locks_becomes_its_own_until_another_asks() {
+        let locking = Locking::new(Duration::ZERO);
+        assert_eq!(use_alone(&locking, A, 1, 2), Outcome::Granted);
+        assert_eq!(set(&locking, A, 5, &wish(TAKE, false)), Ok(Outcome::Delegated(1)));
+        assert_eq!(set(&locking, A, 5, &wish(TAKE, false)), Ok(Outcome::Delegated(1)), "its answer was lost");
+        locking.recall(A, FILE, Duration::MAX).await;
+        let asked = locking.recall(B, FILE, Duration::from_secs(60));
+        let gives_back = async {
+            assert_eq!(locking.events(A, 0, Duration::ZERO).await, [(1, News::Recall { ino: FILE, number: 1 })]);
+            // It might hold anything meanwhile.
+            let is_held = |outcome| matches!(outcome, Ok(Outcome::Held(_)));
+            let flock = Wish { class: LockClass::Flock, ..wish(TAKE, false) };
+            assert!(is_held(set(&locking, B, 1, &flock)));
+            locking.give_back(A, FILE, 2, &[]).unwrap();
+            assert!(is_held(set(&locking, B, 2, &flock)), "given back under another number");
+            assert_eq!(set(&locking, B, 3, &wish(TAKE, true)), Ok(Outcome::Waiting));
+            locking.give_back(A, FILE, 1, &[held_by(SessionId(99), 44)]).unwrap();
+        };
+        tokio::join!(asked, gives_back);
+        assert_eq!(set(&locking, B, 4, &wish(TAKE, false)), Ok(Outcome::Held(held_by(A, 44))));
+        assert_eq!(locking.events(B, 0, Duration::ZERO).await, [], "granted under somebody's lock");
+        locking.give_back(A, FILE, 1, &[]).unwrap();
+        assert_eq!(locking.events(B, 0, Duration::ZERO).await, [], "an old message");
+        let unlock = Wish { owner: 44, ..wish(None, false) };
+        set(&locking, A, 7, &unlock).unwrap();
+        assert_eq!(locking.events(B, 0, Duration::ZERO).await, [(1, News::Granted(Sequence(3)))]);
+    }
+
+    #[tokio::test]
+    async fn a_file_that_was_recalled_is_delegated_later_the_next_time() {
+        let locking = Locking::new(Duration::ZERO);
+        assert_eq!(use_alone(&locking, A, 1, 3), Outcome::Delegated(1));
+        locking.recall(B, FILE, Duration::ZERO).await;
+        locking.give_back(A, FILE, 1, &[]).unwrap();
+        use_alone(&locking, B, 1, 1);
+        assert_eq!(use_alone(&locking, B, 3, 4), Outcome::Granted);
+        assert_eq!(use_alone(&locking, B, 11, 1), Outcome::Delegated(2));
+        // A has not been heard since it was recalled: what it knows is not known.
+        locking.recall(A, FILE, Duration::ZERO).await;
+        locking.give_back(B, FILE, 2, &[]).unwrap();
+        assert_eq!(use_alone(&locking, A, 7, 20), Outcome::Granted);
+        assert!(!locking.events(A, 0, Duration::ZERO).await.is_empty());
+        assert_eq!(locking.events(A, 1, Duration::ZERO).await, []);
+        assert_eq!(set(&locking, A, 47, &wish(TAKE, false)), Ok(Outcome::Delegated(3)));
+    }
+
+    #[tokio::test]
+    async fn a_file_is_delegated_to_nobody_while_others_hold_or_wait_for_its_locks() {
+        let locking = Locking::new(Duration::ZERO);
+        let other = |kind| Wish { range: LockRange { first: 5, last: 5 }, ..wish(kind, false) };
+        let own = |kind| Wish { range: LockRange { first: 0, last: 4 }, ..wish(kind, false) };
+        set(&locking, B, 1, &other(TAKE)).unwrap();
+        for number in 0..10 {
+            assert_eq!(set(&locking, A, number + 1, &own(TAKE)), Ok(Outcome::Granted));
+        }
+        set(&locking, B, 2, &Wish { wait: true, ..own(TAKE) }).unwrap();
+        set(&locking, B, 3, &other(None)).unwrap();
+        assert_eq!(set(&locking, A, 11, &own(TAKE)), Ok(Outcome::Granted), "somebody waits");
+        assert!(locking.cancel(B, Sequence(2)));
+        assert_eq!(use_alone(&locking, A, 12, 1), Outcome::Granted);
+        assert_eq!(set(&locking, A, 14, &own(TAKE)), Ok(Outcome::Delegated(1)));
+    }
+
+    #[tokio::test]
+    async fn a_delegation_ends_with_its_session_or_when_its_mount_has_not_heard_of_it() {
+        let locking = Locking::new(Duration::ZERO);
+        assert_eq!(use_alone(&locking, A, 1, 3), Outcome::Delegated(1));
+        assert_eq!(set(&locking, A, 9, &wish(TAKE, false)), Ok(Outcome::Delegated(2)), "the answer never came");
+        locking.recall(B, FILE, Duration::ZERO).await;
+        assert_eq!(set(&locking, B, 1, &wish(TAKE, true)), Ok(Outcome::Waiting));
+        locking.end(A);
+        assert_eq!(locking.events(B, 0, Duration::ZERO).await, [(1, News::Granted(Sequence(1)))]);
+        locking.recall(B, FILE, Duration::MAX).await;
     }
 
     #[test]

@@ -27,7 +27,7 @@ use super::{
     cluster::Heartbeat,
     committer::Proposer,
     core::Core,
-    locking::{Outcome, Wish},
+    locking::{News, Outcome, Wish},
     server::Authority,
     state::{Command, Reply, Rows, Step, StorageError, View, query, settled, violations::violations},
 };
@@ -70,6 +70,9 @@ impl std::fmt::Debug for Service {
 }
 
 type Answer = Result<MetaAnswer, Refusal>;
+
+/// How long somebody who asks for a lock waits for the mount that decides on the file.
+const RECALL_PATIENCE: Duration = Duration::from_secs(2);
 
 impl Serve for Service {
     fn serve(self: Arc<Self>, from: PeerIdentity, request: Frame) -> BoxFuture<'static, Frame> {
@@ -136,14 +139,15 @@ impl Service {
             MetaRequest::Admin(request) => self.admin(request).await,
             MetaRequest::Lock { session, request } => {
                 self.check_settled(session, from.node)?;
-                let answer = self.lock(session, request);
+                self.core.sessions.lock().heard(session, self.core.clock.monotonic());
+                let answer = self.lock(session, request).await;
                 self.still_there(session)?;
                 answer.map(MetaAnswer::Lock)
             }
         }
     }
 
-    fn lock(&self, session: SessionId, request: LockRequest) -> Result<LockAnswer, Refusal> {
+    async fn lock(&self, session: SessionId, request: LockRequest) -> Result<LockAnswer, Refusal> {
         let locking = &self.core.locking;
         match request {
             LockRequest::Set { sequence, answered_below, ino, class, owner, range, kind, pid, wait, since } => {
@@ -151,9 +155,16 @@ impl Service {
                     return Err(Refusal::Unavailable);
                 }
                 let wish = Wish { ino, class, owner, range, kind, pid, wait };
+                if kind.is_some() {
+                    locking.recall(session, ino, RECALL_PATIENCE).await;
+                }
                 Ok(match locking.set(session, sequence, answered_below, &wish)? {
                     Outcome::Granted if kind.is_none() => LockAnswer::Free,
                     Outcome::Granted => LockAnswer::Granted(self.foreign(session, since)),
+                    Outcome::Delegated(number) => {
+                        let foreign = self.foreign(session, since);
+                        LockAnswer::Delegated { foreign, number, valid_ms: self.delegations_valid_ms() }
+                    }
                     Outcome::Held(lock) => LockAnswer::Held(lock),
                     Outcome::Waiting => LockAnswer::Waiting,
                 })
@@ -165,9 +176,20 @@ impl Service {
                     return Err(Refusal::Unavailable);
                 }
                 let wish = Wish { ino, class, owner, range, kind: Some(kind), pid: 0, wait: false };
+                locking.recall(session, ino, RECALL_PATIENCE).await;
                 Ok(locking.test(session, &wish)?.map_or(LockAnswer::Free, LockAnswer::Held))
             }
+            LockRequest::Return { ino, number, locks } => {
+                locking.give_back(session, ino, number, &locks)?;
+                Ok(LockAnswer::Free)
+            }
         }
+    }
+
+    /// Whoever has not been heard for so long may be taken for dead soon, or another life of this server may have begun.
+    fn delegations_valid_ms(&self) -> u64 {
+        let certain = self.core.lock_grace.min(self.session_timeout) / 2;
+        u64::try_from(certain.as_millis()).unwrap_or(u64::MAX)
     }
 
     fn foreign(&self, session: SessionId, since: Position) -> Foreign {
@@ -177,8 +199,11 @@ impl Service {
 
     async fn events(&self, session: SessionId, heard: u64, since: Position) -> Vec<(u64, Event)> {
         let events = self.core.locking.events(session, heard, LISTEN_PATIENCE).await;
-        let told = |ticket| Event::Granted { ticket, foreign: self.foreign(session, since) };
-        events.into_iter().map(|(number, ticket)| (number, told(ticket))).collect()
+        let told = |news| match news {
+            News::Granted(ticket) => Event::Granted { ticket, foreign: self.foreign(session, since) },
+            News::Recall { ino, number } => Event::Recall { ino, number },
+        };
+        events.into_iter().map(|(number, news)| (number, told(news))).collect()
     }
 
     fn check_session(&self, session: SessionId, node: NodeName) -> Result<(), Refusal> {
@@ -331,6 +356,7 @@ impl Service {
             }
             SessionRequest::Listen { session, heard, instance, since } => {
                 self.check_session(session, node)?;
+                self.core.sessions.lock().heard(session, now);
                 let heard = if instance == self.instance { heard } else { 0 };
                 let events = self.events(session, heard, since).await;
                 self.still_there(session)?;

@@ -91,6 +91,13 @@ impl Sessions {
         }
     }
 
+    /// The mount is alive.
+    pub fn heard(&mut self, id: SessionId, now: Duration) {
+        if let Some(mount) = self.mounts.get_mut(&id) {
+            mount.heard = now;
+        }
+    }
+
     /// After a restart of the server: all that the session holds open.
     pub fn reopen(&mut self, id: SessionId, inos: &[Ino], now: Duration) -> Result<(), Refusal> {
         self.hold(id, inos)?;

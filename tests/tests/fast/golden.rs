@@ -329,6 +329,7 @@ fn answers() -> Vec<MetaAnswer> {
         MetaAnswer::Lock(LockAnswer::Free),
         MetaAnswer::Relocked { lost: vec![Ino(7)] },
         MetaAnswer::Events(vec![(4, Event::Granted { ticket: Sequence(6), foreign: foreign() })]),
+        MetaAnswer::Events(vec![(5, Event::Recall { ino: Ino(7), number: 8 })]),
     ]
 }
 
@@ -429,6 +430,7 @@ fn lock_requests() -> Vec<LockRequest> {
         set(LockClass::Flock, None, false),
         LockRequest::Cancel { ticket: Sequence(6), since },
         LockRequest::Test { ino, class: LockClass::Description, owner: 9, range, kind: LockKind::Exclusive },
+        LockRequest::Return { ino, number: 8, locks: vec![lock()] },
     ]
 }
 
@@ -442,6 +444,7 @@ fn lock_answers() -> Vec<LockAnswer> {
         LockAnswer::Held(lock()),
         LockAnswer::Waiting,
         LockAnswer::Free,
+        LockAnswer::Delegated { foreign: foreign(), number: 8, valid_ms: 3000 },
     ]
 }
 

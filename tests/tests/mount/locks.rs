@@ -527,6 +527,109 @@ fn the_locks_of_a_mount_that_dies_are_free_when_its_session_ends() {
     waiter.answers("ok");
 }
 
+/// Takes the lock and lets it go so often that the server lets the mount decide by itself.
+fn use_alone(locker: &mut Locker) {
+    for _ in 0..4 {
+        locker.ok(&take(0, 10));
+        locker.ok(&let_go(0, 0));
+    }
+}
+
+/// "A file whose locks only one mount uses costs no message to lock: others who want them have to wait for no more than that mount's answer."
+#[test]
+fn a_mount_that_locks_a_file_alone_needs_no_server_for_it_until_another_mount_asks() {
+    let pair = Pair::start();
+    let (mut a, mut b) = pair.lockers();
+    let mut beside = Locker::on(&pair.a.join("file"));
+    use_alone(&mut a);
+    pair.cluster.meta().freeze();
+    a.ok(&take(0, 10));
+    a.ok(&let_go(5, 0));
+    a.ok(&setlk(libc::F_SETLK, libc::F_RDLCK, 3, 2));
+    beside.ok(&take(5, 5));
+    assert_eq!(
+        beside.ok(&format!("getlk f {} {} 0 0", libc::F_GETLK, libc::F_WRLCK)),
+        format!("{} 0 3 {}", libc::F_WRLCK, a.pid())
+    );
+    a.ok(&flock(FLOCK_EX_NOW));
+    pair.cluster.meta().thaw();
+    // All that was granted meanwhile holds for the other mount, and for who waits on the same.
+    b.fails(&take(0, 1), libc::EAGAIN);
+    b.fails(&take(4, 1), libc::EAGAIN);
+    b.ok(&setlk(libc::F_SETLK, libc::F_RDLCK, 4, 1));
+    b.fails(&take(9, 1), libc::EAGAIN);
+    b.ok(&take(10, 0));
+    b.fails(&flock(FLOCK_SH_NOW), libc::EWOULDBLOCK);
+    b.waits(&wait_for(0, 3));
+    a.ok(&let_go(0, 0));
+    b.answers("ok");
+}
+
+/// "A mount that does not answer is taken to hold all locks of a file that it alone has used."
+#[test]
+fn a_mount_that_does_not_answer_may_hold_what_it_decided_on() {
+    let pair = Pair::start();
+    let (mut a, mut b) = pair.lockers();
+    use_alone(&mut a);
+    pair.a.process().freeze();
+    b.fails(&take(0, 1), libc::EAGAIN);
+    b.waits(&flock(FLOCK_EX));
+    pair.a.process().thaw();
+    b.answers("ok");
+    b.ok(&take(0, 1));
+    a.fails(&take(0, 1), libc::EAGAIN);
+}
+
+#[test]
+fn locks_that_a_mount_granted_itself_outlive_the_metadata_server() {
+    let pair = Pair::start();
+    let (mut a, mut b) = pair.lockers();
+    use_alone(&mut a);
+    a.ok(&take(0, 10));
+    a.ok(&flock(FLOCK_EX));
+    pair.cluster.meta().kill();
+    a.ok(&take(10, 10));
+    pair.cluster.meta().start();
+    b.fails(&take(5, 1), libc::EAGAIN);
+    b.fails(&take(15, 1), libc::EAGAIN);
+    b.fails(&flock(FLOCK_SH_NOW), libc::EWOULDBLOCK);
+    b.ok(&take(20, 1));
+    a.kill();
+    b.ok(&wait_for(0, 0));
+    b.ok(&flock(FLOCK_EX));
+}
+
+#[test]
+fn locks_that_a_dead_mount_granted_itself_are_free_when_its_session_ends() {
+    let cluster = Cluster::prepare(&Options::default());
+    cluster.set("meta/meta.toml", "session_timeout_secs", 5);
+    cluster.start_daemons();
+    let (a, b) = (cluster.mount(), cluster.mount());
+    let (mut holder, mut waiter) = (Locker::on(&a.join("file")), Locker::on(&b.join("file")));
+    use_alone(&mut holder);
+    holder.ok(&take(0, 10));
+    a.kill();
+    waiter.fails(&take(0, 1), libc::EAGAIN);
+    waiter.ok(&wait_for(0, 1));
+}
+
+/// What one process waits for under a lock that only its mount knows is a circle for the other mount too.
+#[test]
+fn a_circle_over_locks_that_mounts_granted_themselves_is_refused() {
+    let pair = Pair::start();
+    let (mut a, mut b) = (Locker::on(&pair.a.join("first")), Locker::on(&pair.b.join("second")));
+    use_alone(&mut a);
+    use_alone(&mut b);
+    a.ok(&take(0, 1));
+    b.ok(&take(0, 1));
+    a.ok(&format!("open g {}", pair.a.join("second").display()));
+    b.ok(&format!("open g {}", pair.b.join("first").display()));
+    a.waits(&wait_for(0, 1).replacen(" f ", " g ", 1));
+    b.fails(&wait_for(0, 1).replacen(" f ", " g ", 1), libc::EDEADLK);
+    b.ok(&let_go(0, 0));
+    a.answers("ok");
+}
+
 /// "A mount that was cut off for so long has lost its locks: what is open of those files answers EIO, and what was written under them is not stored."
 #[test]
 fn a_mount_that_lost_its_locks_while_it_was_cut_off_does_not_write_under_them() {
