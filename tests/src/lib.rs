@@ -1,6 +1,7 @@
 //! Real clusters, simulated faults and the model that defines right: what every test stands on.
 
 pub mod ask;
+pub mod bench;
 pub mod cluster;
 pub mod fault;
 pub mod model;

@@ -4,10 +4,16 @@ use std::{
     fs::{self, File, OpenOptions},
     io::{self, Write},
     os::unix::fs::{FileExt, OpenOptionsExt},
-    path::Path,
+    path::{Path, PathBuf},
+    process::{Child, Command, Stdio},
+    time::{Duration, SystemTime, UNIX_EPOCH},
 };
 
-use holdfast_tests::{cluster::Cluster, fault::random_bytes, shell, sys};
+use holdfast_tests::{
+    cluster::{self, Cluster},
+    fault::random_bytes,
+    shell, sys, wait,
+};
 
 fn open(path: &Path, flags: libc::c_int) -> File {
     OpenOptions::new().read(true).write(true).create(true).truncate(false).custom_flags(flags).open(path).expect("open")
@@ -189,4 +195,72 @@ fn fallocate_zeroes_and_does_not_promise_what_it_cannot_keep() {
     assert_eq!(size(), 100_100);
     let found = fs::read(mount.join("file")).expect("read");
     assert!(found[..390] == expected && found[390..].iter().all(|&byte| byte == 0));
+}
+
+/// A program that notes when each fdatasync of a process is over.
+struct Trace {
+    strace: Child,
+    output: PathBuf,
+}
+
+impl Trace {
+    fn of(pid: u32, output: PathBuf) -> Self {
+        let mut command = Command::new("strace");
+        command.args(["-f", "-ttt", "-T", "-e", "trace=fdatasync,fsync", "-p", &pid.to_string(), "-o"]).arg(&output);
+        sys::die_with_parent(&mut command);
+        let strace = command.stderr(Stdio::null()).spawn().expect("start strace");
+        let traced = || {
+            let status = fs::read_to_string(format!("/proc/{pid}/status")).expect("the process lives");
+            status.contains(&format!("TracerPid:\t{}\n", strace.id()))
+        };
+        wait::until("strace is attached", Duration::from_secs(20), traced);
+        Self { strace, output }
+    }
+
+    /// When syncs that did not fail were over, seconds since 1970.
+    fn stop(mut self) -> Vec<f64> {
+        assert!(sys::kill(self.strace.id(), libc::SIGINT));
+        self.strace.wait().expect("strace ends");
+        let text = fs::read_to_string(&self.output).expect("what strace says");
+        text.lines().filter(|line| line.contains("sync") && line.contains("= 0 <")).map(over_at).collect()
+    }
+}
+
+/// `PID TIME fdatasync(N) = 0 <SECONDS>` names the beginning, `PID TIME <... fdatasync resumed>) = 0 <SECONDS>` the end.
+fn over_at(line: &str) -> f64 {
+    let number = |word: &str| word.parse::<f64>().unwrap_or_else(|_| panic!("a time: {line}"));
+    let at = number(line.split_whitespace().nth(1).expect("a time"));
+    let took = number(line.rsplit_once('<').expect("a duration").1.trim_end_matches('>'));
+    if line.contains("resumed") { at } else { at + took }
+}
+
+fn now() -> f64 {
+    SystemTime::now().duration_since(UNIX_EPOCH).expect("after 1970").as_secs_f64()
+}
+
+/// "An `fsync` is an fdatasync on each server that has a copy, and then one of the metadata's log."
+#[test]
+fn an_fsync_waits_for_every_replicas_disk_and_then_for_the_metadatas() {
+    if !shell::has("strace") || !sys::is_root() {
+        eprintln!("SKIPPED: strace is not installed (scripts/test does that), or this is not root");
+        return;
+    }
+    let cluster = Cluster::start();
+    let (mount, outside) = (cluster.mount(), cluster::temp_dir());
+    let file = open(&mount.join("file"), 0);
+    file.write_all_at(b"before", 0).expect("write");
+    file.sync_all().expect("fsync");
+    let pids = [cluster.meta().pid(), cluster.storage(1).pid(), cluster.storage(2).pid(), cluster.storage(3).pid()];
+    let traces = pids.map(|pid| Trace::of(pid, outside.path().join(pid.to_string())));
+    file.write_all_at(&random_bytes(1, 100_000), 0).expect("write");
+    let asked = now();
+    file.sync_all().expect("fsync");
+    let answered = now();
+    let within = |at: &f64| (asked..=answered).contains(at);
+    let [meta, storage @ ..] = traces.map(|trace| trace.stop().into_iter().filter(within).collect::<Vec<f64>>());
+    let last = meta.last().expect("the metadata's log was synced");
+    for (number, syncs) in storage.iter().enumerate() {
+        let first = syncs.first().unwrap_or_else(|| panic!("storage-{} was not synced", number + 1));
+        assert!(first <= last, "storage-{} was synced after the commit", number + 1);
+    }
 }

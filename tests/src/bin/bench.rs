@@ -1,0 +1,61 @@
+//! What `scripts/bench` runs: measures one subject, or makes a table and a plot of what was measured.
+
+use std::{
+    fs::{self, OpenOptions},
+    io::Write,
+    path::{Path, PathBuf},
+    process::ExitCode,
+};
+
+use anyhow::{Context, Result, bail};
+use holdfast_tests::bench::{Bench, Report, Sample, Sizes, Subject, insert};
+
+const USAGE: &str = "bench run SCRIPT WORKLOADS full|quick ARCHIVE SAMPLES | bench report SAMPLES DOCUMENT PLOT";
+
+fn main() -> ExitCode {
+    let arguments: Vec<String> = std::env::args().skip(1).collect();
+    let words: Vec<&str> = arguments.iter().map(String::as_str).collect();
+    let done = match words[..] {
+        ["run", script, workloads, sizes, archive, samples] => {
+            run(Subject::new(script.into()), workloads, sizes == "quick", archive.into(), Path::new(samples))
+        }
+        ["report", samples, document, plot] => report(Path::new(samples), Path::new(document), Path::new(plot)),
+        _ => Err(anyhow::anyhow!(USAGE)),
+    };
+    match done {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            eprintln!("bench: {error:#}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+fn run(subject: Subject, workloads: &str, quick: bool, archive: PathBuf, samples: &Path) -> Result<()> {
+    let sizes = if quick { Sizes::QUICK } else { Sizes::FULL };
+    let measured = Bench::new(subject, sizes, archive)?.run(workloads);
+    let mut file = OpenOptions::new().create(true).append(true).open(samples)?;
+    for sample in &measured {
+        writeln!(file, "{}", serde_json::to_string(sample)?)?;
+    }
+    match measured.iter().filter(|sample| sample.value.is_none()).count() {
+        0 => Ok(()),
+        failed => bail!("{failed} figures could not be taken"),
+    }
+}
+
+fn report(samples: &Path, document: &Path, plot: &Path) -> Result<()> {
+    let text = fs::read_to_string(samples).with_context(|| format!("read {}", samples.display()))?;
+    let samples: Vec<Sample> = text.lines().map(serde_json::from_str).collect::<Result<_, _>>()?;
+    let report = Report::new(&samples);
+    println!("{}", report.table());
+    fs::write(plot, report.plot()).with_context(|| format!("write {}", plot.display()))?;
+    if document.exists() {
+        let text = fs::read_to_string(document)?;
+        let part = report.table();
+        let text =
+            insert(&text, &part).with_context(|| format!("{} has no place for the table", document.display()))?;
+        fs::write(document, text)?;
+    }
+    Ok(())
+}
