@@ -4,6 +4,7 @@ pub mod ask;
 pub mod bench;
 pub mod cluster;
 pub mod fault;
+pub mod memory_limit;
 pub mod model;
 pub mod mount;
 pub mod process;
