@@ -48,7 +48,7 @@ fn report(samples: &Path, document: &Path, plot: &Path) -> Result<()> {
     let text = fs::read_to_string(samples).with_context(|| format!("read {}", samples.display()))?;
     let samples: Vec<Sample> = text.lines().map(serde_json::from_str).collect::<Result<_, _>>()?;
     let report = Report::new(&samples);
-    println!("{}", report.table());
+    std::io::stdout().write_all(report.table().as_bytes())?;
     fs::write(plot, report.plot()).with_context(|| format!("write {}", plot.display()))?;
     if document.exists() {
         let text = fs::read_to_string(document)?;
