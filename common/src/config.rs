@@ -182,6 +182,9 @@ pub struct MetaOptions {
     /// Silence after which a storage server is down, in milliseconds [default: 10000]
     #[arg(long, value_name = "MS")]
     pub down_after_ms: Option<u64>,
+    /// How long a storage server has to be down before its blocks are copied to others, in seconds [default: 300]
+    #[arg(long, value_name = "SECONDS")]
+    pub replace_after_secs: Option<u64>,
     /// Least serious messages that are logged; HOLDFAST_LOG overrides it [default: info]
     #[arg(long, value_name = "LEVEL")]
     pub log_level: Option<LogLevel>,
@@ -192,7 +195,7 @@ pub struct MetaOptions {
 
 options!(MetaOptions {
     data_dir, tls_dir, listen, ca_dir, cache_bytes, checkpoint_log_bytes, reserve_bytes, session_timeout_secs,
-    recovery_window_secs, suspect_after_ms, down_after_ms, log_level, log_format,
+    recovery_window_secs, suspect_after_ms, down_after_ms, replace_after_secs, log_level, log_format,
 } paths { data_dir, tls_dir, ca_dir });
 
 /// Options of a storage server.
@@ -289,6 +292,8 @@ pub struct MetaConfig {
     pub recovery_window: Duration,
     pub suspect_after: Duration,
     pub down_after: Duration,
+    /// A storage server that has been down for so long is replaced.
+    pub replace_after: Duration,
     pub log_level: LogLevel,
     pub log_format: LogFormat,
 }
@@ -316,6 +321,7 @@ impl MetaConfig {
             recovery_window: seconds("recovery_window_secs", options.recovery_window_secs, window.max(1), 1)?,
             suspect_after: milliseconds("suspect_after_ms", options.suspect_after_ms, 2_000)?,
             down_after: milliseconds("down_after_ms", options.down_after_ms, 10_000)?,
+            replace_after: seconds("replace_after_secs", options.replace_after_secs, 300, 1)?,
             log_level: options.log_level.unwrap_or_default(),
             log_format: options.log_format.unwrap_or_default(),
         };

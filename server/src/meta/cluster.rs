@@ -117,6 +117,24 @@ impl Cluster {
         self.members.get(&id).is_some_and(|member| member.info.state == ServerState::Up)
     }
 
+    pub fn up(&self) -> Vec<ServerId> {
+        let up = self.members.values().filter(|member| member.info.state == ServerState::Up);
+        up.map(|member| member.info.id).collect()
+    }
+
+    /// Those that have been down for `long`.
+    pub fn down_for(&self, long: Duration, now: Duration) -> Vec<ServerId> {
+        let gone = |member: &&Member| {
+            let silent = now.saturating_sub(member.heard);
+            member.info.state == ServerState::Down && silent >= self.down_after + long
+        };
+        self.members.values().filter(gone).map(|member| member.info.id).collect()
+    }
+
+    pub fn boot(&self, id: ServerId) -> Option<BootId> {
+        self.members.get(&id).map(|member| member.boot)
+    }
+
     pub fn endpoint(&self, id: ServerId) -> Option<Endpoint> {
         let member = self.members.get(&id)?;
         Some(Endpoint { address: member.info.address, name: NodeName { role: Role::Storage, id: id.0 } })

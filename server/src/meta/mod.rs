@@ -11,6 +11,7 @@ pub mod log;
 mod memory_disk;
 pub mod recent;
 pub mod recovery;
+pub mod replace;
 pub mod server;
 pub mod service;
 pub mod sessions;

@@ -33,6 +33,7 @@ use super::{
     duties::{self, Copier},
     log::LogPlace,
     recovery::{self, Recovery},
+    replace::Replacer,
     service::{Secrets, Service},
     sessions::Sessions,
     state::{self, Command, Entry, StorageError, apply, servers, session},
@@ -96,6 +97,8 @@ pub struct Options {
     pub reserve_bytes: u64,
     pub suspect_after: Duration,
     pub down_after: Duration,
+    /// A server that has been down for so long is replaced.
+    pub replace_after: Duration,
 }
 
 /// Brings back what the last life left in `directory`: the tables as of the last checkpoint, and the log on top.
@@ -239,7 +242,8 @@ impl Running {
         tasks.spawn(duties::watch(Arc::clone(&core), proposer.clone(), options.session_timeout));
         tasks.spawn(duties::watch_space(Arc::clone(&core), options.reserve_bytes));
         tasks.spawn(recovery::run(Arc::clone(&core), proposer.clone()));
-        tasks.spawn(Copier::new(Arc::clone(&core), proposer.clone(), peers).run());
+        tasks.spawn(Copier::new(Arc::clone(&core), proposer.clone(), Arc::clone(&peers)).run());
+        tasks.spawn(Replacer::new(Arc::clone(&core), proposer.clone(), peers, options.replace_after).run());
         let (fault_sender, faults) = mpsc::unbounded_channel();
         let service = Service::new(core, proposer, options.session_timeout, authority, fault_sender);
         Self { service: Arc::new(service), committer, tasks, faults }
@@ -296,6 +300,7 @@ pub async fn run(
         reserve_bytes: config.reserve_bytes,
         suspect_after: config.suspect_after,
         down_after: config.down_after,
+        replace_after: config.replace_after,
     };
     let core = recover(&disk, data.path(), clock, &options)?;
     let node =

@@ -111,6 +111,11 @@ impl Storages {
                     storage.durable.insert(block);
                     Ok(StorageAnswer::Obtained { boot })
                 }
+                StorageRequest::List { after } => {
+                    let rest = storage.visible.iter().filter(|hash| after.is_none_or(|after| **hash > after));
+                    let blocks: Vec<BlockHash> = rest.copied().take(2).collect();
+                    Ok(StorageAnswer::List { end: blocks.len() < 2, blocks })
+                }
                 other => panic!("{other:?}"),
             })
         })
@@ -149,6 +154,7 @@ fn options() -> Options {
         reserve_bytes: 0,
         suspect_after: Duration::from_secs(2),
         down_after: Duration::from_secs(10),
+        replace_after: Duration::from_secs(300),
     }
 }
 
@@ -358,6 +364,86 @@ async fn unsynced_copies_are_remembered_when_the_process_dies() {
     let mut cluster = cluster.restarted(disk);
     cluster.mutate(true, words::make(Ino::ROOT, "b", Kind::File)).await.unwrap();
     assert!(cluster.storages.with(1, |storage| storage.durable.contains(&words::hash(1))));
+}
+
+impl Cluster {
+    /// Lets the servers be heard, and time go by, until `condition` holds.
+    async fn while_heard(&self, servers: &[u32], what: &str, condition: impl Fn(&Self) -> bool) {
+        for _ in 0..400 {
+            if condition(self) {
+                return;
+            }
+            for server in servers {
+                self.heartbeat(*server).await;
+            }
+            self.clock.advance(Duration::from_millis(100));
+            tokio::time::sleep(Duration::from_millis(20)).await;
+        }
+        panic!("waited in vain until {what}");
+    }
+
+    fn owed(&self) -> u64 {
+        self.core().store.view().unwrap().counters().owed
+    }
+}
+
+fn soon_replaced() -> Options {
+    let (suspect_after, down_after) = (Duration::from_secs(1), Duration::from_secs(2));
+    Options { suspect_after, down_after, replace_after: Duration::from_secs(3), ..options() }
+}
+
+#[tokio::test]
+async fn a_server_that_stays_away_is_replaced_by_another() {
+    let mut cluster = Cluster::on(MemoryDisk::new(), soon_replaced()).await;
+    let ino = cluster.create("a", false).await.unwrap();
+    cluster.write(ino, 1, &[1, 2, 3], true).await.unwrap();
+    cluster.heartbeat(4).await;
+    cluster.storages.with(3, |storage| storage.dead = true);
+    let began = cluster.clock.monotonic();
+    cluster.while_heard(&[1, 2, 4], "it has another copy", |cluster| cluster.holders(1) == [1, 2, 4]).await;
+    assert!(cluster.clock.monotonic() - began >= Duration::from_secs(5), "too early: it might have come back");
+    assert!(cluster.storages.with(4, |storage| storage.durable.contains(&words::hash(1))));
+    assert_eq!(cluster.owed(), 0);
+    cluster.check();
+}
+
+#[tokio::test]
+async fn nothing_is_taken_off_the_record_when_there_is_nowhere_to_copy_it_to() {
+    let mut cluster = Cluster::on(MemoryDisk::new(), soon_replaced()).await;
+    let ino = cluster.create("a", false).await.unwrap();
+    cluster.write(ino, 1, &[1, 2, 3], true).await.unwrap();
+    cluster.storages.with(3, |storage| storage.dead = true);
+    let until = cluster.clock.monotonic() + Duration::from_secs(12);
+    cluster.while_heard(&[1, 2], "time has passed", |cluster| cluster.clock.monotonic() > until).await;
+    assert_eq!(cluster.core().cluster.lock().up(), [ServerId(1), ServerId(2)]);
+    assert_eq!(cluster.holders(1), [1, 2, 3]);
+}
+
+#[tokio::test]
+async fn a_server_that_comes_back_is_on_record_again_for_what_is_still_owed() {
+    let mut cluster = Cluster::on(MemoryDisk::new(), soon_replaced()).await;
+    let inos = [cluster.create("a", false).await.unwrap(), cluster.create("b", false).await.unwrap()];
+    for (ino, seeds) in [(inos[0], [1, 2]), (inos[1], [3, 4])] {
+        for seed in seeds {
+            cluster.write(ino, seed, &[1, 2, 3], true).await.unwrap();
+        }
+    }
+    // It is up, but copies cannot be made there.
+    cluster.heartbeat(4).await;
+    cluster.storages.with(4, |storage| storage.dead = true);
+    cluster.storages.with(3, |storage| storage.dead = true);
+    // A file's second block has taken the place of its first.
+    cluster.while_heard(&[1, 2, 4], "its blocks are owed", |cluster| cluster.owed() == 2).await;
+    assert_eq!(cluster.holders(2), [1, 2]);
+    cluster.storages.with(3, |storage| {
+        storage.dead = false;
+        storage.visible.remove(&words::hash(4));
+    });
+    cluster.while_heard(&[1, 2, 3, 4], "what it has counts", |cluster| cluster.holders(2) == [1, 2, 3]).await;
+    // What it has lost meanwhile is copied there.
+    cluster.while_heard(&[1, 2, 3], "nothing is owed", |cluster| cluster.owed() == 0).await;
+    assert_eq!(cluster.holders(4), [1, 2, 3]);
+    cluster.check();
 }
 
 #[tokio::test]

@@ -137,6 +137,7 @@ impl Life {
             reserve_bytes: 0,
             suspect_after: Duration::from_secs(20),
             down_after: Duration::from_secs(60),
+            replace_after: Duration::from_secs(300),
         };
         let clock: Arc<dyn Clock> = Arc::new(SystemClock::default());
         // As a data directory does, which is opened before.

@@ -191,6 +191,26 @@ pub fn owed_after(rows: &impl Rows, after: Option<BlockHash>, count: usize) -> R
     Ok(owed)
 }
 
+/// Up to `count` blocks that a server is on record for, in order, after `after`.
+pub fn held_after(
+    rows: &impl Rows,
+    server: ServerId,
+    after: Option<BlockHash>,
+    count: usize,
+) -> Result<Vec<BlockHash>> {
+    let all = key::held_by(server);
+    let start = after.map_or(all.clone(), |hash| past(&key::held(server, hash)));
+    let mut held = Vec::new();
+    scan(rows.blocks(), &start, &past(&all), |key, _| {
+        if held.len() == count {
+            return Ok(ControlFlow::Break(()));
+        }
+        held.push(hash_of(key)?);
+        Ok(ControlFlow::Continue(()))
+    })?;
+    Ok(held)
+}
+
 /// The hash at the end of a key.
 pub(super) fn hash_of(key: &[u8]) -> Result<BlockHash> {
     let hash = key.last_chunk::<32>().ok_or_else(|| StorageError::Damaged("block: key".into()))?;

@@ -343,6 +343,9 @@ pub mod key {
     pub fn held(server: ServerId, hash: BlockHash) -> Vec<u8> {
         tagged(HELD, &[&server.0.to_be_bytes(), &hash.0])
     }
+    pub fn held_by(server: ServerId) -> Vec<u8> {
+        tagged(HELD, &[&server.0.to_be_bytes()])
+    }
     pub fn owed(hash: BlockHash) -> Vec<u8> {
         tagged(OWED, &[&hash.0])
     }

@@ -1,0 +1,173 @@
+//! Servers that stay away are replaced, and looked through when they come back.
+//!
+//! A server that has been down for long enough is taken off the record of all its blocks: from then on these are owed a copy, which
+//! the `Copier` has made elsewhere. It keeps what it has, and when it comes back, whatever is still short of copies counts again there.
+
+use std::{collections::BTreeSet, sync::Arc, time::Duration};
+
+use holdfast_common::{
+    BlockHash, ServerId,
+    limits::REPLICAS,
+    net::Peers,
+    wire::storage::{StorageAnswer, StorageRequest},
+};
+
+use super::{
+    committer::Proposer,
+    core::{Core, Fault, ask},
+    state::{Command, blocks},
+};
+
+const TICK: Duration = Duration::from_millis(500);
+/// Blocks that one entry changes.
+const BATCH: usize = 1024;
+/// A server answers which blocks it has within this, a page at a time.
+const LIST_DEADLINE: Duration = Duration::from_secs(10);
+
+pub struct Replacer {
+    core: Arc<Core>,
+    proposer: Proposer,
+    peers: Arc<dyn Peers>,
+    /// Of a server that is down.
+    after: Duration,
+    /// Servers that are up, and have been looked through since they came up.
+    seen: BTreeSet<ServerId>,
+    /// Servers that are down, and of which nothing more can be taken off the record.
+    replaced: BTreeSet<ServerId>,
+}
+
+impl std::fmt::Debug for Replacer {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Replacer").field("replaced", &self.replaced).finish_non_exhaustive()
+    }
+}
+
+impl Replacer {
+    pub fn new(core: Arc<Core>, proposer: Proposer, peers: Arc<dyn Peers>, after: Duration) -> Self {
+        Self { core, proposer, peers, after, seen: BTreeSet::new(), replaced: BTreeSet::new() }
+    }
+
+    pub async fn run(mut self) -> Result<(), Fault> {
+        loop {
+            tokio::time::sleep(TICK).await;
+            if !self.core.is_recovering() {
+                self.round().await?;
+            }
+        }
+    }
+
+    /// Looks at every server once.
+    pub async fn round(&mut self) -> Result<(), Fault> {
+        let now = self.core.clock.monotonic();
+        let (up, gone) = {
+            let cluster = self.core.cluster.lock();
+            (cluster.up(), cluster.down_for(self.after, now))
+        };
+        self.seen.retain(|server| up.contains(server));
+        self.replaced.retain(|server| gone.contains(server));
+        for server in up.iter().copied().filter(|server| !self.seen.contains(server)).collect::<Vec<_>>() {
+            if self.look_through(server).await? {
+                self.seen.insert(server);
+            }
+        }
+        // With fewer there is nowhere to put another copy.
+        if up.len() >= REPLICAS {
+            for server in gone.into_iter().filter(|server| !self.replaced.contains(server)).collect::<Vec<_>>() {
+                if self.take_off(server).await? {
+                    self.replaced.insert(server);
+                }
+            }
+        }
+        Ok(())
+    }
+
+    /// `false`: it could not be done to the end, or the server is back.
+    async fn take_off(&self, server: ServerId) -> Result<bool, Fault> {
+        let (mut after, mut taken) = (None, 0);
+        loop {
+            let page = blocks::held_after(&*self.core.store.view()?, server, after, BATCH)?;
+            let Some(last) = page.last().copied() else { break };
+            if self.core.cluster.lock().is_up(server) {
+                return Ok(false);
+            }
+            taken += page.len();
+            if let Err(refusal) = self.proposer.propose(Command::HolderLost { server, blocks: page }).await {
+                tracing::debug!(%server, %refusal, "the copies of a lost server could not be taken off the record yet");
+                return Ok(false);
+            }
+            self.core.copies_wanted.notify_one();
+            after = Some(last);
+        }
+        if taken > 0 {
+            tracing::warn!(%server, blocks = taken, "a storage server has been down for too long: its blocks get copies elsewhere");
+        }
+        Ok(true)
+    }
+
+    /// Puts a server that is up on record for what it has of the blocks that are short of copies. `false`: it did not answer.
+    async fn look_through(&self, server: ServerId) -> Result<bool, Fault> {
+        let (mut after, mut found) = (None, 0);
+        // Else all that it has is on record, here or on enough others.
+        while self.is_something_owed()? {
+            let Some((page, end)) = self.list(server, after).await else { return Ok(false) };
+            after = page.last().copied();
+            let missing = self.short_without(server, &page)?;
+            found += missing.len();
+            if !missing.is_empty() && !self.put_on(server, missing).await {
+                return Ok(false);
+            }
+            if end || after.is_none() {
+                break;
+            }
+        }
+        if found > 0 {
+            tracing::info!(%server, blocks = found, "a storage server has come back with copies that were owed");
+        }
+        Ok(true)
+    }
+
+    fn is_something_owed(&self) -> Result<bool, Fault> {
+        Ok(!blocks::owed_after(&*self.core.store.view()?, None, 1)?.is_empty())
+    }
+
+    async fn list(&self, server: ServerId, after: Option<BlockHash>) -> Option<(Vec<BlockHash>, bool)> {
+        let to = self.core.cluster.lock().endpoint(server)?;
+        match ask(&*self.peers, to, &StorageRequest::List { after }, LIST_DEADLINE).await {
+            Ok(Ok(StorageAnswer::List { blocks, end })) => Some((blocks, end)),
+            other => {
+                tracing::debug!(%server, ?other, "a storage server does not say what it has");
+                None
+            }
+        }
+    }
+
+    /// Those of `page` that have too few copies, none of them on record for the server.
+    fn short_without(&self, server: ServerId, page: &[BlockHash]) -> Result<Vec<BlockHash>, Fault> {
+        let view = self.core.store.view()?;
+        let mut short = Vec::new();
+        for hash in page {
+            if let Some(row) = blocks::block(&*view, *hash)?
+                && blocks::is_owed(&row)
+                && !row.holders.contains(&server)
+            {
+                short.push(*hash);
+            }
+        }
+        Ok(short)
+    }
+
+    async fn put_on(&self, server: ServerId, hashes: Vec<BlockHash>) -> bool {
+        let Some(boot) = self.core.cluster.lock().boot(server) else { return false };
+        // Whether they are durable there is not known: the next barrier asks.
+        hashes.iter().for_each(|hash| self.core.unsynced.lock().add(server, boot, *hash));
+        let mut batches = hashes.chunks(BATCH);
+        loop {
+            let Some(batch) = batches.next() else { return true };
+            let command = Command::HolderAdded { server, blocks: batch.to_vec() };
+            if let Err(refusal) = self.proposer.propose(command).await {
+                tracing::debug!(%server, %refusal, "copies that came back could not be recorded yet");
+                return false;
+            }
+        }
+    }
+}
