@@ -333,3 +333,36 @@ fn storage_servers_that_restart_one_after_the_other_under_load_lose_nothing() {
     }
     cluster.wait_until_whole();
 }
+
+/// "A storage server that stays away is replaced by the others, if there are three (after five minutes, `replace_after_secs`)."
+#[test]
+fn a_server_that_stays_dead_is_replaced_by_the_others() {
+    let cluster = Cluster::prepare(&Options { storage: 4, ..Options::default() });
+    for (key, value) in [("suspect_after_ms", 1000), ("down_after_ms", 2000), ("replace_after_secs", 2)] {
+        cluster.set("meta/meta.toml", key, value);
+    }
+    cluster.start_daemons();
+    let mount = cluster.mount();
+    let content = |number: u64| random_bytes(number, 200_000);
+    for number in 0..60 {
+        let mut file = File::create(mount.join(format!("file-{number}"))).expect("create");
+        file.write_all(&content(number)).expect("write");
+        file.sync_all().expect("fsync");
+    }
+    cluster.storage(4).kill();
+    let made = cluster.status().number("copies_made");
+    wait::until("copies are made elsewhere", PATIENCE, || cluster.status().number("copies_made") > made);
+    cluster.wait_until_whole();
+    assert_eq!(cluster.status().servers_up(), 3);
+    // All three have everything: any one of them is enough.
+    mount.unmount();
+    (1..=2).for_each(|n| cluster.storage(n).kill());
+    mount.start_again();
+    for number in 0..60 {
+        assert!(fs::read(mount.join(format!("file-{number}"))).expect("read") == content(number), "file {number}");
+    }
+    [1, 2, 4].into_iter().for_each(|n| cluster.storage(n).start());
+    cluster.wait_until_up();
+    fs::write(mount.join("after"), "works").expect("write");
+    cluster.wait_until_whole();
+}
