@@ -17,6 +17,15 @@ fn c_string(text: &OsStr) -> io::Result<CString> {
     CString::new(text.as_bytes()).map_err(|_| io::Error::new(io::ErrorKind::InvalidInput, "a NUL in a path or option"))
 }
 
+/// Time since the machine started, with the time in which it was suspended.
+pub fn boot_time() -> std::time::Duration {
+    let mut now = libc::timespec { tv_sec: 0, tv_nsec: 0 };
+    // SAFETY: `now` is valid for writing. The clock exists on every Linux that has FUSE, so it cannot fail.
+    unsafe { libc::clock_gettime(libc::CLOCK_BOOTTIME, &raw mut now) };
+    let (seconds, nanos) = (u64::try_from(now.tv_sec), u32::try_from(now.tv_nsec));
+    std::time::Duration::new(seconds.unwrap_or(0), nanos.unwrap_or(0))
+}
+
 /// The effective user.
 pub fn effective_uid() -> u32 {
     // SAFETY: takes nothing, changes nothing and cannot fail.

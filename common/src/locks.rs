@@ -279,8 +279,9 @@ impl LockTable {
             .all(|file| file.queue.is_empty() && file.held.keys().all(|owner| owner.session == session))
     }
 
-    /// Puts `locks` in the place of all that `session` holds of the file: it knows better. Then others are served.
-    pub fn replace(&mut self, ino: Ino, session: SessionId, locks: impl IntoIterator<Item = Lock>) {
+    /// Puts `locks` in the place of all that `session` holds of the file: it knows better. Then others are served. Returns whoever
+    /// waits, over whatever others, for itself by that, and does not wait any more.
+    pub fn replace(&mut self, ino: Ino, session: SessionId, locks: impl IntoIterator<Item = Lock>) -> Vec<Ticket> {
         for is_flock in [false, true] {
             let place = (ino, is_flock);
             let owners: Vec<LockOwner> = self.files.get(&place).map_or_else(Vec::new, |file| {
@@ -290,6 +291,17 @@ impl LockTable {
         }
         locks.into_iter().for_each(|lock| self.record(ino, lock));
         [false, true].into_iter().for_each(|is_flock| self.serve((ino, is_flock)));
+        let place = (ino, false);
+        let waiting: Vec<(Ticket, Lock)> =
+            self.files.get(&place).map_or_else(Vec::new, |file| file.queue.values().copied().collect());
+        let mut ended = Vec::new();
+        for (ticket, wanted) in waiting {
+            if self.would_wait_for_itself(place, &wanted) {
+                self.dequeue(ticket);
+                ended.push(ticket);
+            }
+        }
+        ended
     }
 
     /// Everything that is held.

@@ -20,20 +20,18 @@ use holdfast_common::{
     wire::meta::{Event, Foreign, LockAnswer, LockRequest, MetaAnswer, MetaRequest, Reach, SessionRequest},
 };
 use parking_lot::Mutex;
-use tokio::{
-    sync::{Notify, oneshot},
-    time::Instant,
-};
+use tokio::sync::{Notify, OwnedMutexGuard, oneshot};
 use tracing::{debug, error};
 
 use super::{
     meta::{ATTEMPT, Failure, MetaClient, Trouble, unexpected},
     retry::Retry,
 };
-use crate::fs::{Errno, FsResult};
+use crate::{
+    fs::{Errno, FsResult},
+    sys::boot_time,
+};
 
-/// Changes of one file's locks are made one after the other, so that this mount and the server see them in one order.
-const LANES: usize = 64;
 const DOUBTS_EVERY: Duration = Duration::from_millis(500);
 /// The server answers within `LISTEN_PATIENCE`.
 const LISTEN_ATTEMPT: Duration = LISTEN_PATIENCE.saturating_add(ATTEMPT);
@@ -91,7 +89,9 @@ impl LockWait {
 #[derive(Debug)]
 pub(super) struct Locks {
     state: Mutex<State>,
-    lanes: Vec<tokio::sync::Mutex<()>>,
+    /// Changes of one file's locks are made one after the other, so that this mount and the server see them in one order. Of files
+    /// of which some are under way.
+    lanes: Mutex<HashMap<Ino, Arc<tokio::sync::Mutex<()>>>>,
     /// Somebody waits, so the server has to be listened to.
     wanted: Notify,
     foreign_seen: AtomicU64,
@@ -111,8 +111,9 @@ struct State {
     waiting: HashMap<u64, Waiter>,
     delegated: HashMap<Ino, Delegation>,
     /// When the last request was sent that has been answered and kept the session alive.
-    answered: Option<Instant>,
-    /// The last event that has arrived, and the last one of which the server knows that.
+    answered: Option<Duration>,
+    /// The last event that has arrived, and the last one of which the server knows that: of this life of the server.
+    instance: u64,
     heard: u64,
     acknowledged: u64,
     /// Of which it is not known whether the server agrees with `held`.
@@ -139,11 +140,14 @@ struct Delegation {
     /// It is being given back, and the server may know that.
     ending: bool,
     valid: Duration,
+    /// What others had changed until then has to be out of the caches first.
+    through: Position,
 }
 
 /// A wish that may have been carried out by the server, or may be yet.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 struct Doubt {
+    session: SessionId,
     ino: Ino,
     class: LockClass,
     owner: u64,
@@ -157,10 +161,9 @@ const LOST_MAX: usize = 64 << 10;
 
 impl Default for Locks {
     fn default() -> Self {
-        let lanes = (0..LANES).map(|_| tokio::sync::Mutex::default()).collect();
         Self {
             state: Mutex::default(),
-            lanes,
+            lanes: Mutex::default(),
             wanted: Notify::new(),
             foreign_seen: AtomicU64::new(0),
             foreign_doubted: AtomicBool::new(false),
@@ -169,8 +172,8 @@ impl Default for Locks {
     }
 }
 
-fn doubt(ino: Ino, wish: &LockWish, ticket: Option<Sequence>) -> Doubt {
-    Doubt { ino, class: wish.class, owner: wish.owner, range: wish.range, ticket }
+fn doubt(session: SessionId, ino: Ino, wish: &LockWish, ticket: Option<Sequence>) -> Doubt {
+    Doubt { session, ino, class: wish.class, owner: wish.owner, range: wish.range, ticket }
 }
 
 impl State {
@@ -218,7 +221,7 @@ impl Locks {
     }
 
     /// What this mount had in its old session is lost. Returns the files of which it held something.
-    pub(super) fn begin_session(&self, session: SessionId) -> Vec<Ino> {
+    pub(super) fn begin_session(&self, session: SessionId, instance: u64) -> Vec<Ino> {
         let mut state = self.state.lock();
         let inos: BTreeSet<Ino> = state.held.held().map(|(ino, _)| ino).collect();
         if state.session != SessionId::default() {
@@ -226,7 +229,7 @@ impl Locks {
             self.foreign_doubted.store(true, Ordering::Release);
         }
         let (lost, losses, all_lost) = (std::mem::take(&mut state.lost), state.losses, state.all_lost);
-        *state = State { session, next: 1, lost, losses, all_lost, ..State::default() };
+        *state = State { session, instance, next: 1, lost, losses, all_lost, ..State::default() };
         state.note_lost(&inos);
         inos.into_iter().collect()
     }
@@ -237,24 +240,30 @@ impl Locks {
         let held: Vec<(Ino, Lock)> = state.held.held().filter(|(ino, _)| inos.contains(ino)).collect();
         for (ino, lock) in held {
             state.held.unlock(ino, lock.owner, LockRange::WHOLE);
-            let (class, owner) = (lock.owner.class, lock.owner.id);
-            state.doubts.push(Doubt { ino, class, owner, range: LockRange::WHOLE, ticket: None });
+            let (session, class, owner) = (state.session, lock.owner.class, lock.owner.id);
+            state.doubts.push(Doubt { session, ino, class, owner, range: LockRange::WHOLE, ticket: None });
         }
         state.note_lost(inos);
     }
 
-    /// The server knows nothing any more of who waits.
-    pub(super) fn forget_waiters(&self) {
+    /// A restarted server knows of no delegation. What was granted under one is held, and is told with the rest.
+    pub(super) fn forget_delegations(&self) {
         let mut state = self.state.lock();
+        state.delegated.clear();
+        state.answered = None;
+    }
+
+    /// The server, in its life `instance`, knows nothing any more of who waits.
+    pub(super) fn forget_waiters(&self, instance: u64) {
+        self.forget_delegations();
+        let mut state = self.state.lock();
+        state.instance = instance;
         let in_flight = std::mem::take(&mut state.in_flight);
         // Who has no answer yet asks the new server under the same number.
         state.waiting.retain(|sequence, _| in_flight.contains(sequence));
         state.in_flight = in_flight;
         state.heard = 0;
         state.acknowledged = 0;
-        // It knows of none. What was granted under them is held, and is told with the rest.
-        state.delegated.clear();
-        state.answered = None;
         self.epoch.fetch_add(1, Ordering::AcqRel);
         // Positions after a loss of power are not those from before.
         self.foreign_seen.store(0, Ordering::Release);
@@ -264,9 +273,28 @@ impl Locks {
         self.state.lock().held.held().collect()
     }
 
-    fn lane(&self, ino: Ino) -> &tokio::sync::Mutex<()> {
-        let lane = usize::try_from(ino.0 % LANES as u64).unwrap_or(0);
-        &self.lanes[lane]
+    /// Waits until it is one's turn to change the file's locks.
+    async fn turn(&self, ino: Ino) -> Turn<'_> {
+        let lane = Arc::clone(self.lanes.lock().entry(ino).or_default());
+        Turn { locks: self, ino, guard: Some(lane.lock_owned().await) }
+    }
+}
+
+/// Nobody else changes the file's locks.
+struct Turn<'a> {
+    locks: &'a Locks,
+    ino: Ino,
+    guard: Option<OwnedMutexGuard<()>>,
+}
+
+impl Drop for Turn<'_> {
+    fn drop(&mut self) {
+        let mut lanes = self.locks.lanes.lock();
+        self.guard.take();
+        // Who waits has it too.
+        if lanes.get(&self.ino).is_some_and(|lane| Arc::strong_count(lane) == 1) {
+            lanes.remove(&self.ino);
+        }
     }
 }
 
@@ -362,11 +390,20 @@ impl MetaClient {
 
     /// Takes, changes or lets go of a lock. `EDEADLK`, `ENOLCK`, or `EIO` when the server does not answer.
     pub async fn set_lock(self: &Arc<Self>, ino: Ino, wish: LockWish, wait: bool) -> FsResult<LockOutcome> {
-        let _in_turn = self.locks.lane(ino).lock().await;
+        let _turn = self.locks.turn(ino).await;
         if let Some(outcome) = self.decide_here(ino, &wish) {
             return Ok(outcome);
         }
-        self.give_back(ino, None).await?;
+        if let Err(error) = self.give_back(ino, None).await {
+            if wish.kind.is_none() {
+                // Whoever lets go may be gone: it is seen to.
+                self.note_lock(ino, &wish);
+                let mut state = self.locks.state.lock();
+                let doubt = doubt(state.session, ino, &wish, None);
+                state.doubts.push(doubt);
+            }
+            return Err(error);
+        }
         loop {
             let numbered = Numbered::begin(&self.locks, ino, &wish);
             match self.ask_lock(ino, &wish, wait, &numbered).await {
@@ -376,7 +413,7 @@ impl MetaClient {
                 }
                 Ok(LockAnswer::Delegated { foreign, number, valid_ms }) => {
                     self.note_lock(ino, &wish);
-                    self.note_delegated(numbered.session, ino, number, Duration::from_millis(valid_ms));
+                    self.note_delegated(numbered.session, ino, number, valid_ms, foreign.through);
                     return Ok(LockOutcome::Granted(foreign));
                 }
                 Ok(LockAnswer::Free) => {
@@ -407,7 +444,7 @@ impl MetaClient {
                         self.note_lock(ino, &wish);
                     }
                     let ticket = wait.then_some(Sequence(numbered.sequence));
-                    self.locks.state.lock().doubts.push(doubt(ino, &wish, ticket));
+                    self.locks.state.lock().doubts.push(doubt(numbered.session, ino, &wish, ticket));
                     return Err(failure.into());
                 }
                 Err(failure @ Failure::Errno(_)) => return Err(failure.into()),
@@ -419,6 +456,8 @@ impl MetaClient {
     fn decide_here(&self, ino: Ino, wish: &LockWish) -> Option<LockOutcome> {
         let mut state = self.locks.state.lock();
         self.decides_on(&state, ino).then_some(())?;
+        // One change makes two ranges of one at most.
+        state.held.held_of(ino).nth(DELEGATED_LOCKS_MAX - 3).is_none().then_some(())?;
         match wish.kind {
             None => {
                 state.held.unlock(ino, wish.lock_owner(), wish.range);
@@ -426,9 +465,8 @@ impl MetaClient {
             }
             Some(kind) => {
                 let is_free = state.held.test(ino, &wish.lock(kind)).is_none();
-                // One change makes two ranges of one at most.
-                let has_room = state.held.held_of(ino).nth(DELEGATED_LOCKS_MAX - 3).is_none();
-                (is_free && has_room).then_some(())?;
+                let has_caught_up = state.delegated.get(&ino).is_some_and(|known| self.foreign_seen() >= known.through);
+                (is_free && has_caught_up).then_some(())?;
                 state.held.record(ino, wish.lock(kind));
                 // Nobody else can have had it since this mount had: there is nothing new to know.
                 let foreign = Foreign { through: self.foreign_seen(), changes: Vec::new(), reach: Reach::Complete };
@@ -439,21 +477,24 @@ impl MetaClient {
 
     fn decides_on(&self, state: &State, ino: Ino) -> bool {
         let known = state.delegated.get(&ino);
-        let is_certain = |known: &Delegation| state.answered.is_some_and(|asked| asked.elapsed() < known.valid);
+        let is_certain =
+            |known: &Delegation| state.answered.is_some_and(|asked| boot_time().saturating_sub(asked) < known.valid);
         known.is_some_and(|known| !known.ending && is_certain(known))
     }
 
-    fn note_answered(&self, session: SessionId, asked: Instant) {
+    /// The server has answered what was asked then (by [`boot_time`]), and kept the session alive by it.
+    pub(super) fn note_answered(&self, session: SessionId, asked: Duration) {
         let mut state = self.locks.state.lock();
         if state.session == session {
             state.answered = state.answered.max(Some(asked));
         }
     }
 
-    fn note_delegated(&self, session: SessionId, ino: Ino, number: u64, valid: Duration) {
+    fn note_delegated(&self, session: SessionId, ino: Ino, number: u64, valid_ms: u64, through: Position) {
         let mut state = self.locks.state.lock();
         if state.session == session {
-            state.delegated.insert(ino, Delegation { number, ending: false, valid });
+            let valid = Duration::from_millis(valid_ms);
+            state.delegated.insert(ino, Delegation { number, ending: false, valid, through });
             self.locks.wanted.notify_one();
         }
     }
@@ -462,11 +503,17 @@ impl MetaClient {
     async fn give_back(self: &Arc<Self>, ino: Ino, recalled: Option<u64>) -> FsResult<()> {
         let (session, number) = {
             let mut state = self.locks.state.lock();
-            let known = state.delegated.get_mut(&ino).map(|known| {
-                known.ending = true;
-                known.number
-            });
-            let Some(number) = recalled.or(known) else { return Ok(()) };
+            let number = match (state.delegated.get_mut(&ino), recalled) {
+                // The server has been told already: it has delegated the file anew since.
+                (Some(known), Some(recalled)) if known.number != recalled => return Ok(()),
+                (Some(known), _) => {
+                    known.ending = true;
+                    known.number
+                }
+                // Its answer that said so has not arrived.
+                (None, Some(recalled)) => recalled,
+                (None, None) => return Ok(()),
+            };
             (state.session, number)
         };
         let epoch = self.locks.epoch.load(Ordering::Acquire);
@@ -497,12 +544,12 @@ impl MetaClient {
     async fn answer_recall(self: &Arc<Self>, ino: Ino, number: u64) {
         let mut retry = Retry::endless();
         loop {
-            let in_turn = self.locks.lane(ino).lock().await;
+            let turn = self.locks.turn(ino).await;
             match self.give_back(ino, Some(number)).await {
                 Ok(()) => return,
                 Err(error) => debug!(%ino, ?error, "the locks of a file could not be given back yet"),
             }
-            drop(in_turn);
+            drop(turn);
             retry.wait().await;
         }
     }
@@ -529,7 +576,7 @@ impl MetaClient {
         };
         let session = numbered.session;
         // Not after the attempt that will be answered was sent.
-        let asked = Instant::now();
+        let asked = boot_time();
         match self.ask_or_expire(ATTEMPT, || MetaRequest::Lock { session, request: request() }).await? {
             MetaAnswer::Lock(answer) => {
                 self.note_answered(session, asked);
@@ -558,16 +605,21 @@ impl MetaClient {
 
     /// Stops waiting. What others have changed, if it came too late and the lock is held.
     pub async fn cancel_lock(self: &Arc<Self>, ino: Ino, wish: &LockWish, wait: &mut LockWait) -> Option<Foreign> {
-        let _in_turn = self.locks.lane(ino).lock().await;
+        let _turn = self.locks.turn(ino).await;
         let answer = self.ask_cancel(wait.session, wait.ticket).await;
-        self.locks.state.lock().waiting.remove(&wait.ticket.0);
+        {
+            let mut state = self.locks.state.lock();
+            if state.session == wait.session {
+                state.waiting.remove(&wait.ticket.0);
+            }
+        }
         let foreign = match (answer, wait.granted.try_recv()) {
             // Heard of before it was asked.
             (_, Ok(foreign)) | (Ok(LockAnswer::Granted(foreign)), Err(_)) => foreign,
             (Ok(_) | Err(Failure::Expired { .. } | Failure::Errno(_)), Err(_)) => return None,
             (Err(Failure::Late { .. }), Err(_)) => {
                 // It may be granted some time, to nobody.
-                self.locks.state.lock().doubts.push(doubt(ino, wish, Some(wait.ticket)));
+                self.locks.state.lock().doubts.push(doubt(wait.session, ino, wish, Some(wait.ticket)));
                 return None;
             }
         };
@@ -594,8 +646,10 @@ impl MetaClient {
                 return Ok(state.held.test(ino, &wish.lock(kind)).map(own));
             }
         }
-        let _in_turn = self.locks.lane(ino).lock().await;
-        self.give_back(ino, None).await?;
+        if self.locks.state.lock().delegated.contains_key(&ino) {
+            let _turn = self.locks.turn(ino).await;
+            self.give_back(ino, None).await?;
+        }
         let test = || LockRequest::Test { ino, class, owner, range, kind };
         loop {
             let session = self.session();
@@ -620,22 +674,18 @@ impl MetaClient {
             if !self.locks.state.lock().has_to_listen() {
                 self.locks.wanted.notified().await;
             }
-            let (session, heard) = {
+            let (session, instance, heard) = {
                 let state = self.locks.state.lock();
-                (state.session, state.heard)
+                (state.session, state.instance, state.heard)
             };
-            let request = MetaRequest::Session(SessionRequest::Listen {
-                session,
-                heard,
-                instance: self.server_instance(),
-                since: self.foreign_seen(),
-            });
-            let asked = Instant::now();
+            let request =
+                MetaRequest::Session(SessionRequest::Listen { session, heard, instance, since: self.foreign_seen() });
+            let asked = boot_time();
             match self.once(&request, LISTEN_ATTEMPT).await {
                 Ok(MetaAnswer::Events(events)) => {
                     self.note_answered(session, asked);
                     retry = Retry::endless();
-                    self.hear(session, heard, events);
+                    self.hear((session, instance), heard, events);
                 }
                 Ok(other) => error!(?other, "the metadata server answered another question"),
                 Err(Trouble::Refused(Refusal::SessionExpired)) => self.reenter(session).await,
@@ -648,9 +698,9 @@ impl MetaClient {
     }
 
     /// Events after `acknowledged`.
-    fn hear(self: &Arc<Self>, session: SessionId, acknowledged: u64, events: Vec<(u64, Event)>) {
+    fn hear(self: &Arc<Self>, life: (SessionId, u64), acknowledged: u64, events: Vec<(u64, Event)>) {
         let mut state = self.locks.state.lock();
-        if state.session != session {
+        if (state.session, state.instance) != life {
             return;
         }
         state.acknowledged = acknowledged;
@@ -668,6 +718,8 @@ impl MetaClient {
                     // Who has just been interrupted asks the server, which knows.
                     let _interrupted = granted.send(foreign);
                 }
+                // Whose wait ends without a word asks anew.
+                Event::AskAgain { ticket } => drop(state.waiting.remove(&ticket.0)),
                 Event::Recall { ino, number } => {
                     let client = Arc::clone(self);
                     drop(tokio::spawn(async move { client.answer_recall(ino, number).await }));
@@ -691,22 +743,30 @@ impl MetaClient {
     }
 
     async fn settle_doubt(self: &Arc<Self>, doubt: &Doubt) -> Result<(), Failure> {
-        let _in_turn = self.locks.lane(doubt.ino).lock().await;
-        let session = self.locks.state.lock().session;
-        if let Some(ticket) = doubt.ticket {
-            self.ask_cancel(session, ticket).await?;
-        }
-        if self.locks.state.lock().delegated.contains_key(&doubt.ino) {
-            // All that is held of it will be told with it.
+        let _turn = self.locks.turn(doubt.ino).await;
+        if self.locks.state.lock().session != doubt.session {
+            // All that was held and waited for then is gone with its session.
             return Ok(());
         }
+        if let Some(ticket) = doubt.ticket {
+            self.ask_cancel(doubt.session, ticket).await?;
+        }
+        let ending = self.locks.state.lock().delegated.get(&doubt.ino).map(|known| known.ending);
+        if ending == Some(false) {
+            // All that is held of the file will be told with it.
+            return Ok(());
+        }
+        // If it is being given back, the server may have been told too much already.
+        self.give_back(doubt.ino, None).await.map_err(Failure::Errno)?;
         for (range, kind) in self.locks.believed(doubt) {
             let wish = LockWish { class: doubt.class, owner: doubt.owner, range, kind, pid: 0 };
             let numbered = Numbered::begin(&self.locks, doubt.ino, &wish);
-            if let LockAnswer::Delegated { number, valid_ms, .. } =
+            if let LockAnswer::Delegated { number, valid_ms, foreign } =
                 self.ask_lock(doubt.ino, &wish, false, &numbered).await?
             {
-                self.note_delegated(session, doubt.ino, number, Duration::from_millis(valid_ms));
+                // The rest is told when it is given back.
+                self.note_delegated(numbered.session, doubt.ino, number, valid_ms, foreign.through);
+                return Ok(());
             }
         }
         Ok(())
@@ -714,7 +774,7 @@ impl MetaClient {
 
     /// Tells a restarted server which locks are held here. Returns the files of which some could not be kept.
     pub(super) async fn relock(self: &Arc<Self>, session: SessionId) -> Result<Vec<Ino>, Trouble> {
-        self.locks.forget_waiters();
+        self.locks.forget_waiters(self.server_instance());
         let mut all_lost = BTreeSet::new();
         for locks in self.locks.held().chunks(RELOCK_MAX) {
             let request = SessionRequest::Relock { session, locks: locks.to_vec() };

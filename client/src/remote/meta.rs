@@ -30,7 +30,10 @@ use super::{
     retry::{OutOfTime, Retry},
     undurable::Undurable,
 };
-use crate::fs::{Errno, FsResult};
+use crate::{
+    fs::{Errno, FsResult},
+    sys::boot_time,
+};
 
 /// One attempt of a request that needs no disk.
 pub(super) const ATTEMPT: Duration = Duration::from_secs(5);
@@ -280,8 +283,11 @@ impl MetaClient {
         if !self.opens_told.load(Ordering::Acquire) {
             self.tell_opens().await;
         }
+        let (session, asked) = (self.session(), boot_time());
         let request = || SessionRequest::Renew { session: self.session(), dirty_bytes, repairs };
-        self.ask(ATTEMPT, || MetaRequest::Session(request())).await.map(drop)
+        self.ask(ATTEMPT, || MetaRequest::Session(request())).await?;
+        self.note_answered(session, asked);
+        Ok(())
     }
 
     pub async fn close(self: &Arc<Self>) -> FsResult<()> {
@@ -470,6 +476,7 @@ impl MetaClient {
     fn note(self: &Arc<Self>, reply: &MetaReply) {
         let restarted = self.is_new_instance(reply.server_instance);
         if restarted {
+            self.locks.forget_delegations();
             info!("the metadata server has restarted: telling it what it has to know");
             // It counts the versions of its map anew, perhaps from below.
             let old = Arc::clone(&self.map.read());
@@ -681,7 +688,7 @@ impl MetaClient {
                 state.next = 1;
                 state.in_flight.clear();
                 drop(state);
-                let lost_locks = self.locks.begin_session(session);
+                let lost_locks = self.locks.begin_session(session, self.server_instance());
                 self.lose_locks(&lost_locks);
                 self.room.notify_waiters();
                 Ok(())

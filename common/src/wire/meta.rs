@@ -120,6 +120,8 @@ pub enum Event {
     Granted { ticket: Sequence, foreign: Foreign },
     /// Others ask for locks of a file that is delegated to the mount: it has to `Return` it.
     Recall { ino: Ino, number: u64 },
+    /// A lock is not waited for any more, and has to be asked for anew: the answer may be another now.
+    AskAgain { ticket: Sequence },
 }
 
 /// Role: client (and admin).

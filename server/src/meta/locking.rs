@@ -26,7 +26,10 @@ const ROW_BEFORE_DELEGATION: u32 = 3;
 const RECALLS_COUNTED_MAX: u32 = 8;
 /// Files of which it is known who uses their locks; past it all are forgotten.
 const USES_MAX: usize = 64 << 10;
+/// Files delegated to one mount; past it the oldest one is asked back for each new one.
 const DELEGATIONS_PER_SESSION_MAX: usize = 4096;
+/// Ranges of a file with which it may be delegated: there is room for as many more.
+const DELEGATED_WITH_MAX: usize = DELEGATED_LOCKS_MAX / 2;
 /// The owner of what a mount might hold that has been asked for a file, and has not answered yet.
 const UNKNOWN_OWNER: u64 = u64::MAX;
 
@@ -64,6 +67,7 @@ pub struct Locking {
 pub enum News {
     Granted(Sequence),
     Recall { ino: Ino, number: u64 },
+    AskAgain(Sequence),
 }
 
 #[derive(Debug, Default)]
@@ -174,7 +178,9 @@ impl Locking {
         if is_its {
             state.end_delegation(ino);
             let own = locks.iter().map(|lock| Lock { owner: LockOwner { session, ..lock.owner }, ..*lock });
-            state.table.replace(ino, session, own);
+            for Ticket { session, number } in state.table.replace(ino, session, own) {
+                state.tell(session, News::AskAgain(Sequence(number)));
+            }
             state.tell_woken();
         }
         Ok(())
@@ -204,9 +210,7 @@ impl Locking {
     /// Everything that the session held is free.
     pub fn end(&self, session: SessionId) {
         let mut state = self.state.lock();
-        let delegated = state.delegations.iter().filter(|(_, known)| known.session == session);
-        let delegated: Vec<Ino> = delegated.map(|(ino, _)| *ino).collect();
-        delegated.into_iter().for_each(|ino| state.end_delegation(ino));
+        state.delegations.retain(|_, known| known.session != session);
         state.table.end_session(session);
         if let Some(mount) = state.mounts.remove(&session) {
             mount.news.notify_waiters();
@@ -261,6 +265,8 @@ impl State {
             return Ok(Outcome::Granted);
         };
         let ticket = wish.wait.then_some(Ticket { session, number: sequence.0 });
+        // Whoever asked before has waited for the answer; it may have been delegated once more since.
+        let _others = self.recall(session, wish.ino);
         self.note_use(session, wish.ino);
         match self.table.lock(wish.ino, wish.lock(session, kind), ticket) {
             Verdict::Granted => Ok(self.delegate(session, wish.ino).map_or(Outcome::Granted, Outcome::Delegated)),
@@ -297,16 +303,20 @@ impl State {
     /// Lets the mount decide on the file's locks, if nobody else seems to care for them and it knows of all its own.
     fn delegate(&mut self, session: SessionId, ino: Ino) -> Option<u64> {
         let known = self.uses.get(&ino)?;
-        let mount = self.mounts.get_mut(&session)?;
+        let mount = self.mounts.get(&session)?;
         let is_its = known.in_a_row >= ROW_BEFORE_DELEGATION << known.recalls
-            && mount.delegations < DELEGATIONS_PER_SESSION_MAX
             && mount.events.is_empty()
             && !self.delegations.contains_key(&ino)
-            && self.table.is_alone(ino, session);
+            && self.table.is_alone(ino, session)
+            && self.table.held_of(ino).nth(DELEGATED_WITH_MAX).is_none();
         if !is_its {
             return None;
         }
-        mount.delegations += 1;
+        if mount.delegations >= DELEGATIONS_PER_SESSION_MAX {
+            self.make_room(session);
+            return None;
+        }
+        self.mounts.get_mut(&session)?.delegations += 1;
         self.delegation_count += 1;
         let number = self.delegation_count;
         let given_back = watch::Sender::new(());
@@ -314,23 +324,44 @@ impl State {
         Some(number)
     }
 
+    /// Asks for the oldest of the mount's files: its locks may not be used any more.
+    fn make_room(&mut self, session: SessionId) {
+        let own = self.delegations.iter().filter(|(_, known)| known.session == session && !known.is_recalled);
+        if let Some(ino) = own.min_by_key(|(_, known)| known.number).map(|(ino, _)| *ino) {
+            self.ask_back(ino);
+        }
+    }
+
     /// Asks another mount than `session` for the file, if one decides on it. Resolves when that has given it back.
     fn recall(&mut self, session: SessionId, ino: Ino) -> Option<watch::Receiver<()>> {
-        let known = self.delegations.get_mut(&ino).filter(|known| known.session != session)?;
+        let known = self.delegations.get(&ino).filter(|known| known.session != session)?;
         let given_back = known.given_back.subscribe();
+        if !known.is_recalled
+            && let Some(used) = self.uses.get_mut(&ino)
+        {
+            used.recalls = (used.recalls + 1).min(RECALLS_COUNTED_MAX);
+        }
+        self.ask_back(ino);
+        Some(given_back)
+    }
+
+    fn ask_back(&mut self, ino: Ino) {
+        let Some(known) = self.delegations.get_mut(&ino) else { return };
+        let (holder, number) = (known.session, known.number);
         if !std::mem::replace(&mut known.is_recalled, true) {
-            let (holder, number) = (known.session, known.number);
-            if let Some(used) = self.uses.get_mut(&ino) {
-                used.recalls = (used.recalls + 1).min(RECALLS_COUNTED_MAX);
-            }
             for class in [LockClass::Process, LockClass::Flock] {
                 let owner = LockOwner { session: holder, class, id: UNKNOWN_OWNER };
                 let anything = Lock { owner, range: LockRange::WHOLE, kind: LockKind::Exclusive, pid: 0 };
                 self.table.record(ino, anything);
             }
-            self.tell(holder, News::Recall { ino, number });
         }
-        Some(given_back)
+        // Told once more if it has heard of it, and has not answered.
+        let recall = News::Recall { ino, number };
+        let is_told =
+            self.mounts.get(&holder).is_some_and(|mount| mount.events.iter().any(|(_, news)| *news == recall));
+        if !is_told {
+            self.tell(holder, recall);
+        }
     }
 
     /// What the table says of the mount's locks of the file is as old as the delegation: whoever ends that puts it right.
@@ -471,6 +502,73 @@ mod tests {
         let unlock = Wish { owner: 44, ..wish(None, false) };
         set(&locking, A, 7, &unlock).unwrap();
         assert_eq!(locking.events(B, 0, Duration::ZERO).await, [(1, News::Granted(Sequence(3)))]);
+    }
+
+    #[tokio::test]
+    async fn who_waits_for_itself_by_what_came_too_late_has_to_ask_again() {
+        let locking = Locking::new(Duration::ZERO);
+        let (first, second) = (Ino(7), Ino(8));
+        let of = |ino, kind, pid| Wish { ino, pid, owner: u64::from(pid), ..wish(kind, true) };
+        for number in 0..3 {
+            set(&locking, A, 2 * number + 1, &of(first, None, 9)).unwrap();
+            set(&locking, A, 2 * number + 2, &of(first, TAKE, 9)).unwrap();
+        }
+        assert_eq!(set(&locking, B, 1, &of(second, TAKE, 2)), Ok(Outcome::Granted));
+        // B's process waits for whatever A may hold, and A's for what B's holds: nobody knows yet that they are the same two.
+        locking.recall(B, first, Duration::ZERO).await;
+        assert_eq!(set(&locking, B, 2, &of(first, TAKE, 2)), Ok(Outcome::Waiting));
+        assert_eq!(set(&locking, A, 7, &of(second, TAKE, 1)), Ok(Outcome::Waiting));
+        let held = of(first, TAKE, 1).lock(A, LockKind::Exclusive);
+        locking.give_back(A, first, 1, &[held]).unwrap();
+        assert_eq!(locking.events(B, 0, Duration::ZERO).await, [(1, News::AskAgain(Sequence(2)))]);
+        assert_eq!(set(&locking, B, 3, &of(first, TAKE, 2)), Err(Refusal::Deadlock));
+    }
+
+    #[tokio::test]
+    async fn a_recall_is_told_again_to_who_has_heard_of_it_and_says_nothing() {
+        let locking = Locking::new(Duration::ZERO);
+        assert_eq!(use_alone(&locking, A, 1, 3), Outcome::Delegated(1));
+        let recall = News::Recall { ino: FILE, number: 1 };
+        for number in 1..4 {
+            locking.recall(B, FILE, Duration::ZERO).await;
+            assert_eq!(locking.events(A, number - 1, Duration::ZERO).await, [(number, recall)]);
+            assert_eq!(locking.events(A, number, Duration::ZERO).await, []);
+        }
+    }
+
+    #[tokio::test]
+    async fn one_mount_is_delegated_so_many_files_and_then_gives_the_oldest_back() {
+        let locking = Locking::new(Duration::ZERO);
+        let mut sequence = 0;
+        let mut take = |ino| {
+            sequence += 1;
+            locking
+                .set(A, Sequence(sequence), Sequence(sequence), &Wish { ino: Ino(ino), ..wish(TAKE, false) })
+                .unwrap()
+        };
+        let files = DELEGATIONS_PER_SESSION_MAX as u64;
+        for ino in 1..=files {
+            take(ino);
+            take(ino);
+            assert_eq!(take(ino), Outcome::Delegated(ino));
+        }
+        assert_eq!([take(0), take(0), take(0)], [Outcome::Granted; 3]);
+        assert_eq!(locking.events(A, 0, Duration::ZERO).await, [(1, News::Recall { ino: Ino(1), number: 1 })]);
+        locking.give_back(A, Ino(1), 1, &[]).unwrap();
+        assert_eq!(locking.events(A, 1, Duration::ZERO).await, []);
+        assert_eq!(take(0), Outcome::Delegated(files + 1));
+    }
+
+    #[test]
+    fn a_file_with_many_ranges_is_not_delegated() {
+        let locking = Locking::new(Duration::ZERO);
+        for number in 0..2000 {
+            let range = LockRange { first: 2 * number, last: 2 * number };
+            let outcome = set(&locking, A, number + 1, &Wish { range, ..wish(TAKE, false) }).unwrap();
+            // Each answer that says so is taken as not heard by what comes next.
+            let expected = number >= 2 && number < DELEGATED_WITH_MAX as u64;
+            assert_eq!(matches!(outcome, Outcome::Delegated(_)), expected, "range {number}");
+        }
     }
 
     #[tokio::test]

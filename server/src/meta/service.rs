@@ -202,6 +202,7 @@ impl Service {
         let told = |news| match news {
             News::Granted(ticket) => Event::Granted { ticket, foreign: self.foreign(session, since) },
             News::Recall { ino, number } => Event::Recall { ino, number },
+            News::AskAgain(ticket) => Event::AskAgain { ticket },
         };
         events.into_iter().map(|(number, news)| (number, told(news))).collect()
     }

@@ -330,6 +330,7 @@ fn answers() -> Vec<MetaAnswer> {
         MetaAnswer::Relocked { lost: vec![Ino(7)] },
         MetaAnswer::Events(vec![(4, Event::Granted { ticket: Sequence(6), foreign: foreign() })]),
         MetaAnswer::Events(vec![(5, Event::Recall { ino: Ino(7), number: 8 })]),
+        MetaAnswer::Events(vec![(6, Event::AskAgain { ticket: Sequence(6) })]),
     ]
 }
 

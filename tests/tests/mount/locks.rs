@@ -565,6 +565,26 @@ fn a_mount_that_locks_a_file_alone_needs_no_server_for_it_until_another_mount_as
     b.answers("ok");
 }
 
+#[test]
+fn thousands_of_ranges_of_one_file_are_locked_and_let_go_whoever_decides() {
+    const RANGES: u64 = 3000;
+    let pair = Pair::start();
+    let (mut a, mut b) = pair.lockers();
+    use_alone(&mut a);
+    (0..RANGES).for_each(|number| drop(a.ok(&take(2 * number, 1))));
+    b.fails(&take(2 * RANGES - 2, 1), libc::EAGAIN);
+    b.ok(&take(2 * RANGES - 1, 1));
+    b.fails(&take(0, 1), libc::EAGAIN);
+    b.ok(&let_go(0, 0));
+    // One range for a moment, and then again as many pieces.
+    a.ok(&take(0, 2 * RANGES));
+    (0..RANGES).for_each(|number| drop(a.ok(&let_go(2 * number, 1))));
+    b.ok(&take(RANGES, 1));
+    b.fails(&take(RANGES + 1, 1), libc::EAGAIN);
+    a.kill();
+    b.ok(&wait_for(0, 0));
+}
+
 /// "A mount that does not answer is taken to hold all locks of a file that it alone has used."
 #[test]
 fn a_mount_that_does_not_answer_may_hold_what_it_decided_on() {
