@@ -1,6 +1,6 @@
 # helpers shared by the peer scripts
 # state of every peer and of the benchmark lives here
-BENCH_DATA=${BENCH_DATA:-${TMPDIR:-/tmp}/holdfast-bench}; mkdir -p "$BENCH_DATA"
+: "${BENCH_DATA:?a directory for all that belongs to the benchmark: scripts/bench makes one}"
 # alive PID NAME: the pid runs, is no zombie (of a pid 1 that does not reap), and its cmdline holds NAME
 alive() {
   local p=${1:-} n=${2:-} st
