@@ -15,7 +15,7 @@ use std::{
 };
 
 use holdfast_tests::{
-    cluster::{Cluster, PATIENCE},
+    cluster::{Cluster, Options, PATIENCE},
     fault::random_bytes,
     model::DirectTree,
     sys, wait,
@@ -455,6 +455,34 @@ fn statfs_tells_true_figures() {
     assert_eq!(numbers[3], 255);
     let servers = cluster.status().storage_sum("capacity_bytes");
     assert!(capacity <= servers / 2, "three copies of everything fit in {servers}, but {capacity} is promised");
+}
+
+/// "`df` is true within a block: what is written is used, once, and every file counts."
+#[test]
+fn df_tells_what_was_written_to_the_block_and_each_inode() {
+    const MIB: u64 = 1 << 20;
+    let cluster = Cluster::start_with(&Options {
+        storage_keys: vec![("capacity_bytes", "300MiB".into()), ("reserve_bytes", 0.into())],
+        ..Options::default()
+    });
+    let mount = cluster.mount();
+    // Block size, and what is used of bytes and inodes.
+    let used = || {
+        let said = holdfast_tests::shell::run(mount.path(), "stat -f -c '%S %b %f %c %d' .");
+        let numbers: Vec<u64> = said.split_whitespace().map(|number| number.parse().expect("a number")).collect();
+        (numbers[0], (numbers[1] - numbers[2]) * numbers[0], numbers[3] - numbers[4])
+    };
+    let (block, bytes_before, inodes_before) = used();
+    let length = 10 * MIB + 12_345;
+    for number in 0..3 {
+        let mut file = File::create(mount.join(format!("file-{number}"))).expect("create");
+        file.write_all(&random_bytes(number, usize::try_from(length).expect("small"))).expect("write");
+        file.sync_all().expect("fsync");
+    }
+    fs::create_dir(mount.join("directory")).expect("mkdir");
+    let expected = bytes_before + 3 * length;
+    wait::until("the servers have said what they have", PATIENCE, || used().1.abs_diff(expected) <= block);
+    assert_eq!(used().2, inodes_before + 4);
 }
 
 /// "A mapped file can be read and written through memory."
