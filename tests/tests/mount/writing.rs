@@ -264,3 +264,31 @@ fn an_fsync_waits_for_every_replicas_disk_and_then_for_the_metadatas() {
         assert!(first <= last, "storage-{} was synced after the commit", number + 1);
     }
 }
+
+/// "A copy by `cp` or copy_file_range moves no data: both files share them, until one is written to."
+#[test]
+fn a_copy_shares_its_blocks_also_of_what_was_just_written() {
+    const MIB: usize = 1 << 20;
+    let cluster = Cluster::start();
+    let mount = cluster.mount();
+    let blocks = || {
+        let status = cluster.status();
+        let copies = status.0["blocks_by_copies"].as_array().expect("status counts copies").clone();
+        copies.iter().map(|count| count.as_u64().expect("a count")).sum::<u64>()
+    };
+    let content = random_bytes(1, 5 * MIB);
+    let source = open(&mount.join("source"), 0);
+    source.write_all_at(&content, 0).expect("write, and leave it dirty");
+    shell::run(mount.path(), "cp --reflink=never source copy");
+    assert_eq!(blocks(), 5);
+    assert!(fs::read(mount.join("copy")).expect("read") == content);
+    // A part, over what the target has not stored yet.
+    let target = open(&mount.join("target"), 0);
+    target.write_all_at(&[b'x'; 3 * MIB], 0).expect("write, and leave it dirty");
+    assert_eq!(sys::copy_range(&source, 7, &target, MIB as i64 + 3, MIB).expect("copy"), MIB);
+    source.write_all_at(b"changed", 7).expect("write");
+    let mut expected = vec![b'x'; 3 * MIB];
+    expected[MIB + 3..2 * MIB + 3].copy_from_slice(&content[7..MIB + 7]);
+    assert!(fs::read(mount.join("target")).expect("read") == expected);
+    assert!(fs::read(mount.join("copy")).expect("read") == content, "the copy follows its source");
+}
