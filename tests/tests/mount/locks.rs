@@ -601,6 +601,24 @@ fn a_mount_that_does_not_answer_may_hold_what_it_decided_on() {
 }
 
 #[test]
+fn a_lock_that_a_mount_granted_itself_is_free_when_its_process_dies_while_no_server_answers() {
+    let cluster = Cluster::start();
+    let (a, b) = (cluster.mount_with(&["io_timeout=2"]), cluster.mount());
+    let (mut holder, mut beside) = (Locker::on(&a.join("file")), Locker::on(&a.join("file")));
+    use_alone(&mut holder);
+    holder.ok(&take(0, 10));
+    cluster.meta().freeze();
+    // From then on the mount is not certain any more that it may decide.
+    wait::until("the mount has to ask", LIMIT, || beside.ask(&take(20, 1)) != "ok");
+    holder.kill();
+    // The mount's attempts to say so have all ended when one that began after them has.
+    assert_ne!(beside.ask(&take(30, 1)), "ok");
+    cluster.meta().thaw();
+    let mut other = Locker::on(&b.join("file"));
+    other.ok(&wait_for(0, 10));
+}
+
+#[test]
 fn locks_that_a_mount_granted_itself_outlive_the_metadata_server() {
     let pair = Pair::start();
     let (mut a, mut b) = pair.lockers();
