@@ -232,7 +232,7 @@ impl Fs {
     }
 
     fn opened(&self, inode: Arc<Inode>, flags: i32, keep_cache: bool) -> Opened {
-        Opened { handle: self.add_file(inode, flags, keep_cache), keep_cache, direct: flags & libc::O_APPEND != 0 }
+        Opened { handle: self.add_file(inode, flags, keep_cache), keep_cache, direct: goes_around_pages(flags) }
     }
 
     /// A handle for an open that is counted in the inode already.
@@ -248,6 +248,12 @@ impl Fs {
 
     pub(super) fn file(&self, handle: FileHandle) -> FsResult<Arc<OpenFile>> {
         self.files.lock().get(&handle).cloned().ok_or(Errno(libc::EBADF))
+    }
+
+    /// The size of the file, if the kernel reads what is read through `handle` into its pages.
+    pub fn end_of_pages(&self, handle: FileHandle) -> Option<u64> {
+        let file = self.file(handle).ok().filter(|file| !goes_around_pages(file.flags))?;
+        Some(file.inode.lock().size())
     }
 
     /// The last close of this open. What is still dirty is stored in the background.
@@ -282,6 +288,11 @@ impl Fs {
             }
         }
     }
+}
+
+/// Only this mount's `Fs` knows where the end is that a handle appends at: the kernel keeps no pages of it.
+fn goes_around_pages(flags: i32) -> bool {
+    flags & libc::O_APPEND != 0
 }
 
 #[cfg(test)]

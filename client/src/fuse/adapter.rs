@@ -18,6 +18,7 @@ use holdfast_common::{
 use super::{
     caller, convert,
     dispatch::{Dispatcher, Operation, Patience},
+    past_end::PastEnd,
 };
 use crate::fs::{Caller, DirectoryPage, Errno, FileHandle, Fs, FsResult, LockAsk, MakeRequest, Opened};
 
@@ -61,11 +62,12 @@ fn flush(name: &'static str, request: &Request) -> Operation {
 pub(super) struct Adapter {
     fs: Arc<Fs>,
     dispatcher: Dispatcher,
+    past_end: Arc<PastEnd>,
 }
 
 impl Adapter {
     pub(super) fn new(fs: Arc<Fs>, dispatcher: Dispatcher) -> Self {
-        Self { fs, dispatcher }
+        Self { fs, dispatcher, past_end: Arc::default() }
     }
 
     fn entry(&self, operation: Operation, work: impl Work<Attr>, reply: ReplyEntry) {
@@ -448,12 +450,23 @@ impl Filesystem for Adapter {
         file: Fh,
         offset: u64,
         size: u32,
-        _flags: OpenFlags,
+        flags: OpenFlags,
         _lock_owner: Option<LockOwner>,
         reply: ReplyData,
     ) {
-        let (fs, ino, file) = (self.fs.clone(), convert::ino(ino), handle(file));
-        let work = async move { fs.read(ino, file, offset, size).await };
+        let (fs, past_end, ino, file) = (self.fs.clone(), self.past_end.clone(), convert::ino(ino), handle(file));
+        let into_pages = flags.0 & libc::O_DIRECT == 0;
+        let work = async move {
+            let data = fs.read(ino, file, offset, size).await?;
+            if data.is_empty()
+                && into_pages
+                && let Some(end) = fs.end_of_pages(file)
+                && past_end.refuses(ino, end, offset..offset.saturating_add(u64::from(size)))
+            {
+                return Err(Errno(libc::EIO));
+            }
+            Ok(data)
+        };
         self.dispatcher.run(answer("read", request), work, move |result| match result {
             Ok(data) => reply.data(&data),
             Err(errno) => reply.error(convert::errno(errno)),

@@ -5,6 +5,7 @@ mod caller;
 mod convert;
 mod dispatch;
 mod notify;
+mod past_end;
 mod session;
 #[cfg(test)]
 mod tests;

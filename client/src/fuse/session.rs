@@ -127,7 +127,7 @@ impl KernelSession {
         let notifier = KernelNotifier::new(session.notifier());
         thread::Builder::new()
             .name("fuse-session".to_owned())
-            .spawn(move || ended(session.run()))
+            .spawn(move || ended(as_end(session.run())))
             .map_err(|source| MountError::Threads { source })?;
         Ok(Self { mountpoint: plan.mountpoint.clone(), notifier })
     }
@@ -146,6 +146,14 @@ impl KernelSession {
 
     pub fn unmount(&self, how: sys::Unmount) -> io::Result<()> {
         sys::unmount(&self.mountpoint, how)
+    }
+}
+
+/// A mount that goes while a request is handed over answers with `ECONNABORTED` (fuser knows `ENODEV` alone): an end like any other.
+fn as_end(result: io::Result<()>) -> io::Result<()> {
+    match result {
+        Err(error) if error.raw_os_error() == Some(libc::ECONNABORTED) => Ok(()),
+        result => result,
     }
 }
 
@@ -251,6 +259,13 @@ mod tests {
             synchronous: false,
             directories_synchronous: false,
         }
+    }
+
+    #[test]
+    fn a_mount_that_goes_while_a_request_is_handed_over_has_ended_and_not_failed() {
+        let ends_with = |errno| as_end(Err(io::Error::from_raw_os_error(errno)));
+        assert!(as_end(Ok(())).is_ok() && ends_with(libc::ECONNABORTED).is_ok());
+        assert_eq!(ends_with(libc::EIO).expect_err("an error").raw_os_error(), Some(libc::EIO));
     }
 
     #[test]

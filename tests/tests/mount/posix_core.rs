@@ -322,6 +322,37 @@ fn small_writes_of_two_mounts_into_one_mebibyte_do_not_undo_each_other() {
     }
 }
 
+/// "A file that another mount shortens ends where that has cut it, for a reader of any size."
+#[test]
+fn a_file_that_another_mount_shortens_reads_no_further_than_its_new_end() {
+    let cluster = Cluster::start();
+    let mounts = [cluster.mount(), cluster.mount()];
+    for length in [600_000, 1_300_000, 3_000_000, 9_000_000] {
+        let name = format!("file-{length}");
+        let whole = vec![7; length];
+        let held = OpenOptions::new().read(true).append(false).write(true).create(true).truncate(false).clone();
+        let held = held.open(mounts[0].join(&name)).expect("create");
+        held.write_all_at(&whole, 0).expect("write");
+        held.sync_all().expect("fsync");
+        // The kernel knows the name and the size for a second.
+        for end in [length / 2 + 77, length / 3 + 1, 4096, 5] {
+            let cut = File::options().write(true).open(mounts[1].join(&name)).expect("open");
+            sys::flock(&cut, libc::LOCK_EX).expect("lock");
+            cut.set_len(end as u64).expect("truncate");
+            drop(cut);
+            let mut bytes = vec![0; length];
+            let count = File::open(mounts[0].join(&name)).expect("open").read_at(&mut bytes, 0).expect("read");
+            assert_eq!((count, bytes[..count] == whole[..count]), (end, true), "of {length} cut to {end}");
+            sys::flock(&held, libc::LOCK_SH).expect("lock");
+            let count = held.read_at(&mut bytes, 3).expect("read");
+            sys::flock(&held, libc::LOCK_UN).expect("unlock");
+            assert_eq!(count, end - 3, "under a lock, of {length} cut to {end}");
+            assert_eq!(held.read_at(&mut bytes, length as u64 - 10).expect("read"), 0, "past the end");
+            assert_eq!(held.metadata().expect("stat").len(), end as u64);
+        }
+    }
+}
+
 #[test]
 fn thousands_of_scattered_bytes_in_one_mebibyte_are_stored_and_read() {
     let cluster = Cluster::start();
