@@ -185,6 +185,9 @@ pub struct MetaOptions {
     /// How long a storage server has to be down before its blocks are copied to others, in seconds [default: 300]
     #[arg(long, value_name = "SECONDS")]
     pub replace_after_secs: Option<u64>,
+    /// How long a block is kept that no file names any more, in seconds [default: 60]
+    #[arg(long, value_name = "SECONDS")]
+    pub garbage_grace_secs: Option<u64>,
     /// Least serious messages that are logged; HOLDFAST_LOG overrides it [default: info]
     #[arg(long, value_name = "LEVEL")]
     pub log_level: Option<LogLevel>,
@@ -195,7 +198,7 @@ pub struct MetaOptions {
 
 options!(MetaOptions {
     data_dir, tls_dir, listen, ca_dir, cache_bytes, checkpoint_log_bytes, reserve_bytes, session_timeout_secs,
-    recovery_window_secs, suspect_after_ms, down_after_ms, replace_after_secs, log_level, log_format,
+    recovery_window_secs, suspect_after_ms, down_after_ms, replace_after_secs, garbage_grace_secs, log_level, log_format,
 } paths { data_dir, tls_dir, ca_dir });
 
 /// Options of a storage server.
@@ -294,6 +297,7 @@ pub struct MetaConfig {
     pub down_after: Duration,
     /// A storage server that has been down for so long is replaced.
     pub replace_after: Duration,
+    pub garbage_grace: Duration,
     pub log_level: LogLevel,
     pub log_format: LogFormat,
 }
@@ -322,6 +326,7 @@ impl MetaConfig {
             suspect_after: milliseconds("suspect_after_ms", options.suspect_after_ms, 2_000)?,
             down_after: milliseconds("down_after_ms", options.down_after_ms, 10_000)?,
             replace_after: seconds("replace_after_secs", options.replace_after_secs, 300, 1)?,
+            garbage_grace: seconds("garbage_grace_secs", options.garbage_grace_secs, 60, 1)?,
             log_level: options.log_level.unwrap_or_default(),
             log_format: options.log_format.unwrap_or_default(),
         };

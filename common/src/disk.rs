@@ -24,6 +24,10 @@ pub trait DiskFile: Send + Sync + std::fmt::Debug {
     /// Writes all of `bytes`, growing the file as needed. Visible at once, durable after `sync_data`.
     fn write_all_at(&self, bytes: &[u8], offset: u64) -> io::Result<()>;
     fn length(&self) -> io::Result<u64>;
+    /// Bytes that it takes on the disk: without its holes.
+    fn allocated(&self) -> io::Result<u64> {
+        self.length()
+    }
     fn set_length(&self, length: u64) -> io::Result<()>;
     /// Data and length are on stable storage when this returns (fdatasync). After an error nothing is known:
     /// the caller must not go on with this file.
@@ -123,6 +127,10 @@ impl DiskFile for RealFile {
 
     fn length(&self) -> io::Result<u64> {
         (&self.0).seek(SeekFrom::End(0))
+    }
+
+    fn allocated(&self) -> io::Result<u64> {
+        Ok(std::os::unix::fs::MetadataExt::blocks(&self.0.metadata()?) * 512)
     }
 
     fn set_length(&self, length: u64) -> io::Result<()> {

@@ -70,6 +70,8 @@ pub enum Refusal {
     Deadlock,
     #[error("no more locks can be kept")]
     TooManyLocks,
+    #[error("the block may have been deleted since it was put: it has to be put again, with the newest epoch")]
+    BlockGone,
 }
 
 impl Refusal {
@@ -99,6 +101,7 @@ impl Refusal {
             Self::SessionExpired
             | Self::TooFewReplicas
             | Self::UnknownBlock
+            | Self::BlockGone
             | Self::BlockMissing
             | Self::BlockDamaged
             | Self::HashMismatch

@@ -198,7 +198,14 @@ impl<'a> Mount<'a> {
             clear_suid: false,
             only_over: Vec::new(),
         };
-        self.mutate(true, Op::Commit { files: vec![file], blocks: vec![NewBlock { hash, length, holders }] }).await
+        self.mutate(
+            true,
+            Op::Commit {
+                files: vec![file],
+                blocks: vec![NewBlock { hash, length, holders, epoch: holdfast_common::Epoch(0) }],
+            },
+        )
+        .await
     }
 
     async fn status(&self) -> ClusterStatus {

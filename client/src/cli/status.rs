@@ -85,7 +85,7 @@ fn ago(silent_ms: u64) -> String {
     }
 }
 
-fn figures(status: &ClusterStatus) -> [(&'static str, String); 7] {
+fn figures(status: &ClusterStatus) -> [(&'static str, String); 8] {
     let [none, one, two, full] = status.blocks_by_copies;
     let behind = status.log_position.0.saturating_sub(status.durable_through.0);
     [
@@ -95,8 +95,14 @@ fn figures(status: &ClusterStatus) -> [(&'static str, String); 7] {
         ("Copies made", status.copies_made.to_string()),
         ("Bad copies met", format!("{} corrupt, {} missing", status.corrupt_copies_met, status.missing_copies_met)),
         ("Copies repaired", status.copies_repaired.to_string()),
+        ("Garbage", garbage(status)),
         ("Log", format!("{} entries, {behind} not yet on disk", status.log_position)),
     ]
+}
+
+fn garbage(status: &ClusterStatus) -> String {
+    let ClusterStatus { unnamed, condemned, collected, .. } = status;
+    format!("{unnamed} blocks that no file names, {condemned} being deleted, {collected} deleted so far")
 }
 
 /// Rows as columns, each as wide as its widest cell.
@@ -178,6 +184,9 @@ mod tests {
             corrupt_copies_met: 2,
             missing_copies_met: 1,
             copies_repaired: 3,
+            unnamed: 6,
+            condemned: 2,
+            collected: 40,
             log_position: Position(120),
             durable_through: Position(118),
         }
@@ -201,6 +210,7 @@ Owed              5 blocks are owed a copy
 Copies made       8
 Bad copies met    2 corrupt, 1 missing
 Copies repaired   3
+Garbage           6 blocks that no file names, 2 being deleted, 40 deleted so far
 Log               120 entries, 2 not yet on disk
 ";
         let expected = expected.replace("CAPACITY   FREE", "CAPACITY  FREE").replace("100 GiB    42", "100 GiB   42");

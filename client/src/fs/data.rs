@@ -17,8 +17,7 @@ use super::{
     open::OpenFile,
 };
 use crate::{
-    fs::shared::{MAP_TRIES, Urgency, unsteady},
-    remote::{blocks::TRY_FRESH_MAP, retry::Retry},
+    fs::shared::{FreshMap, MAP_TRIES, Urgency, unsteady},
     write::budget::NoRoom,
 };
 
@@ -61,7 +60,7 @@ impl Fs {
         within: Range<u32>,
         sequential: bool,
     ) -> FsResult<Bytes> {
-        let mut retry = None;
+        let mut fresh = FreshMap::default();
         let mut loads = 0;
         loop {
             let plan = inode.lock().plan(chunk, within.clone());
@@ -76,14 +75,12 @@ impl Fs {
                 ChunkPlan::UnknownMap => return Err(unsteady(inode)),
             };
             match self.shared.assemble(assembly, sequential).await {
-                Err(TRY_FRESH_MAP) => {
-                    // The holders that are known do not help: there may be others by now.
-                    let retry = retry.get_or_insert_with(|| Retry::within(self.shared.io_timeout));
-                    retry.pause().await.map_err(|_| Errno(libc::EIO))?;
-                    inode.lock().map.forget_all();
+                Ok(bytes) => return Ok(bytes),
+                Err(error) => {
+                    // The holders that are known do not help: there may be others by now, or other blocks.
+                    fresh.wait(inode, error, self.shared.io_timeout).await?;
                     loads = 0;
                 }
-                result => return result,
             }
         }
     }

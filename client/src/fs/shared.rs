@@ -11,7 +11,7 @@ use holdfast_common::{
     Block, BlockHash, ChunkIndex, Position, ServerId,
     clock::Clock,
     limits::{BLOCK_SIZE_MAX, PIECES_PER_CHUNK_COMPACT, PIECES_PER_CHUNK_MAX, REPLICAS, REPLICAS_MIN},
-    wire::meta::{BlockPlace, FileCommit, Holder, MetaAnswer, Mutated, NewBlock, Op, Query},
+    wire::meta::{BlockPlace, FileCommit, MetaAnswer, Mutated, NewBlock, Op, Query},
 };
 use parking_lot::Mutex;
 use tokio::sync::Semaphore;
@@ -24,8 +24,9 @@ use super::{
 use crate::{
     read::fetch::Fetcher,
     remote::{
-        blocks::{BlockClient, TRY_FRESH_MAP},
-        meta::{MetaClient, unexpected},
+        blocks::{BlockClient, TRY_FRESH_MAP, VANISHED},
+        meta::{MetaClient, PUT_AGAIN, unexpected},
+        retry::Retry,
     },
     write::{
         budget::DirtyBudget,
@@ -168,16 +169,22 @@ impl Shared {
         urgency: Urgency,
     ) -> FsResult<Stored> {
         let cut = sealed(extents)?;
-        let Put { item: Item { file, blocks, losses }, places, kept } =
-            self.put(inode, upload, &cut, only_over, urgency).await?;
-        let op = Op::Append { file, blocks, at_size: part.at_size };
         // Asked for anew it would be a second record: until it is known whether there is a first one, nothing else is sent.
         let late = || {
             warn!(ino = %inode.ino, "it is not known whether what was appended is stored");
             inode.lock().note_late(upload);
             inode.settled.notify_waiters();
         };
-        let applied = self.meta.mutate_until_known(op, losses, late).await?;
+        let mut retry = Retry::within(self.io_timeout);
+        let (applied, places, kept) = loop {
+            let Put { item: Item { file, blocks, losses }, places, kept } =
+                self.put(inode, upload, &cut, only_over.clone(), urgency).await?;
+            let op = Op::Append { file, blocks, at_size: part.at_size };
+            match self.meta.mutate_until_known(op, losses, late).await {
+                Err(PUT_AGAIN) => retry.pause().await.map_err(|_| Errno(libc::EIO))?,
+                applied => break (applied?, places, kept),
+            }
+        };
         let Mutated::Committed(files) = &applied.outcome else {
             tracing::error!(outcome = ?applied.outcome, "the metadata server answered an append with something else");
             return Err(Errno(libc::EIO));
@@ -195,10 +202,19 @@ impl Shared {
         only_over: Vec<(ChunkIndex, u64)>,
         urgency: Urgency,
     ) -> FsResult<Stored> {
-        let Put { item, places, kept } = self.put(inode, upload, &cut, only_over, urgency).await?;
-        let committed = self.committer.commit(item, urgency == Urgency::Durable).await?;
-        self.retain(committed.position, &cut, kept);
-        Ok(Stored { cut, places, committed })
+        let mut retry = Retry::within(self.io_timeout);
+        loop {
+            let Put { item, places, kept } = self.put(inode, upload, &cut, only_over.clone(), urgency).await?;
+            let committed = match self.committer.commit(item, urgency == Urgency::Durable).await {
+                Err(PUT_AGAIN) => {
+                    retry.pause().await.map_err(|_| Errno(libc::EIO))?;
+                    continue;
+                }
+                committed => committed?,
+            };
+            self.retain(committed.position, &cut, kept);
+            return Ok(Stored { cut, places, committed });
+        }
     }
 
     /// Stores the blocks of an upload, as urgently as asked.
@@ -210,8 +226,8 @@ impl Shared {
         only_over: Vec<(ChunkIndex, u64)>,
         urgency: Urgency,
     ) -> FsResult<Put> {
-        let holders = self.blocks.put(&cut.blocks, urgency != Urgency::Visible).await?;
-        let (blocks, places) = named(cut, holders);
+        let blocks = self.blocks.put(&cut.blocks, urgency != Urgency::Visible).await?;
+        let places = blocks.iter().map(place_of).collect();
         let kept = if urgency == Urgency::Visible { blocks.clone() } else { Vec::new() };
         let file = FileCommit {
             ino: inode.ino,
@@ -259,16 +275,15 @@ impl Shared {
         let lost = self.lost(&unseen).await;
         for blocks in lost.chunks(BLOCKS_AGAIN) {
             warn!(blocks = blocks.len(), "storage servers have lost what was not durable: storing it again");
-            let holders = self.blocks.put(blocks, true).await?;
-            let named = blocks.iter().zip(&holders).map(|(block, holders)| NewBlock {
-                hash: block.hash(),
-                length: block.length(),
-                holders: holders.clone(),
-            });
+            let named = self.blocks.put(blocks, true).await?;
             // A commit of no file: it only says who has the blocks now.
-            self.meta.mutate(Op::Commit { files: Vec::new(), blocks: named.collect() }, false).await?;
+            match self.meta.mutate(Op::Commit { files: Vec::new(), blocks: named.clone() }, false).await {
+                // One of them is garbage by now, or was a moment ago: looked at again the next time.
+                Err(PUT_AGAIN) => continue,
+                said => drop(said?),
+            }
             let mut retained = self.retained.lock();
-            blocks.iter().zip(&holders).for_each(|(block, holders)| retained.stored_again(block, holders));
+            blocks.iter().zip(&named).for_each(|(block, named)| retained.stored_again(block, &named.holders));
         }
         Ok(())
     }
@@ -323,6 +338,7 @@ impl Shared {
 
     /// All that a chunk holds, committed or on its way in this upload, as few runs; and the digest of the committed pieces.
     async fn runs(&self, inode: &Arc<Inode>, chunk: ChunkIndex) -> FsResult<(Vec<Extent>, u64)> {
+        let mut fresh = FreshMap::default();
         for _ in 0..MAP_TRIES {
             let (plan, digest) = inode.lock().plan_sent(chunk);
             match plan {
@@ -330,7 +346,13 @@ impl Shared {
                 ChunkPlan::Bytes(bytes) => return Ok((vec![Extent { offset: 0, bytes }], digest)),
                 ChunkPlan::Assemble(assembly) => {
                     let ranges = few(covered(&assembly));
-                    let bytes = self.assemble(assembly, false).await.map_err(settled_error)?;
+                    let bytes = match self.assemble(assembly, false).await {
+                        Err(error) => {
+                            fresh.wait(inode, error, self.io_timeout).await?;
+                            continue;
+                        }
+                        Ok(bytes) => bytes,
+                    };
                     let cut = |range: Range<u32>| Extent {
                         offset: range.start,
                         bytes: bytes.slice(range.start as usize..range.end as usize),
@@ -456,9 +478,32 @@ pub(super) fn unsteady(inode: &Inode) -> Errno {
     Errno(libc::EIO)
 }
 
-/// What a program may see of an error of the fetch.
-pub(super) fn settled_error(error: Errno) -> Errno {
-    if error == TRY_FRESH_MAP { Errno(libc::EIO) } else { error }
+/// How long a block that no server has is asked for.
+const VANISHED_PATIENCE: Duration = Duration::from_secs(6);
+
+/// The patience of one reader for whom the map that is known does not do.
+#[derive(Debug, Default)]
+pub(super) struct FreshMap {
+    silent: Option<Retry>,
+    vanished: Option<Retry>,
+}
+
+impl FreshMap {
+    /// After an error of the fetch that a newer map may be free of: forgets the map, after a pause. Any other error, or the end of
+    /// the patience, is what a program sees.
+    pub(super) async fn wait(&mut self, inode: &Inode, error: Errno, io_timeout: Duration) -> FsResult<()> {
+        let (retry, patience) = match error {
+            TRY_FRESH_MAP => (&mut self.silent, io_timeout),
+            VANISHED => (&mut self.vanished, VANISHED_PATIENCE),
+            error => return Err(error),
+        };
+        if retry.get_or_insert_with(|| Retry::within(patience)).pause().await.is_err() {
+            tracing::error!(ino = %inode.ino, ?error, "no server has, or none answers about, what the file is made of");
+            return Err(Errno(libc::EIO));
+        }
+        inode.lock().map.forget_all();
+        Ok(())
+    }
 }
 
 fn covered(assembly: &Assembly) -> Vec<Range<u32>> {
@@ -501,16 +546,10 @@ pub(super) fn chunks_of(size: u64) -> u32 {
     u32::try_from(size.div_ceil(u64::from(BLOCK_SIZE_MAX))).unwrap_or(u32::MAX)
 }
 
-fn named(cut: &Cut, holders: Vec<Vec<Holder>>) -> (Vec<NewBlock>, Vec<BlockPlace>) {
-    debug_assert!(holders.iter().all(|holders| holders.len() <= REPLICAS));
-    let blocks = cut.blocks.iter().zip(holders);
-    blocks
-        .map(|(block, holders)| {
-            let servers = holders.iter().map(|holder| holder.server).collect();
-            let place = BlockPlace { hash: block.hash(), length: block.length(), holders: servers };
-            (NewBlock { hash: block.hash(), length: block.length(), holders }, place)
-        })
-        .unzip()
+fn place_of(block: &NewBlock) -> BlockPlace {
+    debug_assert!(block.holders.len() <= REPLICAS);
+    let holders = block.holders.iter().map(|holder| holder.server).collect();
+    BlockPlace { hash: block.hash, length: block.length, holders }
 }
 
 /// Sorted ranges, those that touch made one.

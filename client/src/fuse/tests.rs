@@ -111,7 +111,13 @@ impl Peers for ThreeEntries {
             let malformed =
                 |error: holdfast_common::wire::codec::CodecError| CallError::Malformed(to.address, error.to_string());
             let result = answer(decode(&request.header).map_err(malformed)?);
-            let reply = MetaReply { server_instance: 1, map_version: 0, durable_through: Position(0), result };
+            let reply = MetaReply {
+                server_instance: 1,
+                map_version: 0,
+                durable_through: Position(0),
+                epoch: holdfast_common::Epoch(0),
+                result,
+            };
             Ok(Frame { header: encode(&reply).map_err(malformed)?, payload: Vec::new() })
         })
     }

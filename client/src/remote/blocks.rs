@@ -23,7 +23,7 @@ use holdfast_common::{
     placement,
     wire::{
         codec,
-        meta::{BlockPlace, CopyFault, Holder, StorageNotice},
+        meta::{BlockPlace, CopyFault, Holder, NewBlock, StorageNotice},
         storage::{ByteRange, PutBlock, Source, StorageAnswer, StorageReply, StorageRequest},
     },
 };
@@ -38,11 +38,12 @@ use crate::{
 
 /// No holder that is known has an answer, and there may be others: the caller should read the file's map again.
 pub const TRY_FRESH_MAP: Errno = Errno(libc::EAGAIN);
+/// Every holder that is known answered, and none has the block. The caller should read the file's map again: the block may have
+/// been deleted since others overwrote it; or the servers have lost it with their power, and whoever wrote it is about to store
+/// it again.
+pub const VANISHED: Errno = Errno(libc::ENODATA);
 /// Rounds over all holders before that is said.
 const ROUNDS: usize = 3;
-
-/// How long a block that no server has is asked for.
-const VANISHED_PATIENCE: Duration = Duration::from_secs(6);
 
 /// An unanswered request is followed by a question that needs no disk: a server that does not answer that one either
 /// is dead, stopped or cut off, while one that does is only slow. Together below the 3 s that a reader or writer may stall.
@@ -119,13 +120,15 @@ impl BlockClient {
 
     /// Puts each block on three servers, or on two when no third can take it (the commit will owe one).
     /// With fewer it retries until the mount's patience ends: then `EIO`, or `ENOSPC` if servers were full.
-    pub async fn put(&self, blocks: &[Block], durable: bool) -> FsResult<Vec<Vec<Holder>>> {
-        let mut puts: Vec<PutState> = blocks.iter().map(PutState::new).collect();
+    /// The answer: for each block its holders, as a commit names them.
+    pub async fn put(&self, blocks: &[Block], durable: bool) -> FsResult<Vec<NewBlock>> {
+        let epoch = self.meta.epoch();
+        let mut puts: Vec<PutState> = blocks.iter().map(|block| PutState::new(block, epoch)).collect();
         let mut retry = Retry::within(self.io_timeout);
         loop {
             self.put_rounds(&mut puts, durable).await;
             if puts.iter().all(|put| put.holders.len() >= REPLICAS_MIN) {
-                return Ok(puts.into_iter().map(|put| put.holders).collect());
+                return Ok(puts.into_iter().map(PutState::into_named).collect());
             }
             let map = self.meta.map();
             if puts.iter().any(|put| put.holders.len() < REPLICAS_MIN && put.found_full(&map) >= REPLICAS_MIN) {
@@ -215,7 +218,8 @@ impl BlockClient {
 
     // ---- reading ----
 
-    /// All of a block, from the best copy that proves itself. `EIO` when none does, `TRY_FRESH_MAP` when nobody answers.
+    /// All of a block, from the best copy that proves itself. `EIO` when all are damaged, `TRY_FRESH_MAP` when nobody answers,
+    /// `VANISHED` when nobody has it.
     pub async fn get(self: &Arc<Self>, place: &BlockPlace) -> FsResult<Block> {
         match self.fetch(place, None).await? {
             Verified::Whole(block) => Ok(block),
@@ -236,19 +240,19 @@ impl BlockClient {
     async fn fetch(self: &Arc<Self>, place: &BlockPlace, range: Option<Range<u32>>) -> FsResult<Verified> {
         let wanted = Wanted { hash: place.hash, length: place.length, range };
         let mut retry = Retry::within(self.io_timeout);
-        let mut vanished = Retry::within(VANISHED_PATIENCE);
         let mut bad: Vec<(ServerId, CopyFault)> = Vec::new();
         let mut rounds = 0;
         while rounds < ROUNDS {
             let round = self.ask_holders(&wanted, &place.holders).await;
+            if round.is_vanished() {
+                return Err(VANISHED);
+            }
             let news = |copy: &&(ServerId, CopyFault)| bad.iter().all(|(server, _)| *server != copy.0);
             let news: Vec<(ServerId, CopyFault)> = round.bad.iter().filter(news).copied().collect();
             bad.extend(&news);
             self.mend(place, &news, &bad);
             match round.found {
                 Some(found) => return Ok(found),
-                // Its servers may have lost it with their power a moment ago: whoever wrote it is about to store it again.
-                None if round.is_vanished() && vanished.pause().await.is_ok() => continue,
                 None if round.silent == 0 => {
                     error!(block = %place.hash, holders = ?place.holders, "every copy of the block is missing or damaged");
                     return Err(Errno(libc::EIO));
@@ -439,13 +443,14 @@ struct Round {
 impl Round {
     /// Everybody answered, and nobody has it; a damaged copy is another matter.
     fn is_vanished(&self) -> bool {
-        self.silent == 0 && self.bad.iter().all(|(_, fault)| *fault == CopyFault::Missing)
+        self.found.is_none() && self.silent == 0 && self.bad.iter().all(|(_, fault)| *fault == CopyFault::Missing)
     }
 }
 
 /// One block on its way to its servers.
 struct PutState<'a> {
     block: &'a Block,
+    epoch: Epoch,
     holders: Vec<Holder>,
     tried: Vec<ServerId>,
     refused_full: usize,
@@ -458,8 +463,14 @@ enum PutTrouble {
 }
 
 impl<'a> PutState<'a> {
-    fn new(block: &'a Block) -> Self {
-        Self { block, holders: Vec::with_capacity(REPLICAS), tried: Vec::with_capacity(REPLICAS), refused_full: 0 }
+    fn new(block: &'a Block, epoch: Epoch) -> Self {
+        let (holders, tried) = (Vec::with_capacity(REPLICAS), Vec::with_capacity(REPLICAS));
+        Self { block, epoch, holders, tried, refused_full: 0 }
+    }
+
+    fn into_named(self) -> NewBlock {
+        let Self { block, epoch, holders, .. } = self;
+        NewBlock { hash: block.hash(), length: block.length(), holders, epoch }
     }
 
     /// Servers that refused for want of room, or were not even asked because they have said that they have none.
@@ -504,8 +515,9 @@ fn batches(members: Vec<usize>, puts: &[PutState<'_>]) -> Vec<Vec<usize>> {
 }
 
 fn put_request(puts: &[PutState<'_>], batch: &[usize], durable: bool) -> Frame {
+    let head = |put: &PutState<'_>| PutBlock { hash: put.block.hash(), length: put.block.length(), epoch: put.epoch };
+    let heads = batch.iter().map(|&member| head(&puts[member]));
     let blocks = batch.iter().map(|&member| puts[member].block);
-    let heads = blocks.clone().map(|block| PutBlock { hash: block.hash(), length: block.length(), epoch: Epoch(0) });
     let request = StorageRequest::Put { blocks: heads.collect(), durable };
     Frame { header: frame(&request).unwrap_or_default().header, payload: blocks.map(|b| b.bytes().clone()).collect() }
 }

@@ -10,7 +10,7 @@ use std::{
 };
 
 use holdfast_common::{
-    Attr, Ino, Position, Refusal, Sequence, SessionId,
+    Attr, Epoch, Ino, Position, Refusal, Sequence, SessionId,
     cluster::ClusterMap,
     limits::REPLIES_KEPT_PER_SESSION,
     net::{CallError, Endpoint, Frame, Peers},
@@ -48,6 +48,9 @@ const REFRESH: Duration = Duration::from_secs(1);
 const SEQUENCE_SPAN_MAX: u64 = 1024;
 const _: () = assert!(SEQUENCE_SPAN_MAX * 2 <= REPLIES_KEPT_PER_SESSION);
 
+/// The blocks of a commit may have been deleted as garbage since they were put: the caller puts them again, and commits again.
+pub const PUT_AGAIN: Errno = Errno(libc::EREMCHG);
+
 /// How this mount introduces itself.
 #[derive(Clone, Debug)]
 pub struct MountName {
@@ -64,6 +67,8 @@ pub struct MetaClient {
     map: RwLock<Arc<ClusterMap>>,
     map_being_fetched: AtomicBool,
     durable_through: AtomicU64,
+    /// The latest that the server has told.
+    epoch: AtomicU64,
     /// What this session has changed and the server might still lose.
     undurable: Mutex<Undurable>,
     recovering: watch::Sender<Recovering>,
@@ -154,6 +159,7 @@ impl MetaClient {
             map: RwLock::default(),
             map_being_fetched: AtomicBool::new(false),
             durable_through: AtomicU64::new(0),
+            epoch: AtomicU64::new(0),
             undurable: Mutex::default(),
             recovering: watch::Sender::new(Recovering::No),
             rolled_back: OnceLock::new(),
@@ -215,6 +221,11 @@ impl MetaClient {
     /// Whether everything up to `position` survives a power cut, as far as this client has heard.
     pub fn is_durable(&self, position: Position) -> bool {
         position.0 <= self.durable_through.load(Ordering::Acquire)
+    }
+
+    /// What blocks are stamped with that are put now: no commit that comes in time is refused for garbage then.
+    pub fn epoch(&self) -> Epoch {
+        Epoch(self.epoch.load(Ordering::Acquire))
     }
 
     pub(super) fn server_instance(&self) -> u64 {
@@ -483,6 +494,7 @@ impl MetaClient {
             *self.map.write() = Arc::new(ClusterMap { version: 0, servers: old.servers.clone() });
             self.begin_recovery();
         }
+        self.epoch.fetch_max(reply.epoch.0, Ordering::AcqRel);
         // A server that has lost changes counts on from where it came to itself: until those are made again, its positions
         // are not those that they were answered with.
         if *self.recovering.borrow() == Recovering::No {
@@ -786,6 +798,9 @@ fn session_of(request: &MetaRequest) -> Option<SessionId> {
 }
 
 fn refused(refusal: Refusal) -> Errno {
+    if refusal == Refusal::BlockGone {
+        return PUT_AGAIN;
+    }
     if refusal.errno() == libc::EIO {
         error!(%refusal, "the metadata server refused");
     }

@@ -115,7 +115,7 @@ fn bytes_of(op: &Op) -> usize {
         // Long ones are counted, not encoded: this is on the way of every write.
         Op::Commit { files, blocks } => {
             let files: usize = files.iter().map(|file| 64 + file.pieces.len() * 48 + file.only_over.len() * 12).sum();
-            let blocks: usize = blocks.iter().map(|block| 48 + block.holders.len() * 13).sum();
+            let blocks: usize = blocks.iter().map(|block| 57 + block.holders.len() * 13).sum();
             128 + files + blocks
         }
         other => 128 + codec::encode(other).map_or(0, |bytes| bytes.len()),
@@ -188,7 +188,7 @@ mod tests {
 
     #[test]
     fn the_size_of_a_commit_is_not_underestimated() {
-        use holdfast_common::{BlockHash, BootId, ChunkIndex, Piece, ServerId, wire::meta::*};
+        use holdfast_common::{BlockHash, BootId, ChunkIndex, Epoch, Piece, ServerId, wire::meta::*};
         let piece = Piece { offset: 0, length: 1, block: BlockHash([1; 32]), block_offset: 0 };
         let holder = Holder { server: ServerId(1), boot: BootId(1), durable: true };
         let file = FileCommit {
@@ -199,7 +199,7 @@ mod tests {
             clear_suid: false,
             only_over: vec![(ChunkIndex(0), 1); 10],
         };
-        let block = NewBlock { hash: BlockHash([1; 32]), length: 1, holders: vec![holder; 3] };
+        let block = NewBlock { hash: BlockHash([1; 32]), length: 1, holders: vec![holder; 3], epoch: Epoch(1 << 40) };
         let op = Op::Commit { files: vec![file; 3], blocks: vec![block; 900] };
         assert!(bytes_of(&op) >= codec::encode(&op).unwrap().len());
     }

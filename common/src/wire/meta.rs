@@ -9,7 +9,8 @@ use crate::{
     net::identity::Role,
     refusal::Refusal,
     types::{
-        Attr, BootId, ChunkIndex, ClusterId, DirEntry, Ino, Kind, Piece, Position, Sequence, ServerId, SessionId, Time,
+        Attr, BootId, ChunkIndex, ClusterId, DirEntry, Epoch, Ino, Kind, Piece, Position, Sequence, ServerId,
+        SessionId, Time,
     },
 };
 
@@ -452,6 +453,9 @@ pub struct NewBlock {
     pub length: u32,
     /// At least `REPLICAS_MIN`. Fewer than `REPLICAS`: the rest is owed.
     pub holders: Vec<Holder>,
+    /// What the holders' copies were stamped with, at least. Refused `BlockGone` if garbage of this name has been, or may have
+    /// been, collected since: the block has to be put again with the epoch that the answer tells.
+    pub epoch: Epoch,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -516,6 +520,8 @@ pub struct MetaReply {
     pub map_version: u64,
     /// Everything up to here survives a power cut.
     pub durable_through: Position,
+    /// Of the newest collection of garbage: what is put from now on is stamped with it, or with a later one.
+    pub epoch: Epoch,
     pub result: Result<MetaAnswer, Refusal>,
 }
 
@@ -639,6 +645,12 @@ pub struct ClusterStatus {
     pub corrupt_copies_met: u64,
     pub missing_copies_met: u64,
     pub copies_repaired: u64,
+    /// Blocks that no file names any more, and that are kept for a while.
+    pub unnamed: u64,
+    /// Blocks whose copies are being deleted.
+    pub condemned: u64,
+    /// Blocks whose copies have been deleted since the cluster was made.
+    pub collected: u64,
     pub log_position: Position,
     pub durable_through: Position,
 }

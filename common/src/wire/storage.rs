@@ -25,8 +25,9 @@ pub enum StorageRequest {
     /// "Your copy is bad": the server re-reads its copy; unless that is good, it quarantines it, fetches one from `sources`,
     /// verifies it and stores it durably before it answers.
     Repair { block: BlockHash, sources: Vec<Source> },
-    /// Fetch a block that is not here from `sources`, verify it, store it durably. Nothing to do if it is here.
-    Obtain { block: BlockHash, sources: Vec<Source> },
+    /// Fetch a block that is not here from `sources`, verify it, store it durably. If it is here it is only made durable. Either way it
+    /// is stamped with at least `epoch` then.
+    Obtain { block: BlockHash, sources: Vec<Source>, epoch: Epoch },
     /// Deletes the blocks whose stored epoch is below `epoch`.
     Delete { blocks: Vec<BlockHash>, epoch: Epoch },
     /// Hashes that are here, in order, after `after`; at most `HASH_LIST_MAX`.
@@ -38,7 +39,7 @@ pub struct PutBlock {
     pub hash: BlockHash,
     /// 1..=BLOCK_SIZE_MAX.
     pub length: u32,
-    /// The stored stamp becomes the larger of this and what is there. Zero unless a commit was refused for garbage.
+    /// The stored stamp becomes the larger of this and what is there.
     pub epoch: Epoch,
 }
 
@@ -89,8 +90,9 @@ pub enum StorageAnswer {
     Deleted {
         count: u32,
     },
+    /// Each with its stamp.
     List {
-        blocks: Vec<BlockHash>,
+        blocks: Vec<(BlockHash, Epoch)>,
         end: bool,
     },
 }

@@ -15,7 +15,7 @@ use super::{
     core::{Core, Fault},
     log::{Log, RECORD_LENGTH_MAX},
     recent::changes_of,
-    state::{Applied, Command, Entry, Outcome, Reply, StorageError, apply},
+    state::{Applied, Command, Entry, Outcome, Reply, Rows, StorageError, apply},
 };
 
 /// Proposals that wait; more make their senders wait.
@@ -213,13 +213,13 @@ impl Committer {
             return Ok(());
         }
         let core = &self.core;
-        let applied = core.store.write_visible(|tables| {
+        let (applied, epoch) = core.store.write_visible(|tables| {
             let applied: Vec<Applied> =
                 batch.proposed.iter().map(|(entry, ..)| apply(tables, entry)).collect::<Result<_, StorageError>>()?;
             log_changes(core, &batch, &applied)?;
-            Ok::<_, Fault>(applied)
+            Ok::<_, Fault>((applied, Rows::counters(tables).epoch))
         })?;
-        core.set_applied(Position(core.log.lock().next().0 - 1));
+        core.set_applied(Position(core.log.lock().next().0 - 1), epoch);
         for ((entry, _, answer), applied) in batch.proposed.into_iter().zip(applied) {
             self.remember(&entry.command, &applied);
             // Whoever asked may have gone away; the entry stands.

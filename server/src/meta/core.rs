@@ -6,7 +6,7 @@ use std::sync::{
 };
 
 use holdfast_common::{
-    BlockHash, ClusterId, Position, Refusal, Sequence, SessionId,
+    BlockHash, ClusterId, Epoch, Position, Refusal, Sequence, SessionId,
     clock::Clock,
     disk::Disk,
     net::{CallError, Endpoint, Frame, Peers},
@@ -86,6 +86,7 @@ pub struct Core {
     /// When silence was last judged.
     judged: Mutex<Duration>,
     applied: AtomicU64,
+    epoch: AtomicU64,
     durable: watch::Sender<Position>,
     /// Somebody waits for durability.
     pub barrier_wanted: Notify,
@@ -110,6 +111,7 @@ pub struct Recovered {
     pub sessions: Sessions,
     pub unsynced: Unsynced,
     pub durable: Position,
+    pub epoch: Epoch,
     pub recovery: Recovery,
     /// Everybody waits until it is over.
     pub recovering: bool,
@@ -128,6 +130,7 @@ impl Core {
             sessions,
             unsynced,
             durable,
+            epoch,
             recovery,
             recovering,
             lock_grace,
@@ -158,6 +161,7 @@ impl Core {
             recovery: Mutex::new(recovery),
             vanished: Mutex::default(),
             applied: AtomicU64::new(applied),
+            epoch: AtomicU64::new(epoch.0),
             durable: watch::Sender::new(durable),
             barrier_wanted: Notify::new(),
             copies_wanted: Notify::new(),
@@ -223,8 +227,14 @@ impl Core {
         Position(self.applied.load(Ordering::Acquire))
     }
 
-    pub fn set_applied(&self, position: Position) {
+    pub fn set_applied(&self, position: Position, epoch: Epoch) {
+        self.epoch.store(epoch.0, Ordering::Release);
         self.applied.store(position.0, Ordering::Release);
+    }
+
+    /// Of the newest condemnation that is visible.
+    pub fn epoch(&self) -> Epoch {
+        Epoch(self.epoch.load(Ordering::Acquire))
     }
 
     /// Everything through this survives a power cut.

@@ -8,7 +8,7 @@ use std::{
 };
 
 use holdfast_common::{
-    BlockHash, BootId, Ino, ServerId,
+    BlockHash, BootId, Epoch, Ino, ServerId,
     limits::REPLICAS,
     net::Peers,
     placement::candidates,
@@ -142,6 +142,8 @@ struct Order {
     block: BlockHash,
     target: ServerId,
     sources: Vec<Source>,
+    /// What the copy is to be stamped with.
+    epoch: Epoch,
 }
 
 impl Copier {
@@ -168,11 +170,11 @@ impl Copier {
         let (orders, next) = self.orders(after)?;
         let made = self.carry_out(orders).await?;
         let mut count = 0;
-        for ((server, boot), blocks) in made {
+        for ((server, boot, epoch), blocks) in made {
             count += blocks.len();
             // Made copies are durable; noting them costs a sync at most, and trusts nobody.
             blocks.iter().for_each(|hash| self.core.unsynced.lock().add(server, boot, *hash));
-            if let Err(refusal) = self.proposer.propose(Command::HolderAdded { server, blocks }).await {
+            if let Err(refusal) = self.proposer.propose(Command::HolderAdded { server, blocks, epoch }).await {
                 tracing::debug!(%server, %refusal, "copies could not be recorded yet");
             }
         }
@@ -201,15 +203,15 @@ impl Copier {
                 && row.holders.len() < blocks::HOLDERS_MAX
                 && !sources.is_empty()
             {
-                orders.push(Order { block, target, sources });
+                orders.push(Order { block, target, sources, epoch: row.epoch });
             }
         }
         Ok((orders, next))
     }
 
-    /// Returns who now has which, and under which boot.
-    async fn carry_out(&self, orders: Vec<Order>) -> Result<BTreeMap<(ServerId, BootId), Vec<BlockHash>>, Fault> {
-        let mut made: BTreeMap<(ServerId, BootId), Vec<BlockHash>> = BTreeMap::new();
+    /// Returns who now has which, under which boot, and stamped with what.
+    async fn carry_out(&self, orders: Vec<Order>) -> Result<Made, Fault> {
+        let mut made = Made::new();
         let mut running = JoinSet::new();
         let mut orders = orders.into_iter();
         loop {
@@ -220,18 +222,20 @@ impl Copier {
                 running.spawn(async move { obtain(&core, &*peers, order).await });
             }
             let Some(outcome) = running.join_next().await else { return Ok(made) };
-            if let Some((server, boot, block)) = outcome.map_err(|_| Fault::Thread)? {
-                made.entry((server, boot)).or_default().push(block);
+            if let Some((server, boot, epoch, block)) = outcome.map_err(|_| Fault::Thread)? {
+                made.entry((server, boot, epoch)).or_default().push(block);
             }
         }
     }
 }
 
-async fn obtain(core: &Core, peers: &dyn Peers, order: Order) -> Option<(ServerId, BootId, BlockHash)> {
-    let Order { block, target, sources } = order;
+type Made = BTreeMap<(ServerId, BootId, Epoch), Vec<BlockHash>>;
+
+async fn obtain(core: &Core, peers: &dyn Peers, order: Order) -> Option<(ServerId, BootId, Epoch, BlockHash)> {
+    let Order { block, target, sources, epoch } = order;
     let to = core.cluster.lock().endpoint(target)?;
-    match ask(peers, to, &StorageRequest::Obtain { block, sources }, OBTAIN_DEADLINE).await {
-        Ok(Ok(StorageAnswer::Obtained { boot })) => Some((target, boot, block)),
+    match ask(peers, to, &StorageRequest::Obtain { block, sources, epoch }, OBTAIN_DEADLINE).await {
+        Ok(Ok(StorageAnswer::Obtained { boot })) => Some((target, boot, epoch, block)),
         Ok(Ok(other)) => {
             tracing::warn!(%block, server = %target, ?other, "an answer that does not fit an order for a copy");
             None

@@ -31,7 +31,7 @@ use super::state::Entry;
 
 const FILE_MAGIC: &[u8; 8] = b"HOLDFLOG";
 const RECORD_MAGIC: &[u8; 4] = b"HFR1";
-const VERSION: u32 = 1;
+const VERSION: u32 = 2;
 const FILE_HEADER_LENGTH: usize = 8 + 4 + 8 + 16 + 32 + 8;
 const RECORD_HEADER_LENGTH: usize = 4 + 4 + 4 + 8 + 8;
 const KIND_ENTRIES: u8 = 1;

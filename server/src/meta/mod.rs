@@ -5,6 +5,7 @@ pub mod cluster;
 pub mod committer;
 pub mod core;
 pub mod duties;
+pub mod garbage;
 pub mod locking;
 pub mod log;
 #[cfg(test)]

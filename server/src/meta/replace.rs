@@ -3,10 +3,14 @@
 //! A server that has been down for long enough is taken off the record of all its blocks: from then on these are owed a copy, which
 //! the `Copier` has made elsewhere. It keeps what it has, and when it comes back, whatever is still short of copies counts again there.
 
-use std::{collections::BTreeSet, sync::Arc, time::Duration};
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    sync::Arc,
+    time::Duration,
+};
 
 use holdfast_common::{
-    BlockHash, ServerId,
+    BlockHash, Epoch, ServerId,
     limits::REPLICAS,
     net::Peers,
     wire::storage::{StorageAnswer, StorageRequest},
@@ -15,7 +19,7 @@ use holdfast_common::{
 use super::{
     committer::Proposer,
     core::{Core, Fault, ask},
-    state::{Command, blocks},
+    state::{Command, blocks, garbage},
 };
 
 const TICK: Duration = Duration::from_millis(500);
@@ -110,11 +114,12 @@ impl Replacer {
         // Else all that it has is on record, here or on enough others.
         while self.is_something_owed()? {
             let Some((page, end)) = self.list(server, after).await else { return Ok(false) };
-            after = page.last().copied();
-            let missing = self.short_without(server, &page)?;
-            found += missing.len();
-            if !missing.is_empty() && !self.put_on(server, missing).await {
-                return Ok(false);
+            after = page.last().map(|(hash, _)| *hash);
+            for (epoch, hashes) in self.short_without(server, &page)? {
+                found += hashes.len();
+                if !self.put_on(server, hashes, epoch).await {
+                    return Ok(false);
+                }
             }
             if end || after.is_none() {
                 break;
@@ -130,7 +135,7 @@ impl Replacer {
         Ok(!blocks::owed_after(&*self.core.store.view()?, None, 1)?.is_empty())
     }
 
-    async fn list(&self, server: ServerId, after: Option<BlockHash>) -> Option<(Vec<BlockHash>, bool)> {
+    async fn list(&self, server: ServerId, after: Option<BlockHash>) -> Option<(Vec<(BlockHash, Epoch)>, bool)> {
         let to = self.core.cluster.lock().endpoint(server)?;
         match ask(&*self.peers, to, &StorageRequest::List { after }, LIST_DEADLINE).await {
             Ok(Ok(StorageAnswer::List { blocks, end })) => Some((blocks, end)),
@@ -141,29 +146,35 @@ impl Replacer {
         }
     }
 
-    /// Those of `page` that have too few copies, none of them on record for the server.
-    fn short_without(&self, server: ServerId, page: &[BlockHash]) -> Result<Vec<BlockHash>, Fault> {
+    /// Those of `page` that have too few copies, none of them on record for the server, by their stamps. What was condemned since it
+    /// was stamped does not count: the copier has such copies stamped anew.
+    fn short_without(
+        &self,
+        server: ServerId,
+        page: &[(BlockHash, Epoch)],
+    ) -> Result<BTreeMap<Epoch, Vec<BlockHash>>, Fault> {
         let view = self.core.store.view()?;
-        let mut short = Vec::new();
-        for hash in page {
+        let mut short: BTreeMap<Epoch, Vec<BlockHash>> = BTreeMap::new();
+        for (hash, epoch) in page {
             if let Some(row) = blocks::block(&*view, *hash)?
                 && blocks::is_owed(&row)
+                && garbage::counts(&row, *epoch)
                 && !row.holders.contains(&server)
             {
-                short.push(*hash);
+                short.entry(*epoch).or_default().push(*hash);
             }
         }
         Ok(short)
     }
 
-    async fn put_on(&self, server: ServerId, hashes: Vec<BlockHash>) -> bool {
+    async fn put_on(&self, server: ServerId, hashes: Vec<BlockHash>, epoch: Epoch) -> bool {
         let Some(boot) = self.core.cluster.lock().boot(server) else { return false };
         // Whether they are durable there is not known: the next barrier asks.
         hashes.iter().for_each(|hash| self.core.unsynced.lock().add(server, boot, *hash));
         let mut batches = hashes.chunks(BATCH);
         loop {
             let Some(batch) = batches.next() else { return true };
-            let command = Command::HolderAdded { server, blocks: batch.to_vec() };
+            let command = Command::HolderAdded { server, blocks: batch.to_vec(), epoch };
             if let Err(refusal) = self.proposer.propose(command).await {
                 tracing::debug!(%server, %refusal, "copies that came back could not be recorded yet");
                 return false;

@@ -31,12 +31,13 @@ use super::{
     committer::{Committer, Proposer},
     core::{Core, Fault, Recovered},
     duties::{self, Copier},
+    garbage::Collector,
     log::LogPlace,
     recovery::{self, Recovery},
     replace::Replacer,
     service::{Secrets, Service},
     sessions::Sessions,
-    state::{self, Command, Entry, StorageError, apply, servers, session},
+    state::{self, Command, Entry, Rows, StorageError, apply, servers, session},
     store::{OpenStoreError, Store},
     unsynced::Unsynced,
 };
@@ -99,6 +100,8 @@ pub struct Options {
     pub down_after: Duration,
     /// A server that has been down for so long is replaced.
     pub replace_after: Duration,
+    /// A block that no file names is kept for so long.
+    pub garbage_grace: Duration,
 }
 
 /// Brings back what the last life left in `directory`: the tables as of the last checkpoint, and the log on top.
@@ -169,6 +172,7 @@ pub fn recover(
             sessions,
             unsynced,
             durable,
+            epoch: view.counters().epoch,
             recovery,
             recovering,
             lock_grace: options.recovery_window,
@@ -243,7 +247,9 @@ impl Running {
         tasks.spawn(duties::watch_space(Arc::clone(&core), options.reserve_bytes));
         tasks.spawn(recovery::run(Arc::clone(&core), proposer.clone()));
         tasks.spawn(Copier::new(Arc::clone(&core), proposer.clone(), Arc::clone(&peers)).run());
-        tasks.spawn(Replacer::new(Arc::clone(&core), proposer.clone(), peers, options.replace_after).run());
+        let replacer = Replacer::new(Arc::clone(&core), proposer.clone(), Arc::clone(&peers), options.replace_after);
+        tasks.spawn(replacer.run());
+        tasks.spawn(Collector::new(Arc::clone(&core), proposer.clone(), peers, options.garbage_grace).run());
         let (fault_sender, faults) = mpsc::unbounded_channel();
         let service = Service::new(core, proposer, options.session_timeout, authority, fault_sender);
         Self { service: Arc::new(service), committer, tasks, faults }
@@ -301,6 +307,7 @@ pub async fn run(
         suspect_after: config.suspect_after,
         down_after: config.down_after,
         replace_after: config.replace_after,
+        garbage_grace: config.garbage_grace,
     };
     let core = recover(&disk, data.path(), clock, &options)?;
     let node =

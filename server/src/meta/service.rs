@@ -100,7 +100,8 @@ impl Service {
     fn envelope(&self, result: Answer) -> Frame {
         let durable_through = self.core.durable();
         let map_version = self.core.cluster.lock().version();
-        let reply = |result| MetaReply { server_instance: self.instance, map_version, durable_through, result };
+        let epoch = self.core.epoch();
+        let reply = |result| MetaReply { server_instance: self.instance, map_version, durable_through, epoch, result };
         let header = codec::encode(&reply(result)).or_else(|error| {
             tracing::error!(%error, "an answer does not fit into a message of {HEADER_SIZE_MAX} bytes");
             codec::encode(&reply(Err(Refusal::TooLarge)))
@@ -455,6 +456,9 @@ impl Service {
             corrupt_copies_met: counters.corrupt_met,
             missing_copies_met: counters.missing_met,
             copies_repaired: counters.repaired,
+            unnamed: counters.unnamed,
+            condemned: counters.condemned,
+            collected: counters.collected,
             log_position: self.core.applied(),
             durable_through: self.core.durable(),
         })

@@ -8,7 +8,7 @@ use std::{
 };
 
 use holdfast_common::{
-    Attr, BlockHash, BootId, ClusterId, Ino, Kind, Position, Refusal, Sequence, ServerId, SessionId, Time,
+    Attr, BlockHash, BootId, ClusterId, Epoch, Ino, Kind, Position, Refusal, Sequence, ServerId, SessionId, Time,
     clock::Clock,
     disk::Disk,
     net::{
@@ -68,7 +68,19 @@ struct Storage {
     dead: bool,
     visible: BTreeSet<BlockHash>,
     durable: BTreeSet<BlockHash>,
+    stamps: BTreeMap<BlockHash, Epoch>,
     syncs: u32,
+}
+
+impl Storage {
+    fn stamp(&self, hash: &BlockHash) -> Epoch {
+        self.stamps.get(hash).copied().unwrap_or_default()
+    }
+
+    fn raise(&mut self, hash: BlockHash, epoch: Epoch) {
+        let stamp = self.stamps.entry(hash).or_default();
+        *stamp = (*stamp).max(epoch);
+    }
 }
 
 /// Storage servers 1 to 4, by what they answer to the metadata server.
@@ -85,7 +97,7 @@ impl Storages {
     }
 
     fn answer(&self, id: u32, request: StorageRequest) -> Option<Result<StorageAnswer, Refusal>> {
-        if let StorageRequest::Obtain { block, sources } = &request
+        if let StorageRequest::Obtain { block, sources, .. } = &request
             && !sources.iter().any(|source| self.can_send(source.server.0, block))
         {
             return Some(Err(Refusal::Unavailable));
@@ -105,16 +117,28 @@ impl Storages {
                     let present = blocks.iter().map(|hash| storage.visible.contains(hash)).collect();
                     Ok(StorageAnswer::Has { boot, present })
                 }
-                StorageRequest::Obtain { block, sources } => {
+                StorageRequest::Obtain { block, sources, epoch } => {
                     assert!(sources.iter().all(|source| source.server.0 != id));
                     storage.visible.insert(block);
                     storage.durable.insert(block);
+                    storage.raise(block, epoch);
                     Ok(StorageAnswer::Obtained { boot })
                 }
                 StorageRequest::List { after } => {
                     let rest = storage.visible.iter().filter(|hash| after.is_none_or(|after| **hash > after));
-                    let blocks: Vec<BlockHash> = rest.copied().take(2).collect();
+                    let stamped = |hash: &BlockHash| (*hash, storage.stamp(hash));
+                    let blocks: Vec<(BlockHash, Epoch)> = rest.map(stamped).take(2).collect();
                     Ok(StorageAnswer::List { end: blocks.len() < 2, blocks })
+                }
+                StorageRequest::Delete { blocks, epoch } => {
+                    let mut count = 0;
+                    for hash in blocks {
+                        if storage.stamp(&hash) < epoch && storage.visible.remove(&hash) {
+                            storage.durable.remove(&hash);
+                            count += 1;
+                        }
+                    }
+                    Ok(StorageAnswer::Deleted { count })
                 }
                 other => panic!("{other:?}"),
             })
@@ -155,6 +179,7 @@ fn options() -> Options {
         suspect_after: Duration::from_secs(2),
         down_after: Duration::from_secs(10),
         replace_after: Duration::from_secs(300),
+        garbage_grace: Duration::from_secs(3600),
     }
 }
 
@@ -274,7 +299,12 @@ impl Cluster {
             });
             Holder { server: ServerId(*id), boot: BootId(boot), durable: false }
         };
-        let block = NewBlock { hash: words::hash(seed), length: 8, holders: servers.iter().map(holder).collect() };
+        let block = NewBlock {
+            hash: words::hash(seed),
+            length: 8,
+            holders: servers.iter().map(holder).collect(),
+            epoch: Epoch(0),
+        };
         let file: FileCommit = words::file(ino, vec![(0, words::piece(seed, 0, 8, 0))], 8);
         Op::Commit { files: vec![file], blocks: vec![block] }
     }
@@ -795,4 +825,83 @@ async fn a_status_tells_what_is() {
     assert!(status.log_position >= status.durable_through && status.durable_through > Position(0));
     let space = cluster.ask(MOUNT, MetaRequest::Query(Query::StatFs)).await;
     assert!(matches!(space, Ok(MetaAnswer::StatFs(space)) if space.capacity_bytes == 1 << 40 && space.inodes == 2));
+}
+
+fn soon_collected() -> Options {
+    Options { garbage_grace: Duration::from_secs(5), ..options() }
+}
+
+impl Cluster {
+    fn copies(&self, seed: u8) -> Vec<u32> {
+        let has = |id: &u32| self.storages.with(*id, |storage| storage.visible.contains(&words::hash(seed)));
+        (1..=4).filter(has).collect()
+    }
+
+    fn counters(&self) -> super::state::rows::Counters {
+        self.core().store.view().unwrap().counters().clone()
+    }
+}
+
+#[tokio::test]
+async fn what_no_file_names_is_deleted_after_its_grace_and_nothing_else() {
+    let mut cluster = Cluster::on(MemoryDisk::new(), soon_collected()).await;
+    let inos = [cluster.create("a", false).await.unwrap(), cluster.create("b", false).await.unwrap()];
+    for (ino, seed) in [(inos[0], 1), (inos[0], 2), (inos[1], 3)] {
+        cluster.write(ino, seed, &[1, 2, 3], true).await.unwrap();
+    }
+    let began = cluster.clock.monotonic();
+    cluster
+        .while_heard(&[1, 2, 3], "what was overwritten is forgotten", |cluster| cluster.counters().collected == 1)
+        .await;
+    assert!(cluster.clock.monotonic() - began >= Duration::from_secs(7), "its grace, and time to hear of the epoch");
+    assert_eq!([1, 2, 3].map(|seed| cluster.copies(seed)), [vec![], vec![1, 2, 3], vec![1, 2, 3]]);
+    cluster.mutate(true, Op::Unlink { parent: Ino::ROOT, name: b"a".to_vec() }).await.unwrap();
+    cluster
+        .while_heard(&[1, 2, 3], "what was in a deleted file is, too", |cluster| cluster.counters().collected == 2)
+        .await;
+    assert_eq!([2, 3].map(|seed| cluster.copies(seed)), [vec![], vec![1, 2, 3]]);
+    assert_eq!((cluster.counters().unnamed, cluster.counters().condemned), (0, 0));
+    cluster.check();
+}
+
+#[tokio::test]
+async fn what_is_put_again_before_it_is_deleted_stays() {
+    let mut cluster = Cluster::on(MemoryDisk::new(), soon_collected()).await;
+    let ino = cluster.create("a", false).await.unwrap();
+    cluster.write(ino, 1, &[1, 2, 3], true).await.unwrap();
+    cluster.storages.with(2, |storage| storage.dead = true);
+    cluster.write(ino, 2, &[1, 3], true).await.unwrap();
+    cluster.while_heard(&[1, 3], "the first is condemned", |cluster| cluster.counters().condemned == 1).await;
+    assert_eq!(cluster.write(ino, 1, &[1, 3], false).await, Err(Refusal::BlockGone));
+    let epoch = cluster.core().epoch();
+    [1, 3].iter().for_each(|id| cluster.storages.with(*id, |storage| storage.raise(words::hash(1), epoch)));
+    let again = match cluster.put(ino, 1, &[1, 3]) {
+        Op::Commit { files, blocks } => {
+            Op::Commit { files, blocks: blocks.into_iter().map(|block| NewBlock { epoch, ..block }).collect() }
+        }
+        other => other,
+    };
+    cluster.mutate(true, again).await.unwrap();
+    cluster.storages.with(2, |storage| storage.dead = false);
+    cluster.while_heard(&[1, 2, 3], "the other is collected", |cluster| cluster.counters().collected == 1).await;
+    assert!(cluster.copies(1).contains(&1) && cluster.copies(1).contains(&3) && cluster.copies(2).is_empty());
+    cluster.check();
+}
+
+#[tokio::test]
+async fn a_condemned_block_waits_for_a_holder_that_is_down_and_goes_on_after_a_restart() {
+    let mut cluster = Cluster::on(MemoryDisk::new(), soon_collected()).await;
+    let ino = cluster.create("a", false).await.unwrap();
+    for seed in [1, 2] {
+        cluster.write(ino, seed, &[1, 2, 3], true).await.unwrap();
+    }
+    cluster.storages.with(2, |storage| storage.dead = true);
+    cluster.while_heard(&[1, 3], "it is deleted where it can be", |cluster| cluster.copies(1) == [2]).await;
+    assert_eq!(cluster.counters().condemned, 1);
+    let cut = cluster.disk.power_cut(0);
+    let cluster = cluster.restarted(cut);
+    cluster.storages.with(2, |storage| storage.dead = false);
+    cluster.while_heard(&[1, 2, 3], "it is deleted everywhere", |cluster| cluster.counters().collected == 1).await;
+    assert_eq!((cluster.copies(1), cluster.copies(2)), (vec![], vec![1, 2, 3]));
+    cluster.check();
 }

@@ -73,7 +73,10 @@ impl Reporter {
         let header = codec::encode(&MetaRequest::Storage(notice))?;
         let to = Endpoint { address: self.meta, name: NodeName { role: Role::Meta, id: META_ID } };
         let answer = self.peers.call(to, Frame { header, payload: Vec::new() }, DEADLINE).await?;
-        codec::decode::<MetaReply>(&answer.header)?.result.map(drop).map_err(ReportError::Refused)
+        let reply = codec::decode::<MetaReply>(&answer.header)?;
+        reply.result.map(drop).map_err(ReportError::Refused)?;
+        self.service.hear(reply.epoch);
+        Ok(())
     }
 
     fn load(&self) -> StorageLoad {

@@ -2,7 +2,10 @@
 
 use std::sync::{
     Arc,
-    atomic::{AtomicUsize, Ordering::Relaxed},
+    atomic::{
+        AtomicU64, AtomicUsize,
+        Ordering::{AcqRel, Acquire, Relaxed},
+    },
 };
 
 use bytes::Bytes;
@@ -42,6 +45,8 @@ pub struct StorageService {
     fetcher: Fetcher,
     repairs: Vec<Mutex<()>>,
     in_flight: AtomicUsize,
+    /// One more than the latest epoch that this server has heard of; 0 before the first.
+    heard: AtomicU64,
 }
 
 type Answer = Result<(StorageAnswer, Vec<Bytes>), Refusal>;
@@ -87,7 +92,18 @@ fn may(role: Role, request: &StorageRequest) -> bool {
 impl StorageService {
     pub(super) fn new(store: Arc<Store>, workers: Workers, fetcher: Fetcher) -> Self {
         let repairs = (0..REPAIR_LANES).map(|_| Mutex::new(())).collect();
-        Self { store, workers, fetcher, repairs, in_flight: AtomicUsize::new(0) }
+        Self { store, workers, fetcher, repairs, in_flight: AtomicUsize::new(0), heard: AtomicU64::new(0) }
+    }
+
+    /// The metadata server is at `epoch`, or was.
+    pub fn hear(&self, epoch: Epoch) {
+        self.heard.fetch_max(epoch.0.saturating_add(1), AcqRel);
+    }
+
+    /// A stamp that no order to delete which this server may still get is later than, for a block that is on record here: whatever
+    /// epoch the block was put on record with was heard of by then, in this life with the put, or with the first report after it.
+    fn stamp(&self) -> Result<Epoch, Refusal> {
+        self.heard.load(Acquire).checked_sub(1).map(Epoch).ok_or(Refusal::Unavailable)
     }
 
     /// Requests being served, waiting ones included.
@@ -110,7 +126,7 @@ impl StorageService {
             StorageRequest::Sync => self.sync().await,
             StorageRequest::Has { blocks } => self.has(blocks).await,
             StorageRequest::Repair { block, sources } => self.repair(block, &sources).await,
-            StorageRequest::Obtain { block, sources } => self.obtain(block, &sources).await,
+            StorageRequest::Obtain { block, sources, epoch } => self.obtain(block, &sources, epoch).await,
             StorageRequest::Delete { blocks, epoch } => self.delete(blocks, epoch).await,
             StorageRequest::List { after } => self.list(after).await,
         }
@@ -131,6 +147,9 @@ impl StorageService {
 
     async fn put(&self, blocks: Vec<PutBlock>, durable: bool, payload: Bytes) -> Answer {
         check_batch(&blocks, payload.len())?;
+        // Not a bare zero, which nobody has to have been told.
+        let latest = blocks.iter().map(|block| block.epoch).max().filter(|epoch| epoch.0 > 0);
+        latest.into_iter().for_each(|epoch| self.hear(epoch));
         let ticket = if payload.len() <= INLINE_BYTES_MAX && self.workers.is_idle() {
             let checked = check_blocks(&blocks, &payload)?;
             match self.store.try_put(&checked) {
@@ -195,14 +214,15 @@ impl StorageService {
         Ok((StorageAnswer::List { blocks, end }, Vec::new()))
     }
 
-    async fn obtain(&self, hash: BlockHash, sources: &[Source]) -> Answer {
+    async fn obtain(&self, hash: BlockHash, sources: &[Source], epoch: Epoch) -> Answer {
         check_sources(sources)?;
+        self.hear(epoch);
         let _one_at_a_time = self.lane(&hash).lock().await;
-        let here = self.blocking(move |store| store.has(&[hash])).await.map_err(logged)?;
-        if here != [true] {
-            self.fetch_and_store(hash, sources).await?;
-        } else {
-            self.store.durable(self.store.ticket()).await.map_err(logged)?;
+        let here = self.blocking(move |store| store.raise(&hash, epoch)).await;
+        match here {
+            Ok(Some(ticket)) => self.store.durable(ticket).await.map_err(logged)?,
+            Ok(None) | Err(StoreError::Damaged(_)) => self.fetch_and_store(hash, sources, epoch).await?,
+            Err(error) => return Err(logged(error)),
         }
         Ok((StorageAnswer::Obtained { boot: self.store.boot() }, Vec::new()))
     }
@@ -214,7 +234,7 @@ impl StorageService {
             let (good, bad) = match self.blocking(move |store| store.examine(&hash)).await.map_err(logged)? {
                 Verdict::Good => return Ok((StorageAnswer::Repaired { replaced: false }, Vec::new())),
                 Verdict::Missing => {
-                    self.fetch_and_store(hash, sources).await?;
+                    self.fetch_and_store(hash, sources, self.stamp()?).await?;
                     self.store.note_repaired();
                     return Ok((StorageAnswer::Repaired { replaced: true }, Vec::new()));
                 }
@@ -243,9 +263,9 @@ impl StorageService {
         Err(Refusal::Unavailable)
     }
 
-    async fn fetch_and_store(&self, hash: BlockHash, sources: &[Source]) -> Result<(), Refusal> {
+    async fn fetch_and_store(&self, hash: BlockHash, sources: &[Source], epoch: Epoch) -> Result<(), Refusal> {
         let block = self.fetcher.fetch(hash, sources).await.ok_or(Refusal::Unavailable)?;
-        let put = move |store: &Store| store.put(&[CheckedBlock::from_block(&block, Epoch(0))]);
+        let put = move |store: &Store| store.put(&[CheckedBlock::from_block(&block, epoch)]);
         let ticket = self.blocking(put).await.map_err(logged)?;
         self.store.durable(ticket).await.map_err(logged)
     }

@@ -137,7 +137,7 @@ async fn each_role_may_send_only_what_it_needs() {
         (StorageRequest::Repair { block: hash, sources: vec![] }, [false, true, true, false]),
         (StorageRequest::Sync, [true, false, false, false]),
         (StorageRequest::Has { blocks: vec![] }, [true, true, true, false]),
-        (StorageRequest::Obtain { block: hash, sources: vec![] }, [true, false, false, false]),
+        (StorageRequest::Obtain { block: hash, sources: vec![], epoch: Epoch(0) }, [true, false, false, false]),
         (StorageRequest::Delete { blocks: vec![], epoch: Epoch(1) }, [true, false, false, false]),
         (StorageRequest::List { after: None }, [true, false, false, false]),
     ];
@@ -219,7 +219,7 @@ async fn a_block_is_obtained_once() {
     let (has, wants) = (Server::start(&room, 1), Server::start(&room, 2));
     let block = block(4, 1 << 20);
     has.put(std::slice::from_ref(&block)).await.unwrap();
-    let obtain = |sources| StorageRequest::Obtain { block: block.hash(), sources };
+    let obtain = |sources| StorageRequest::Obtain { block: block.hash(), sources, epoch: Epoch(0) };
     let boot = wants.store.boot();
     assert_eq!(wants.ask(Role::Meta, obtain(vec![]), &[]).await.0, Err(Refusal::Unavailable));
     for sources in [vec![source(1)], vec![]] {
@@ -251,6 +251,7 @@ impl Serve for Ear {
             server_instance: 1,
             map_version: 1,
             durable_through: holdfast_common::Position(0),
+            epoch: Epoch(0),
             result: Ok(MetaAnswer::Done),
         };
         Box::pin(async move { Frame { header: codec::encode(&reply).unwrap(), payload: vec![] } })

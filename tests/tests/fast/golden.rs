@@ -235,7 +235,7 @@ fn file_commit() -> FileCommit {
 
 fn new_block() -> NewBlock {
     let holder = |server, durable| Holder { server: ServerId(server), boot: BootId(11), durable };
-    NewBlock { hash: hash(), length: 4242, holders: vec![holder(1, true), holder(2, false)] }
+    NewBlock { hash: hash(), length: 4242, holders: vec![holder(1, true), holder(2, false)], epoch: Epoch(3) }
 }
 
 fn notices() -> Vec<StorageNotice> {
@@ -293,6 +293,9 @@ fn status() -> ClusterStatus {
         corrupt_copies_met: 9,
         missing_copies_met: 10,
         copies_repaired: 11,
+        unnamed: 12,
+        condemned: 13,
+        collected: 14,
         log_position: Position(12),
         durable_through: Position(11),
     }
@@ -335,7 +338,7 @@ fn answers() -> Vec<MetaAnswer> {
 }
 
 fn reply(result: Result<MetaAnswer, Refusal>) -> MetaReply {
-    MetaReply { server_instance: 1, map_version: 2, durable_through: Position(3), result }
+    MetaReply { server_instance: 1, map_version: 2, durable_through: Position(3), epoch: Epoch(4), result }
 }
 
 fn refusals() -> Vec<Refusal> {
@@ -352,7 +355,7 @@ fn storage_requests() -> Vec<StorageRequest> {
         StorageRequest::Sync,
         StorageRequest::Has { blocks: vec![hash()] },
         StorageRequest::Repair { block: hash(), sources: vec![source] },
-        StorageRequest::Obtain { block: hash(), sources: vec![source] },
+        StorageRequest::Obtain { block: hash(), sources: vec![source], epoch: Epoch(6) },
         StorageRequest::Delete { blocks: vec![hash()], epoch: Epoch(9) },
         StorageRequest::List { after: Some(hash()) },
     ]
@@ -368,7 +371,7 @@ fn storage_answers() -> Vec<StorageAnswer> {
         StorageAnswer::Repaired { replaced: true },
         StorageAnswer::Obtained { boot },
         StorageAnswer::Deleted { count: 3 },
-        StorageAnswer::List { blocks: vec![hash()], end: true },
+        StorageAnswer::List { blocks: vec![(hash(), Epoch(5))], end: true },
     ]
 }
 

@@ -5,6 +5,7 @@ mod bounded;
 mod daemons;
 mod dying;
 mod ends;
+mod garbage;
 mod identity;
 mod locks;
 mod many;

@@ -109,7 +109,8 @@ impl<'a> Writer<'a> {
             clear_suid: false,
             only_over: Vec::new(),
         };
-        let commit = Op::Commit { files: vec![file], blocks: vec![NewBlock { hash, length, holders }] };
+        let commit =
+            Op::Commit { files: vec![file], blocks: vec![NewBlock { hash, length, holders, epoch: Epoch(0) }] };
         match self.mutate(is_durable(number), commit).await {
             Some(Mutated::Committed(files)) if files[0].is_ok() => Some(()),
             _ => None,

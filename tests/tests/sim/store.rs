@@ -73,7 +73,7 @@ fn check(disk: &SimDisk, promised: &[u64], history: &str) {
     }
     let (listed, end) = store.list(None, 10_000).expect("the index can be listed");
     assert!(end);
-    for hash in listed {
+    for (hash, _) in listed {
         let verdict = store.examine(&hash).expect("it can be read");
         assert!(matches!(verdict, Verdict::Good), "{history}: {hash} is listed: {verdict:?}");
     }

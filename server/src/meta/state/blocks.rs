@@ -3,13 +3,13 @@
 use std::{collections::BTreeMap, ops::ControlFlow};
 
 use holdfast_common::{
-    BlockHash, Piece, Refusal, ServerId, Time,
+    BlockHash, Epoch, Piece, Refusal, ServerId, Time,
     limits::{BLOCK_SIZE_MAX, REPLICAS, REPLICAS_MIN},
     wire::meta::NewBlock,
 };
 
 use super::{
-    Rows, Step, StorageError, Tables,
+    Rows, Step, StorageError, Tables, garbage,
     rows::{BlockRow, encode_time},
     servers,
     tables::{Result, fetch, key, past, scan},
@@ -37,11 +37,13 @@ impl Changes {
                 holders.push(holder.server);
             }
         }
-        match self.length(tables, new.hash)? {
-            Some(length) if length != new.length => return Err(Refusal::Invalid.into()),
-            Some(_) => {}
-            None if holders.len() < REPLICAS_MIN => return Err(Refusal::TooFewReplicas.into()),
-            None => {}
+        let old = block(tables, new.hash)?;
+        let row = garbage::admitted(old.as_ref(), new.length, new.epoch, tables.counters.forgotten)?;
+        if row.length != new.length || self.fresh.get(&new.hash).is_some_and(|(length, _)| *length != new.length) {
+            return Err(Refusal::Invalid.into());
+        }
+        if row.holders.is_empty() && holders.len() < REPLICAS_MIN {
+            return Err(Refusal::TooFewReplicas.into());
         }
         let entry = self.fresh.entry(new.hash).or_insert_with(|| (new.length, Vec::new()));
         entry.1.extend(holders);
@@ -49,10 +51,14 @@ impl Changes {
     }
 
     /// The length of a block that is known, or that this commit brings.
-    pub(super) fn length(&self, tables: &Tables<'_>, hash: BlockHash) -> Result<Option<u32>> {
-        match self.fresh.get(&hash) {
-            Some((length, _)) => Ok(Some(*length)),
-            None => Ok(block(tables, hash)?.map(|row| row.length)),
+    pub(super) fn length(&self, tables: &Tables<'_>, hash: BlockHash) -> Step<u32> {
+        if let Some((length, _)) = self.fresh.get(&hash) {
+            return Ok(*length);
+        }
+        match block(tables, hash)? {
+            Some(row) if row.condemned => Err(Refusal::BlockGone.into()),
+            Some(row) => Ok(row.length),
+            None => Err(Refusal::UnknownBlock.into()),
         }
     }
 
@@ -69,7 +75,9 @@ impl Changes {
         let Self { mut references, fresh } = self;
         for (hash, (length, holders)) in fresh {
             let old = block(tables, hash)?;
-            let mut new = old.clone().unwrap_or(BlockRow { length, refs: 0, holders: Vec::new() });
+            // Admitted when it was brought.
+            let admitted = garbage::admitted(old.as_ref(), length, Epoch(u64::MAX), tables.counters.forgotten);
+            let mut new = admitted.map_err(|_| StorageError::Damaged(format!("block {hash}: not admitted")))?;
             holders.into_iter().for_each(|holder| add_holder(&mut new, holder));
             new.refs = recount(new.refs, references.remove(&hash).unwrap_or(0), hash)?;
             store(tables, hash, old.as_ref(), &new, now)?;
@@ -102,9 +110,15 @@ fn add_holder(row: &mut BlockRow, holder: ServerId) {
     }
 }
 
-/// Puts a server on record as a holder. `false`: nothing to do.
-pub(super) fn hold(tables: &mut Tables<'_>, hash: BlockHash, server: ServerId, now: Time) -> Result<bool> {
-    let Some(old) = block(tables, hash)? else { return Ok(false) };
+/// Puts a server on record as a holder of a copy with this stamp. `false`: nothing to do, or the copy does not count.
+pub(super) fn hold(
+    tables: &mut Tables<'_>,
+    hash: BlockHash,
+    server: ServerId,
+    epoch: Epoch,
+    now: Time,
+) -> Result<bool> {
+    let Some(old) = block(tables, hash)?.filter(|row| garbage::counts(row, epoch)) else { return Ok(false) };
     let mut new = old.clone();
     add_holder(&mut new, server);
     if new == old {
@@ -114,10 +128,10 @@ pub(super) fn hold(tables: &mut Tables<'_>, hash: BlockHash, server: ServerId, n
     Ok(true)
 }
 
-/// Takes a server off the record, unless it is the last. `false`: nothing changed.
+/// Takes a server off the record, unless it is the last of a block that is not condemned. `false`: nothing changed.
 pub(super) fn unhold(tables: &mut Tables<'_>, hash: BlockHash, server: ServerId, now: Time) -> Result<bool> {
     let Some(old) = block(tables, hash)? else { return Ok(false) };
-    if old.holders.len() < 2 || !old.holders.contains(&server) {
+    if (old.holders.len() < 2 && !old.condemned) || !old.holders.contains(&server) {
         return Ok(false);
     }
     let mut new = old.clone();
@@ -127,21 +141,55 @@ pub(super) fn unhold(tables: &mut Tables<'_>, hash: BlockHash, server: ServerId,
 }
 
 /// Writes a block's row, and the indexes and counters that follow from it.
-fn store(tables: &mut Tables<'_>, hash: BlockHash, old: Option<&BlockRow>, new: &BlockRow, now: Time) -> Result<()> {
-    let were: &[ServerId] = old.map_or(&[], |row| &row.holders);
-    for gone in were.iter().filter(|server| !new.holders.contains(server)) {
+pub(super) fn store(
+    tables: &mut Tables<'_>,
+    hash: BlockHash,
+    old: Option<&BlockRow>,
+    new: &BlockRow,
+    now: Time,
+) -> Result<()> {
+    index(tables, hash, old, Some(new), now)?;
+    tables.put_blocks(&key::block(hash), &new.encode())
+}
+
+/// Removes a block's row, and what follows from it.
+pub(super) fn remove(tables: &mut Tables<'_>, hash: BlockHash, old: &BlockRow, now: Time) -> Result<()> {
+    index(tables, hash, Some(old), None, now)?;
+    tables.remove_blocks(&key::block(hash))
+}
+
+fn index(
+    tables: &mut Tables<'_>,
+    hash: BlockHash,
+    old: Option<&BlockRow>,
+    new: Option<&BlockRow>,
+    now: Time,
+) -> Result<()> {
+    let holders = |row: Option<&BlockRow>| row.map_or(Vec::new(), |row| row.holders.clone());
+    let (were, are) = (holders(old), holders(new));
+    for gone in were.iter().filter(|server| !are.contains(server)) {
         tables.remove_blocks(&key::held(*gone, hash))?;
     }
-    for added in new.holders.iter().filter(|server| !were.contains(server)) {
+    for added in are.iter().filter(|server| !were.contains(server)) {
         tables.put_blocks(&key::held(*added, hash), &[])?;
     }
-    mark(tables, &key::owed(hash), old.is_some_and(is_owed), is_owed(new), &[])?;
-    mark(tables, &key::unnamed(hash), old.is_some_and(is_unnamed), is_unnamed(new), &encode_time(now))?;
+    mark(tables, &key::owed(hash), old.is_some_and(is_owed), new.is_some_and(is_owed), &[])?;
+    mark(tables, &key::unnamed(hash), old.is_some_and(is_unnamed), new.is_some_and(is_unnamed), &encode_time(now))?;
+    let condemned = |row: Option<&BlockRow>| {
+        row.filter(|row| row.condemned).map_or(Vec::new(), |row| key::condemned(row.epoch, hash))
+    };
+    let (was, is) = (condemned(old), condemned(new));
+    if was != is {
+        mark(tables, &was, !was.is_empty(), false, &[])?;
+        mark(tables, &is, false, !is.is_empty(), &[])?;
+    }
     if let Some(old) = old {
         count(tables, old, false);
     }
-    count(tables, new, true);
-    tables.put_blocks(&key::block(hash), &new.encode())
+    if let Some(new) = new {
+        count(tables, new, true);
+    }
+    Ok(())
 }
 
 fn mark(tables: &mut Tables<'_>, key: &[u8], was: bool, is: bool, row: &[u8]) -> Result<()> {
@@ -155,6 +203,9 @@ fn mark(tables: &mut Tables<'_>, key: &[u8], was: bool, is: bool, row: &[u8]) ->
 fn count(tables: &mut Tables<'_>, row: &BlockRow, up: bool) {
     let counters = &mut tables.counters;
     let step = |counter: &mut u64| if up { *counter += 1 } else { *counter -= 1 };
+    if row.condemned {
+        return step(&mut counters.condemned);
+    }
     if is_unnamed(row) {
         return step(&mut counters.unnamed);
     }
@@ -169,8 +220,9 @@ pub fn is_owed(row: &BlockRow) -> bool {
     row.refs > 0 && row.holders.len() < REPLICAS
 }
 
+/// A block that no piece names, and that is not condemned for it yet.
 pub fn is_unnamed(row: &BlockRow) -> bool {
-    row.refs == 0
+    row.refs == 0 && !row.condemned
 }
 
 pub fn block(rows: &impl Rows, hash: BlockHash) -> Result<Option<BlockRow>> {

@@ -98,7 +98,7 @@ fn commit_file(tables: &mut Tables<'_>, changes: &mut Changes, file: &FileCommit
 }
 
 fn check_piece(tables: &Tables<'_>, changes: &Changes, index: ChunkIndex, piece: &Piece) -> Step<()> {
-    let length = changes.length(tables, piece.block)?.ok_or(Refusal::UnknownBlock)?;
+    let length = changes.length(tables, piece.block)?;
     if !pieces::is_sound(piece, length) || u64::from(index.0) >= FILE_SIZE_MAX / CHUNK_SIZE {
         return Err(Refusal::Invalid.into());
     }

@@ -7,6 +7,7 @@
 pub mod acl;
 pub mod blocks;
 pub mod file;
+pub mod garbage;
 pub mod namespace;
 pub mod orphans;
 pub mod query;
@@ -23,7 +24,7 @@ pub mod xattr;
 pub(crate) mod tests;
 
 use holdfast_common::{
-    BlockHash, Ino, Position, Refusal, Sequence, ServerId, SessionId, Time,
+    BlockHash, Epoch, Ino, Position, Refusal, Sequence, ServerId, SessionId, Time,
     net::identity::{NodeName, Role},
     wire::meta::{CopyFault, Mutated, NewBlock, Op},
 };
@@ -68,12 +69,13 @@ pub enum Command {
         address: std::net::SocketAddr,
         zone: String,
     },
-    /// Copies that the system made.
+    /// Copies that the system made, stamped with at least `epoch`.
     HolderAdded {
         server: ServerId,
         blocks: Vec<BlockHash>,
+        epoch: Epoch,
     },
-    /// Copies that turned out not to be there. The last holder of a block stays on record.
+    /// Copies that turned out not to be there. The last holder of a block stays on record, unless the block is condemned.
     HolderLost {
         server: ServerId,
         blocks: Vec<BlockHash>,
@@ -110,6 +112,21 @@ pub enum Command {
     Settled {
         session: SessionId,
     },
+    /// Blocks that no piece has named since then, or longer, are to be deleted: from here on no commit may count on their copies.
+    Condemn {
+        blocks: Vec<BlockHash>,
+        unnamed_before: Time,
+    },
+    /// The same, of copies that a server has of blocks that are not known.
+    CondemnStrays {
+        server: ServerId,
+        blocks: Vec<BlockHash>,
+    },
+    /// Blocks that were condemned at `epoch`, and of which no copy with an earlier stamp is left.
+    Forget {
+        blocks: Vec<BlockHash>,
+        epoch: Epoch,
+    },
 }
 
 impl Command {
@@ -141,6 +158,8 @@ pub enum Reply {
         role: Role,
         id: u32,
     },
+    /// `None`: there was nothing to condemn any more.
+    Condemned(Option<Epoch>),
     Done,
 }
 
@@ -220,11 +239,18 @@ pub fn apply(tables: &mut Tables<'_>, entry: &Entry) -> Result<Applied, StorageE
         Command::RegisterServer { server, address, zone } => {
             settled(servers::register(tables, *server, *address, zone))?
         }
-        Command::HolderAdded { server, blocks } => Ok(servers::holder_added(tables, *server, blocks, entry.time)?),
+        Command::HolderAdded { server, blocks, epoch } => {
+            Ok(servers::holder_added(tables, *server, blocks, *epoch, entry.time)?)
+        }
         Command::HolderLost { server, blocks } => Ok(servers::holder_lost(tables, *server, blocks, entry.time)?),
         Command::BadCopy { server, block, fault, repaired } => {
             Ok(servers::bad_copy(tables, *server, *block, *fault, *repaired, entry.time)?)
         }
+        Command::Condemn { blocks, unnamed_before } => {
+            Ok(garbage::condemn(tables, blocks, *unnamed_before, entry.time)?)
+        }
+        Command::CondemnStrays { server, blocks } => Ok(garbage::condemn_strays(tables, *server, blocks, entry.time)?),
+        Command::Forget { blocks, epoch } => Ok(garbage::forget(tables, blocks, *epoch, entry.time)?),
         Command::IssueToken { secret_hash, role, expires } => {
             settled(tokens::issue(tables, secret_hash, *role, *expires, entry.time))?
         }

@@ -14,6 +14,9 @@ use super::{
 
 /// Numbers of inodes that may have been given out and lost: nobody else gets these, for a mount may still know one.
 const NUMBERS_LOST: u64 = 1 << 24;
+/// Epochs that may have been told and lost: copies may be stamped with them, which a condemnation under the same number
+/// would leave behind.
+const EPOCHS_LOST: u64 = 1 << 24;
 
 /// What a mount has to say again.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -53,6 +56,7 @@ pub(super) fn begin(tables: &mut Tables<'_>) -> Result<Reply> {
     }
     let owed = Owed { after: tables.counters.position, first_lost: Ino(tables.counters.ino_next) };
     tables.counters.ino_next = owed.numbers().end;
+    tables.counters.epoch.0 += EPOCHS_LOST;
     tables.put_state(&key::recovery(), &owed.encode())?;
     for (session, _) in session::sessions(tables)? {
         if owed_by(tables, session)?.is_none() {

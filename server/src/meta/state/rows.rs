@@ -3,13 +3,15 @@
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 
 use holdfast_common::{
-    Attr, BlockHash, Ino, Kind, Piece, Position, Sequence, ServerId, Time,
+    Attr, BlockHash, Epoch, Ino, Kind, Piece, Position, Sequence, ServerId, Time,
     net::identity::{NodeName, Role},
 };
 
 use super::tables::{Result, StorageError, key};
 
 const VERSION: u8 = 1;
+/// Of the row of a block that has an epoch.
+const BLOCK_VERSION: u8 = 2;
 
 /// What `inodes` knows of one.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -147,25 +149,41 @@ pub struct BlockRow {
     pub refs: u64,
     /// Sorted.
     pub holders: Vec<ServerId>,
+    /// Every holder's copy is stamped with at least this.
+    pub epoch: Epoch,
+    /// Copies with earlier stamps are being deleted, and no piece may name the block.
+    pub condemned: bool,
 }
 
 impl BlockRow {
+    /// Of a block that nobody names yet.
+    pub fn new(length: u32, epoch: Epoch) -> Self {
+        Self { length, refs: 0, holders: Vec::new(), epoch, condemned: false }
+    }
+
+    /// Epochs begin with the first garbage: until then the short form does.
     pub fn encode(&self) -> Vec<u8> {
-        let mut out = Out::new(13 + 4 * self.holders.len());
+        let mut out = Out::new(22 + 4 * self.holders.len());
         out.u32(self.length);
         out.u64(self.refs);
+        if self.epoch > Epoch(0) || self.condemned {
+            out.0[0] = BLOCK_VERSION;
+            out.u64(self.epoch.0);
+            out.u8(u8::from(self.condemned));
+        }
         self.holders.iter().for_each(|holder| out.u32(holder.0));
         out.0
     }
 
     pub fn decode(bytes: &[u8]) -> Result<Self> {
-        let mut row = In::new("block", bytes)?;
+        let (mut row, version) = In::versioned("block", bytes, BLOCK_VERSION)?;
         let (length, refs) = (row.u32()?, row.u64()?);
+        let (epoch, condemned) = if version >= BLOCK_VERSION { (row.u64()?, row.u8()? != 0) } else { (0, false) };
         let mut holders = Vec::with_capacity(row.bytes.len() / 4);
         while !row.bytes.is_empty() {
             holders.push(ServerId(row.u32()?));
         }
-        Ok(Self { length, refs, holders })
+        Ok(Self { length, refs, holders, epoch: Epoch(epoch), condemned })
     }
 }
 
@@ -313,6 +331,14 @@ pub struct Counters {
     pub corrupt_met: u64,
     pub missing_met: u64,
     pub repaired: u64,
+    /// Of the newest condemnation.
+    pub epoch: Epoch,
+    /// The latest epoch under which a block was forgotten that had been condemned.
+    pub forgotten: Epoch,
+    /// Blocks that are condemned now.
+    pub condemned: u64,
+    /// Blocks that were forgotten.
+    pub collected: u64,
 }
 
 impl Default for Counters {
@@ -331,13 +357,17 @@ impl Default for Counters {
             corrupt_met: 0,
             missing_met: 0,
             repaired: 0,
+            epoch: Epoch(0),
+            forgotten: Epoch(0),
+            condemned: 0,
+            collected: 0,
         }
     }
 }
 
 impl Counters {
     pub fn encode(&self) -> Vec<u8> {
-        let mut out = Out::new(140);
+        let mut out = Out::new(172);
         [self.position.0, self.ino_next, self.session_next].into_iter().for_each(|field| out.u64(field));
         self.node_next.into_iter().for_each(|field| out.u32(field));
         out.u64(self.inodes);
@@ -345,12 +375,13 @@ impl Counters {
         [self.owed, self.unnamed, self.copies_made, self.corrupt_met, self.missing_met, self.repaired]
             .into_iter()
             .for_each(|field| out.u64(field));
+        [self.epoch.0, self.forgotten.0, self.condemned, self.collected].into_iter().for_each(|field| out.u64(field));
         out.0
     }
 
     pub fn decode(bytes: &[u8]) -> Result<Self> {
         let mut row = In::new("counters", bytes)?;
-        let counters = Self {
+        let mut counters = Self {
             position: Position(row.u64()?),
             ino_next: row.u64()?,
             session_next: row.u64()?,
@@ -363,7 +394,15 @@ impl Counters {
             corrupt_met: row.u64()?,
             missing_met: row.u64()?,
             repaired: row.u64()?,
+            ..Self::default()
         };
+        // Tables from before the first garbage end here.
+        if !row.bytes.is_empty() {
+            counters.epoch = Epoch(row.u64()?);
+            counters.forgotten = Epoch(row.u64()?);
+            counters.condemned = row.u64()?;
+            counters.collected = row.u64()?;
+        }
         row.end()?;
         Ok(counters)
     }
@@ -373,6 +412,13 @@ pub fn encode_time(time: Time) -> Vec<u8> {
     let mut out = Out::new(13);
     out.time(time);
     out.0
+}
+
+pub fn decode_time(bytes: &[u8]) -> Result<Time> {
+    let mut row = In::new("time", bytes)?;
+    let time = row.time()?;
+    row.end()?;
+    Ok(time)
 }
 
 fn kind_byte(kind: Kind) -> u8 {
@@ -437,10 +483,13 @@ struct In<'a> {
 
 impl<'a> In<'a> {
     fn new(what: &'static str, bytes: &'a [u8]) -> Result<Self> {
+        Ok(Self::versioned(what, bytes, VERSION)?.0)
+    }
+    fn versioned(what: &'static str, bytes: &'a [u8], newest: u8) -> Result<(Self, u8)> {
         let mut row = Self { what, bytes };
         match row.u8()? {
-            VERSION => Ok(row),
-            found => Err(StorageError::Damaged(format!("{what}: version {found}, newest known is {VERSION}"))),
+            version if (VERSION..=newest).contains(&version) => Ok((row, version)),
+            found => Err(StorageError::Damaged(format!("{what}: version {found}, newest known is {newest}"))),
         }
     }
     fn damaged(&self, field: &str) -> StorageError {

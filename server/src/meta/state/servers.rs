@@ -2,7 +2,7 @@
 
 use std::{net::SocketAddr, ops::ControlFlow};
 
-use holdfast_common::{BlockHash, Refusal, ServerId, Time, limits::STORAGE_SERVERS_MAX, wire::meta::CopyFault};
+use holdfast_common::{BlockHash, Epoch, Refusal, ServerId, Time, limits::STORAGE_SERVERS_MAX, wire::meta::CopyFault};
 
 use super::{
     Reply, Rows, Step, StorageError, Tables, blocks,
@@ -28,11 +28,12 @@ pub(super) fn holder_added(
     tables: &mut Tables<'_>,
     server: ServerId,
     hashes: &[BlockHash],
+    epoch: Epoch,
     now: Time,
 ) -> Result<Reply> {
     if is_registered(tables, server)? {
         for hash in hashes {
-            if blocks::hold(tables, *hash, server, now)? {
+            if blocks::hold(tables, *hash, server, epoch, now)? {
                 tables.counters.copies_made += 1;
             }
         }

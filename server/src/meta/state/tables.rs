@@ -15,6 +15,7 @@
 //! |          | 1, server, hash            | (a holder's block) |
 //! |          | 2, hash                    | (owed a copy) |
 //! |          | 3, hash                    | when the last piece that named it went |
+//! |          | 4, epoch, hash             | (condemned) |
 //! | `state`  | 0                          | counters |
 //! |          | 1, session                 | session |
 //! |          | 2, role, node, instance    | session that this mount opened |
@@ -27,7 +28,7 @@
 
 use std::{collections::BTreeMap, ops::ControlFlow};
 
-use holdfast_common::{BlockHash, ChunkIndex, Ino, Sequence, ServerId, SessionId};
+use holdfast_common::{BlockHash, ChunkIndex, Epoch, Ino, Sequence, ServerId, SessionId};
 use redb::{ReadOnlyTable, ReadTransaction, ReadableTable, Table, TableDefinition, WriteTransaction};
 
 use super::rows::{Counters, Inode};
@@ -271,7 +272,7 @@ pub fn past(prefix: &[u8]) -> Vec<u8> {
 pub mod key {
     use holdfast_common::net::identity::{NodeName, Role};
 
-    use super::{BlockHash, ChunkIndex, Ino, Sequence, ServerId, SessionId};
+    use super::{BlockHash, ChunkIndex, Epoch, Ino, Sequence, ServerId, SessionId};
 
     pub const INODE: u8 = 0;
     pub const SYMLINK: u8 = 1;
@@ -284,6 +285,7 @@ pub mod key {
     pub const HELD: u8 = 1;
     pub const OWED: u8 = 2;
     pub const UNNAMED: u8 = 3;
+    pub const CONDEMNED: u8 = 4;
 
     pub const COUNTERS: u8 = 0;
     pub const SESSION: u8 = 1;
@@ -351,6 +353,9 @@ pub mod key {
     }
     pub fn unnamed(hash: BlockHash) -> Vec<u8> {
         tagged(UNNAMED, &[&hash.0])
+    }
+    pub fn condemned(epoch: Epoch, hash: BlockHash) -> Vec<u8> {
+        tagged(CONDEMNED, &[&epoch.0.to_be_bytes(), &hash.0])
     }
 
     pub fn counters() -> Vec<u8> {

@@ -1,13 +1,15 @@
 //! The state machine against its words, its model, and itself.
 
 mod bytes;
+mod garbage;
+mod garbage_model;
 mod model;
 mod words;
 
 use std::collections::BTreeMap;
 
 use holdfast_common::{
-    BlockHash, BootId, ChunkIndex, Ino, Kind, Piece, Refusal, Sequence, ServerId, SessionId, Time,
+    BlockHash, BootId, ChunkIndex, Epoch, Ino, Kind, Piece, Refusal, Sequence, ServerId, SessionId, Time,
     limits::{BLOCK_SIZE_MAX, CHUNK_SIZE},
     net::identity::{NodeName, Role},
     wire::meta::{FileCommit, Holder, Mutated, NewBlock, NewInode, Op, SetAttr},
@@ -146,7 +148,7 @@ pub(crate) fn hash(seed: u8) -> BlockHash {
 /// A block of `length` bytes that the first `copies` servers hold.
 pub(crate) fn block(seed: u8, length: u32, copies: u32) -> NewBlock {
     let holders = (1..=copies).map(|id| Holder { server: ServerId(id), boot: BootId(1), durable: true }).collect();
-    NewBlock { hash: hash(seed), length, holders }
+    NewBlock { hash: hash(seed), length, holders, epoch: Epoch(0) }
 }
 
 pub(crate) fn piece(seed: u8, offset: u32, length: u32, block_offset: u32) -> Piece {
@@ -338,7 +340,8 @@ fn copies_are_owed_counted_paid_and_lost() {
         (counters.blocks_by_copies, counters.owed, counters.copies_made)
     };
     assert_eq!(state(&world), ([0, 0, 1, 0], 1, 0));
-    let add = |server| Command::HolderAdded { server: ServerId(server), blocks: vec![hash(1), hash(2)] };
+    let add =
+        |server| Command::HolderAdded { server: ServerId(server), blocks: vec![hash(1), hash(2)], epoch: Epoch(0) };
     let lose = |server| Command::HolderLost { server: ServerId(server), blocks: vec![hash(1), hash(2)] };
     world.command(add(3)).unwrap();
     world.command(add(3)).unwrap();

@@ -8,7 +8,7 @@ use std::{
 };
 
 use holdfast_common::{
-    BlockHash, ChunkIndex, Ino, Kind, Piece, ServerId, SessionId,
+    BlockHash, ChunkIndex, Epoch, Ino, Kind, Piece, ServerId, SessionId,
     limits::{FILE_SIZE_MAX, PIECES_PER_CHUNK_MAX, REPLICAS},
     pieces,
 };
@@ -34,6 +34,7 @@ struct Facts {
     held: BTreeSet<(ServerId, BlockHash)>,
     owed: BTreeSet<BlockHash>,
     unnamed: BTreeSet<BlockHash>,
+    condemned: BTreeSet<(Epoch, BlockHash)>,
     orphans: BTreeSet<Ino>,
     servers: BTreeSet<ServerId>,
 }
@@ -53,6 +54,7 @@ pub fn violations(rows: &impl Rows, count: usize) -> Result<Vec<String>> {
     references_are_counted(&facts, &mut found);
     holders_are_indexed(&facts, &mut found);
     debts_are_on_record(&facts, &mut found);
+    nothing_condemned_is_named(&facts, rows, &mut found);
     counters_are_true(&facts, rows, &mut found);
     replies_belong_to_sessions(rows, &mut found)?;
     found.truncate(count);
@@ -103,6 +105,10 @@ impl Facts {
             }
             key::OWED => drop(self.owed.insert(hash)),
             key::UNNAMED => drop(self.unnamed.insert(hash)),
+            key::CONDEMNED => {
+                let epoch = key[1..].first_chunk::<8>().ok_or_else(damaged)?;
+                self.condemned.insert((Epoch(u64::from_be_bytes(*epoch)), hash));
+            }
             _ => return Err(damaged()),
         }
         Ok(())
@@ -282,8 +288,8 @@ fn references_are_counted(facts: &Facts, found: &mut Vec<String>) {
 fn holders_are_indexed(facts: &Facts, found: &mut Vec<String>) {
     let mut expected = BTreeSet::new();
     for (hash, row) in &facts.blocks {
-        if row.holders.is_empty() || row.holders.len() > blocks::HOLDERS_MAX || !row.holders.is_sorted_by(|a, b| a < b)
-        {
+        let nowhere = row.holders.is_empty() && !row.condemned;
+        if nowhere || row.holders.len() > blocks::HOLDERS_MAX || !row.holders.is_sorted_by(|a, b| a < b) {
             found.push(format!("block {hash} has holders {:?}", row.holders));
         }
         if row.holders.iter().any(|holder| !facts.servers.contains(holder)) {
@@ -308,17 +314,42 @@ fn debts_are_on_record(facts: &Facts, found: &mut Vec<String>) {
     }
 }
 
+fn nothing_condemned_is_named(facts: &Facts, rows: &impl Rows, found: &mut Vec<String>) {
+    let (newest, forgotten) = (rows.counters().epoch, rows.counters().forgotten);
+    let mut condemned = BTreeSet::new();
+    for (hash, row) in &facts.blocks {
+        if row.condemned {
+            condemned.insert((row.epoch, *hash));
+        }
+        if row.condemned && row.refs > 0 {
+            found.push(format!("block {hash} is condemned, and {} pieces name it", row.refs));
+        }
+        if row.epoch > newest {
+            found.push(format!("block {hash} is of epoch {}, the newest is {newest}", row.epoch));
+        }
+    }
+    for (epoch, hash) in condemned.symmetric_difference(&facts.condemned) {
+        found.push(format!("block {hash} and the list of condemned blocks disagree, at epoch {epoch}"));
+    }
+    if forgotten > newest {
+        found.push(format!("blocks of epoch {forgotten} are forgotten, the newest is {newest}"));
+    }
+}
+
 fn counters_are_true(facts: &Facts, rows: &impl Rows, found: &mut Vec<String>) {
     let counters = rows.counters();
     let mut by_copies = [0; REPLICAS + 1];
     for row in facts.blocks.values().filter(|row| row.refs > 0) {
         by_copies[row.holders.len().min(REPLICAS)] += 1;
     }
-    let counted = (counters.inodes, counters.blocks_by_copies, counters.owed, counters.unnamed);
-    let true_ones = (facts.inodes.len() as u64, by_copies, facts.owed.len() as u64, facts.unnamed.len() as u64);
+    let length = |set: usize| set as u64;
+    let counted = (counters.inodes, counters.blocks_by_copies, counters.owed, counters.unnamed, counters.condemned);
+    let unnamed = (length(facts.unnamed.len()), length(facts.condemned.len()));
+    let true_ones = (length(facts.inodes.len()), by_copies, length(facts.owed.len()), unnamed.0, unnamed.1);
     if counted != true_ones {
-        found
-            .push(format!("inodes, blocks by copies, owed, unnamed are counted as {counted:?}, and are {true_ones:?}"));
+        found.push(format!(
+            "inodes, blocks by copies, owed, unnamed, condemned are counted as {counted:?}, and are {true_ones:?}"
+        ));
     }
     if facts.inodes.keys().any(|ino| ino.0 >= counters.ino_next) {
         found.push(format!("inode number {} will be given twice", counters.ino_next));

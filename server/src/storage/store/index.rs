@@ -202,23 +202,24 @@ impl Index {
         self.overlay.write().active.insert(hash, entry);
     }
 
-    /// Hashes after `after`, in order, at most `count`.
-    pub(super) fn list(&self, after: Option<BlockHash>, count: usize) -> Result<Vec<BlockHash>, IndexError> {
+    /// Hashes after `after`, in order, at most `count`, each with its stamp.
+    pub(super) fn list(&self, after: Option<BlockHash>, count: usize) -> Result<Vec<(BlockHash, Epoch)>, IndexError> {
         // The overlay first: what moves from it into redb meanwhile is met twice, not missed.
         let changes = self.changes_after(after);
-        let mut hashes: BTreeSet<BlockHash> =
-            changes.iter().filter(|(_, change)| change.is_some()).map(|(hash, _)| *hash).collect();
+        let stamp = |(hash, change): (&BlockHash, &Option<Entry>)| change.map(|entry| (*hash, entry.epoch));
+        let mut hashes: BTreeMap<BlockHash, Epoch> = changes.iter().filter_map(stamp).collect();
         guarded(|| {
             let read = self.database.begin_read().map_err(failed)?;
             let blocks = read.open_table(BLOCKS).map_err(failed)?;
             let start = after.map_or([0; 32], |hash| hash.0);
             let mut found = 0;
             for row in blocks.range::<&[u8; 32]>(&start..).map_err(failed)? {
-                let hash = BlockHash(*row.map_err(failed)?.0.value());
+                let (hash, entry) = row.map_err(failed)?;
+                let hash = BlockHash(*hash.value());
                 if Some(hash) == after || changes.contains_key(&hash) {
                     continue;
                 }
-                hashes.insert(hash);
+                hashes.insert(hash, Entry::decode(entry.value()).epoch);
                 found += 1;
                 if found == count {
                     break;
@@ -250,6 +251,11 @@ impl Index {
         let usage = self.usage.lock();
         let is_dead = |number: &u64| usage.segments.get(number).is_none_or(|usage| usage.blocks == 0);
         candidates.iter().copied().filter(is_dead).collect()
+    }
+
+    /// What lives in a segment.
+    pub(super) fn usage_of(&self, number: u64) -> Usage {
+        self.usage.lock().segments.get(&number).copied().unwrap_or_default()
     }
 
     pub(super) fn forget_segment(&self, number: u64) {

@@ -5,6 +5,7 @@
 
 mod boot;
 mod checked;
+mod compact;
 mod format;
 mod index;
 mod quarantine;
@@ -48,6 +49,7 @@ use rand::Rng;
 
 use self::{
     boot::Boot,
+    compact::Compaction,
     format::{Kind, Place, RECORD_HEADER_LENGTH, RecordHeader, tree_length},
     index::{Entry, INDEX_FILE, Index, IndexError, Saved},
     quarantine::Quarantine,
@@ -63,6 +65,8 @@ const FLUSH_AT: usize = 16 << 10;
 const PENDING_MAX: usize = 256 << 10;
 /// Blocks that reads found damaged, remembered so that a put of the same block replaces them.
 const SUSPECTS_MAX: usize = 4096;
+/// Bytes of mostly dead segments that are rewritten between two flushes.
+const COMPACT_BYTES: u64 = 16 << 20;
 /// Tells the next start that redb's file cannot be trusted.
 const INDEX_DAMAGED_FILE: &str = "index.damaged";
 const PAGE: u64 = 4096;
@@ -81,6 +85,8 @@ pub struct StoreOptions {
     pub index_cache_bytes: usize,
     /// How often changes of the index go to redb.
     pub flush_every: Duration,
+    /// Dead bytes of a segment below which it is not rewritten.
+    pub waste_bytes: u64,
     /// Flushes between two checkpoints (segments synced, redb on stable storage).
     pub flushes_per_checkpoint: u32,
 }
@@ -94,6 +100,7 @@ impl Default for StoreOptions {
             quarantine_bytes: 1 << 30,
             index_cache_bytes: 64 << 20,
             flush_every: Duration::from_secs(1),
+            waste_bytes: 1 << 20,
             flushes_per_checkpoint: 30,
         }
     }
@@ -361,13 +368,19 @@ impl Store {
         self.inner.counters.repaired.fetch_add(1, Relaxed);
     }
 
+    /// Stamps a block that is here with at least `epoch`, which takes reading and writing it unless it is already. `None`: it is not
+    /// here. Durable when the ticket is.
+    pub fn raise(&self, hash: &BlockHash, epoch: Epoch) -> Result<Option<Ticket>, StoreError> {
+        self.inner.raise(hash, epoch)
+    }
+
     /// Deletes those of `hashes` whose epoch is below `epoch`, and returns how many.
     pub fn delete(&self, hashes: &[BlockHash], epoch: Epoch) -> Result<u32, StoreError> {
         self.inner.delete(hashes, epoch)
     }
 
-    /// Hashes after `after`, in order, at most `count`; and whether that was the end.
-    pub fn list(&self, after: Option<BlockHash>, count: usize) -> Result<(Vec<BlockHash>, bool), StoreError> {
+    /// Hashes after `after`, in order, at most `count`, each with its stamp; and whether that was the end.
+    pub fn list(&self, after: Option<BlockHash>, count: usize) -> Result<(Vec<(BlockHash, Epoch)>, bool), StoreError> {
         let mut hashes = self.inner.index.list(after, count + 1).map_err(|error| self.inner.index_failed(&error))?;
         let end = hashes.len() <= count;
         hashes.truncate(count);
@@ -388,6 +401,13 @@ impl Store {
     /// Capacity and free bytes as a client may count on them: within the limit, without the reserve.
     pub fn space(&self) -> io::Result<Space> {
         self.inner.usable_space()
+    }
+
+    /// Rewrites all segments that are mostly dead; they go with the next checkpoints.
+    pub fn compact(&self) -> Result<(), StoreError> {
+        let mut compaction = Compaction::default();
+        self.inner.plan_compaction(&mut compaction)?;
+        self.inner.compact(&mut compaction, u64::MAX)
     }
 
     /// Makes everything durable and the index complete.
@@ -586,6 +606,10 @@ impl Inner {
 
     fn append_blocks(&self, tail: &mut Tail, new: &[NewBlock<'_>]) -> Result<(), StoreError> {
         self.take_room(new.iter().map(|new| u64::from(new.block.length())).sum())?;
+        self.append_records(tail, new)
+    }
+
+    fn append_records(&self, tail: &mut Tail, new: &[NewBlock<'_>]) -> Result<(), StoreError> {
         let records: Vec<NewRecord<'_>> = new.iter().map(NewBlock::record).collect();
         let places = tail.append(&self.segments, &records).map_err(write_error)?;
         for (new, place) in new.iter().zip(places) {
@@ -600,6 +624,23 @@ impl Inner {
             self.hurry();
         }
         Ok(())
+    }
+
+    fn raise(&self, hash: &BlockHash, epoch: Epoch) -> Result<Option<Ticket>, StoreError> {
+        if self.has(&[*hash])? != [true] {
+            return Ok(None);
+        }
+        let entry = self.index.get(hash).map_err(|error| self.index_failed(&error))?;
+        if entry.is_some_and(|entry| entry.epoch >= epoch) {
+            return Ok(Some(Ticket(self.appended.load(Acquire))));
+        }
+        let bytes = match self.located(hash, |entry| self.read_payload(hash, entry, Patience::Wait)) {
+            Err(StoreError::Missing) => return Ok(None),
+            bytes => bytes?,
+        };
+        let damaged = |error: holdfast_common::HashMismatch| StoreError::Damaged(error.to_string());
+        let block = CheckedBlock::verify(*hash, bytes, epoch).map_err(damaged)?;
+        self.put(self.tail.lock(), &[block]).map(Some)
     }
 
     fn take_room(&self, bytes: u64) -> Result<(), StoreError> {
@@ -981,17 +1022,31 @@ impl Inner {
     }
 
     fn housekeeping_loop(&self) {
-        let mut flushes = 0;
+        let (mut flushes, mut compaction) = (0, Compaction::default());
         while self.next_tick() {
             flushes += 1;
             let durable = flushes >= self.options.flushes_per_checkpoint;
             if durable {
                 flushes = 0;
             }
-            if let Err(error) = self.keep_house(durable) {
-                tracing::error!(%error, "housekeeping of the block store failed");
+            let kept = self.keep_house(durable).and_then(|buried| self.keep_compact(buried > 0, &mut compaction));
+            match kept {
+                Ok(false) => {}
+                // What was rewritten goes with the next checkpoint.
+                Ok(true) => flushes = self.options.flushes_per_checkpoint,
+                Err(error) => tracing::error!(%error, "housekeeping of the block store failed"),
             }
         }
+    }
+
+    /// `true`: a segment can go.
+    fn keep_compact(&self, has_died: bool, compaction: &mut Compaction) -> Result<bool, StoreError> {
+        if has_died && compaction.is_done() {
+            self.plan_compaction(compaction)?;
+        }
+        let was_done = compaction.is_done();
+        self.compact(compaction, COMPACT_BYTES)?;
+        Ok(!was_done && compaction.is_done())
     }
 
     /// Waits for the next flush; `false` when the store stops.
@@ -1004,14 +1059,17 @@ impl Inner {
         !ticks.stopping && self.gate.failure().is_none()
     }
 
-    fn keep_house(&self, durable: bool) -> Result<(), StoreError> {
+    /// How many dead records were buried.
+    fn keep_house(&self, durable: bool) -> Result<usize, StoreError> {
         self.refresh_room()?;
+        let buried = self.bury();
         let unsynced = self.tail.lock().sequence() > self.gate.durable();
         match (durable, self.index.pending() > 0 || unsynced) {
-            (true, true) => self.checkpoint(),
-            (false, true) if self.index.pending() > 0 => self.flush(false),
-            _ => Ok(()),
+            (true, true) => self.checkpoint()?,
+            (false, true) if self.index.pending() > 0 => self.flush(false)?,
+            _ => {}
         }
+        Ok(buried)
     }
 
     fn checkpoint(&self) -> Result<(), StoreError> {
@@ -1019,14 +1077,18 @@ impl Inner {
         self.flush(true)
     }
 
-    /// Voids the records that nothing needs any more, not even after a power cut.
-    fn bury(&self) {
+    /// Voids the records that nothing needs any more, not even after a power cut. Has what replaced or deleted the others made
+    /// durable, for the next time.
+    fn bury(&self) -> usize {
         let durable = self.gate.durable();
         let ready: Vec<_> = {
             let mut graves = self.graves.lock();
-            graves.extract_if(.., |(sequence, ..)| *sequence <= durable).collect()
+            let ready = graves.extract_if(.., |(sequence, ..)| *sequence <= durable).collect();
+            graves.last().into_iter().for_each(|(sequence, ..)| self.gate.request(Ticket(*sequence)));
+            ready
         };
         ready.iter().for_each(|(_, hash, entry)| self.void(hash, entry));
+        ready.len()
     }
 
     /// Moves the index's changes into redb; if `durable`, all of it onto stable storage after the segments.

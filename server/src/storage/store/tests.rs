@@ -14,6 +14,7 @@ fn options() -> StoreOptions {
         segment_bytes: 100_000,
         index_cache_bytes: 1 << 20,
         quarantine_bytes: 100_000,
+        waste_bytes: 1000,
         // Nothing happens by itself, so that calls can be counted.
         flush_every: Duration::from_secs(3600),
         ..StoreOptions::default()
@@ -102,7 +103,8 @@ fn blocks_of_every_size_come_back_and_are_stored_once() {
     let absent = block(99, 10);
     assert_eq!(store.has(&[blocks[0].hash(), absent.hash()]).unwrap(), [true, false]);
     assert_missing(&store, &absent);
-    assert_eq!(store.list(None, 100).unwrap(), (sorted(&blocks), true));
+    let stamped = sorted(&blocks).into_iter().map(|hash| (hash, Epoch(0))).collect();
+    assert_eq!(store.list(None, 100).unwrap(), (stamped, true));
 }
 
 #[test]
@@ -118,8 +120,8 @@ fn a_list_is_read_in_pages_across_memory_and_redb() {
     loop {
         let (page, end) = store.list(after, 7).unwrap();
         assert!(page.len() == 7 || end);
-        after = page.last().copied().or(after);
-        all.extend(page);
+        after = page.last().map(|(hash, _)| *hash).or(after);
+        all.extend(page.into_iter().map(|(hash, _)| hash));
         if end {
             break;
         }
@@ -597,6 +599,9 @@ fn live(disk: &Arc<TestDisk>) -> (Promises, bool) {
         if n % 7 == 6 {
             drop(store.checkpoint());
         }
+        if n % 8 == 7 {
+            drop(store.compact());
+        }
         if n % 4 == 1 {
             drop(store.flush());
         }
@@ -612,7 +617,7 @@ fn assert_kept(disk: &Arc<TestDisk>, promised: &BTreeSet<u32>, what: &str) {
         assert_eq!(store.get(&block.hash()).ok().as_ref(), Some(block.bytes()), "block {n} after {what}");
         store.verify(&block.hash()).unwrap();
     }
-    for hash in store.list(None, 1000).unwrap().0 {
+    for (hash, _) in store.list(None, 1000).unwrap().0 {
         store.verify(&hash).unwrap_or_else(|error| {
             panic!(
                 "{hash:?} is listed but {error}, after {what}; {:?} {:?} {:?}",
@@ -623,6 +628,51 @@ fn assert_kept(disk: &Arc<TestDisk>, promised: &BTreeSet<u32>, what: &str) {
         });
     }
     put_durable(&store, &block(12_345, 30_000));
+}
+
+#[test]
+fn small_dead_blocks_give_their_space_back_and_their_neighbours_live_on() {
+    let disk = TestDisk::new();
+    let store = open(&disk);
+    let blocks: Vec<_> = (0..300).map(|n| block_at(n, 3000, Epoch(u64::from(n % 3)))).collect();
+    blocks.iter().for_each(|block| put_durable(&store, block));
+    let size = || disk.paths(".seg").iter().map(|path| disk.edit(path, |bytes| bytes.len())).sum::<usize>();
+    let full = size();
+    let (dead, living): (Vec<_>, Vec<_>) = blocks.iter().enumerate().partition(|(n, _)| n % 4 != 0);
+    let hashes: Vec<_> = dead.iter().map(|(_, block)| block.hash()).collect();
+    assert_eq!(store.delete(&hashes, Epoch(9)).unwrap(), 225);
+    store.checkpoint().unwrap();
+    assert!(size() > full / 10 * 9, "no segment is dead as a whole");
+    store.compact().unwrap();
+    (0..2).for_each(|_| store.checkpoint().unwrap());
+    assert!(size() < full / 2, "{} of {full} bytes are still taken", size());
+    let check = |store: &Store| {
+        assert_eq!(store.statistics().blocks, 75);
+        for (n, block) in &living {
+            store.verify(&block.hash()).unwrap();
+            let listed = store.list(None, 1000).unwrap().0;
+            assert!(listed.contains(&(block.hash(), Epoch(*n as u64 % 3))), "with its stamp");
+        }
+        dead.iter().for_each(|(_, block)| assert_missing(store, block));
+    };
+    check(&store);
+    drop(store);
+    check(&open(&disk));
+    disk.paths("index.redb").iter().for_each(|path| disk.edit(path, Vec::clear));
+    check(&open(&disk));
+}
+
+#[test]
+fn a_stamp_is_raised_with_the_block_as_it_is() {
+    let store = open(&TestDisk::new());
+    let block = block_at(1, 3000, Epoch(2));
+    put_durable(&store, &block);
+    assert_eq!(store.raise(&block.hash(), Epoch(1)).unwrap(), Some(store.ticket()));
+    assert!(store.raise(&block.hash(), Epoch(7)).unwrap().is_some());
+    assert_eq!(store.list(None, 2).unwrap().0, [(block.hash(), Epoch(7))]);
+    assert_eq!(store.delete(&[block.hash()], Epoch(7)).unwrap(), 0);
+    assert_here(&store, &block);
+    assert_eq!(store.raise(&BlockHash([1; 32]), Epoch(7)).unwrap(), None);
 }
 
 #[test]
@@ -684,7 +734,7 @@ proptest! {
         other.extend(bytes);
         hostile.put_file(&segment(2), other);
         let store = open(&hostile);
-        for hash in store.list(None, 100).unwrap().0 {
+        for (hash, _) in store.list(None, 100).unwrap().0 {
             prop_assert!(blocks.iter().any(|block| block.hash() == hash));
         }
         put_durable(&store, &block(77, 10));

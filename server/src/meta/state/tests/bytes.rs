@@ -1,6 +1,6 @@
 //! The bytes of the rows are frozen.
 
-use holdfast_common::{Ino, Kind, Piece, Position, Sequence, ServerId, Time, net::identity::Role};
+use holdfast_common::{Epoch, Ino, Kind, Piece, Position, Sequence, ServerId, Time, net::identity::Role};
 
 use super::super::rows::{
     BlockRow, Counters, Dentry, Inode, ServerRow, SessionRow, TokenRow, decode_pieces, encode_pieces,
@@ -54,8 +54,11 @@ fn rows_have_their_golden_bytes_and_come_back() {
     assert_eq!(Dentry::decode(&dentry.encode()).unwrap(), dentry);
     assert_eq!(Dentry::decode_with(&dentry.encode_with(b"name")).unwrap(), (dentry, b"name".as_slice()));
 
-    let block = BlockRow { length: 4096, refs: 2, holders: vec![ServerId(1), ServerId(3)] };
+    let block = BlockRow { refs: 2, holders: vec![ServerId(1), ServerId(3)], ..BlockRow::new(4096, Epoch(0)) };
     assert_eq!(hex(&block.encode()), "010010000002000000000000000100000003000000");
+    assert_eq!(BlockRow::decode(&block.encode()).unwrap(), block);
+    let block = BlockRow { holders: vec![ServerId(3)], condemned: true, ..BlockRow::new(4096, Epoch(7)) };
+    assert_eq!(hex(&block.encode()), "0200100000000000000000000007000000000000000103000000");
     assert_eq!(BlockRow::decode(&block.encode()).unwrap(), block);
 
     let pieces = vec![Piece { offset: 1, length: 2, block: hash(0xab), block_offset: 3 }];
@@ -83,7 +86,9 @@ fn rows_have_their_golden_bytes_and_come_back() {
 
     let counters = Counters { position: Position(1), blocks_by_copies: [1, 2, 3, 4], ..Counters::default() };
     let decoded = Counters::decode(&counters.encode()).unwrap();
-    assert_eq!((decoded, counters.encode().len()), (counters, 129));
+    assert_eq!((decoded, counters.encode().len()), (counters.clone(), 161));
+    let from_before_garbage = Counters::decode(&counters.encode()[..129]).unwrap();
+    assert_eq!(from_before_garbage, counters);
 }
 
 #[test]

@@ -1,0 +1,129 @@
+//! Garbage: a block that no piece names any more is condemned, deleted by its servers, and forgotten.
+//!
+//! Every copy is stamped with the epoch of its last put, and every condemnation has an epoch of its own, later than all stamps
+//! that mounts could know before. A server deletes what was condemned at an epoch only if its stamp is earlier; so a copy
+//! that was put *with* that epoch, or a later one, stays, however late an order to delete arrives. Commits count only such copies:
+//! what was put before a condemnation may be gone, and is refused `BlockGone`. That is decided here alone ([`admitted`]).
+
+use std::ops::ControlFlow;
+
+use holdfast_common::{BlockHash, Epoch, Refusal, ServerId, Time};
+
+use super::{
+    Reply, Rows, Tables,
+    blocks::{self, block, hash_of, is_unnamed},
+    rows::{BlockRow, decode_time},
+    servers,
+    tables::{Result, StorageError, key, past, scan},
+};
+
+/// The row to which a commit adds the holders that it names for a block, whose copies are stamped with `epoch` or later.
+/// `forgotten` is the latest epoch under which a block was forgotten.
+pub fn admitted(old: Option<&BlockRow>, length: u32, epoch: Epoch, forgotten: Epoch) -> Result<BlockRow, Refusal> {
+    match old {
+        // It may be one of those.
+        None if epoch < forgotten => Err(Refusal::BlockGone),
+        None => Ok(BlockRow::new(length, forgotten)),
+        Some(row) if epoch < row.epoch => Err(Refusal::BlockGone),
+        Some(row) if row.condemned => Ok(BlockRow::new(length, row.epoch)),
+        Some(row) => Ok(row.clone()),
+    }
+}
+
+/// May a copy that the system had made, with this stamp, be put on record?
+pub fn counts(row: &BlockRow, epoch: Epoch) -> bool {
+    !row.condemned && epoch >= row.epoch
+}
+
+/// Condemns those of `hashes` that no piece has named since `unnamed_before`, or longer.
+pub(super) fn condemn(tables: &mut Tables<'_>, hashes: &[BlockHash], unnamed_before: Time, now: Time) -> Result<Reply> {
+    let epoch = Epoch(tables.counters.epoch.0 + 1);
+    for hash in hashes {
+        let Some(old) = block(tables, *hash)?.filter(is_unnamed) else { continue };
+        if unnamed_since(tables, *hash)?.is_some_and(|since| since <= unnamed_before) {
+            let new = BlockRow { epoch, condemned: true, ..old.clone() };
+            blocks::store(tables, *hash, Some(&old), &new, now)?;
+            tables.counters.epoch = epoch;
+        }
+    }
+    Ok(Reply::Condemned(Some(epoch).filter(|epoch| tables.counters.epoch == *epoch)))
+}
+
+/// Condemns copies of blocks that are not known, on the one server that turned out to have them.
+pub(super) fn condemn_strays(
+    tables: &mut Tables<'_>,
+    server: ServerId,
+    hashes: &[BlockHash],
+    now: Time,
+) -> Result<Reply> {
+    let epoch = Epoch(tables.counters.epoch.0 + 1);
+    if !servers::is_registered(tables, server)? {
+        return Ok(Reply::Condemned(None));
+    }
+    for hash in hashes {
+        if block(tables, *hash)?.is_none() {
+            // Nobody has said how long it is.
+            let new = BlockRow { condemned: true, holders: vec![server], ..BlockRow::new(0, epoch) };
+            blocks::store(tables, *hash, None, &new, now)?;
+            tables.counters.epoch = epoch;
+        }
+    }
+    Ok(Reply::Condemned(Some(epoch).filter(|epoch| tables.counters.epoch == *epoch)))
+}
+
+/// Every copy of `hashes` that was condemned at `epoch` is deleted.
+pub(super) fn forget(tables: &mut Tables<'_>, hashes: &[BlockHash], epoch: Epoch, now: Time) -> Result<Reply> {
+    for hash in hashes {
+        let Some(row) = block(tables, *hash)?.filter(|row| row.condemned && row.epoch == epoch) else { continue };
+        blocks::remove(tables, *hash, &row, now)?;
+        tables.counters.forgotten = tables.counters.forgotten.max(epoch);
+        tables.counters.collected += 1;
+    }
+    Ok(Reply::Done)
+}
+
+fn unnamed_since(rows: &impl Rows, hash: BlockHash) -> Result<Option<Time>> {
+    super::tables::fetch(rows.blocks(), &key::unnamed(hash), decode_time)
+}
+
+/// Blocks that no piece has named since `before`, or longer: looks at up to `count` rows after `after`, in order, and tells where
+/// to go on; `None` at the end.
+pub fn unnamed_after(
+    rows: &impl Rows,
+    after: Option<BlockHash>,
+    count: usize,
+    before: Time,
+) -> Result<(Vec<BlockHash>, Option<BlockHash>)> {
+    let start = after.map_or(vec![key::UNNAMED], |hash| past(&key::unnamed(hash)));
+    let (mut found, mut looked, mut last) = (Vec::new(), 0, None);
+    scan(rows.blocks(), &start, &past(&[key::UNNAMED]), |key, row| {
+        let hash = hash_of(key)?;
+        if decode_time(row)? <= before {
+            found.push(hash);
+        }
+        looked += 1;
+        last = Some(hash);
+        Ok(if looked == count { ControlFlow::Break(()) } else { ControlFlow::Continue(()) })
+    })?;
+    Ok((found, last.filter(|_| looked == count)))
+}
+
+/// Up to `count` condemned blocks after `after`, in the order of their epochs.
+pub fn condemned_after(
+    rows: &impl Rows,
+    after: Option<(Epoch, BlockHash)>,
+    count: usize,
+) -> Result<Vec<(Epoch, BlockHash)>> {
+    let start = after.map_or(vec![key::CONDEMNED], |(epoch, hash)| past(&key::condemned(epoch, hash)));
+    let mut found = Vec::new();
+    scan(rows.blocks(), &start, &past(&[key::CONDEMNED]), |key, _| {
+        if found.len() == count {
+            return Ok(ControlFlow::Break(()));
+        }
+        let epoch = key.get(1..9).and_then(|bytes| bytes.try_into().ok());
+        let epoch = epoch.ok_or_else(|| StorageError::Damaged("condemned: key".into()))?;
+        found.push((Epoch(u64::from_be_bytes(epoch)), hash_of(key)?));
+        Ok(ControlFlow::Continue(()))
+    })?;
+    Ok(found)
+}
