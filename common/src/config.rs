@@ -188,6 +188,10 @@ pub struct MetaOptions {
     /// How long a block is kept that no file names any more, in seconds [default: 60]
     #[arg(long, value_name = "SECONDS")]
     pub garbage_grace_secs: Option<u64>,
+    /// How often what a storage server has is compared with what it is on record for, in seconds; and whenever it
+    /// has been started anew [default: 3600]
+    #[arg(long, value_name = "SECONDS")]
+    pub compare_every_secs: Option<u64>,
     /// Least serious messages that are logged; HOLDFAST_LOG overrides it [default: info]
     #[arg(long, value_name = "LEVEL")]
     pub log_level: Option<LogLevel>,
@@ -198,7 +202,7 @@ pub struct MetaOptions {
 
 options!(MetaOptions {
     data_dir, tls_dir, listen, ca_dir, cache_bytes, checkpoint_log_bytes, reserve_bytes, session_timeout_secs,
-    recovery_window_secs, suspect_after_ms, down_after_ms, replace_after_secs, garbage_grace_secs, log_level, log_format,
+    recovery_window_secs, suspect_after_ms, down_after_ms, replace_after_secs, garbage_grace_secs, compare_every_secs, log_level, log_format,
 } paths { data_dir, tls_dir, ca_dir });
 
 /// Options of a storage server.
@@ -232,6 +236,13 @@ pub struct StorageOptions {
     /// Length at which a new segment file is begun [default: 256MiB]
     #[arg(long, value_name = "BYTES")]
     pub segment_bytes: Option<ByteSize>,
+    /// Bytes a second that are read and checked in the background, a quarter of it while requests are served; 0: only when asked for
+    /// [default: 16MiB]
+    #[arg(long, value_name = "BYTES")]
+    pub scrub_rate_bytes: Option<ByteSize>,
+    /// From the end of one such pass over everything to the next, in seconds [default: 604800, a week]
+    #[arg(long, value_name = "SECONDS")]
+    pub scrub_every_secs: Option<u64>,
     /// Memory for the cache of the index [default: 64MiB]
     #[arg(long, value_name = "BYTES")]
     pub index_cache_bytes: Option<ByteSize>,
@@ -244,8 +255,8 @@ pub struct StorageOptions {
 }
 
 options!(StorageOptions {
-    data_dir, tls_dir, listen, advertise, meta, zone, capacity_bytes, reserve_bytes, segment_bytes, index_cache_bytes,
-    log_level, log_format,
+    data_dir, tls_dir, listen, advertise, meta, zone, capacity_bytes, reserve_bytes, segment_bytes, scrub_rate_bytes,
+    scrub_every_secs, index_cache_bytes, log_level, log_format,
 } paths { data_dir, tls_dir });
 
 /// Options of a mount, and of every administrative command.
@@ -298,6 +309,7 @@ pub struct MetaConfig {
     /// A storage server that has been down for so long is replaced.
     pub replace_after: Duration,
     pub garbage_grace: Duration,
+    pub compare_every: Duration,
     pub log_level: LogLevel,
     pub log_format: LogFormat,
 }
@@ -327,6 +339,7 @@ impl MetaConfig {
             down_after: milliseconds("down_after_ms", options.down_after_ms, 10_000)?,
             replace_after: seconds("replace_after_secs", options.replace_after_secs, 300, 1)?,
             garbage_grace: seconds("garbage_grace_secs", options.garbage_grace_secs, 60, 1)?,
+            compare_every: seconds("compare_every_secs", options.compare_every_secs, 3600, 1)?,
             log_level: options.log_level.unwrap_or_default(),
             log_format: options.log_format.unwrap_or_default(),
         };
@@ -352,6 +365,9 @@ pub struct StorageConfig {
     /// `None`: see [`StorageConfig::reserve`].
     pub reserve_bytes: Option<u64>,
     pub segment_bytes: u64,
+    /// 0: only when it is asked for.
+    pub scrub_rate_bytes: u64,
+    pub scrub_every: Duration,
     pub index_cache_bytes: u64,
     pub log_level: LogLevel,
     pub log_format: LogFormat,
@@ -376,6 +392,8 @@ impl StorageConfig {
             capacity_bytes: options.capacity_bytes.map(|limit| limit.0),
             reserve_bytes: options.reserve_bytes.map(|reserve| reserve.0),
             segment_bytes: size("segment_bytes", options.segment_bytes, 256 * MIB, 8 * MIB)?,
+            scrub_rate_bytes: options.scrub_rate_bytes.map_or(16 * MIB, |rate| rate.0),
+            scrub_every: seconds("scrub_every_secs", options.scrub_every_secs, 604_800, 1)?,
             index_cache_bytes: size("index_cache_bytes", options.index_cache_bytes, 64 * MIB, MIB)?,
             log_level: options.log_level.unwrap_or_default(),
             log_format: options.log_format.unwrap_or_default(),

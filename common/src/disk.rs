@@ -21,6 +21,8 @@ pub trait DiskFile: Send + Sync + std::fmt::Debug {
     }
     /// Starts reading `offset..offset+length` into memory without waiting: a later `read_exact_at` has less to wait for.
     fn start_read(&self, _offset: u64, _length: u64) {}
+    /// Forgets what memory has of `offset..offset+length` and the disk as well: a later read asks the disk.
+    fn forget_cached(&self, _offset: u64, _length: u64) {}
     /// Writes all of `bytes`, growing the file as needed. Visible at once, durable after `sync_data`.
     fn write_all_at(&self, bytes: &[u8], offset: u64) -> io::Result<()>;
     fn length(&self) -> io::Result<u64>;
@@ -118,7 +120,11 @@ impl DiskFile for RealFile {
     }
 
     fn start_read(&self, offset: u64, length: u64) {
-        sys::start_read(&self.0, offset, length);
+        sys::advise(&self.0, offset, length, libc::POSIX_FADV_WILLNEED);
+    }
+
+    fn forget_cached(&self, offset: u64, length: u64) {
+        sys::advise(&self.0, offset, length, libc::POSIX_FADV_DONTNEED);
     }
 
     fn write_all_at(&self, bytes: &[u8], offset: u64) -> io::Result<()> {
@@ -179,16 +185,11 @@ mod sys {
         usize::try_from(read).map_err(|_| io::Error::last_os_error())
     }
 
-    pub(super) fn start_read(file: &File, offset: u64, length: u64) {
+    pub(super) fn advise(file: &File, offset: u64, length: u64, advice: libc::c_int) {
         // SAFETY: the descriptor is open for as long as `file` is borrowed; no memory is passed.
         // The result is of no use: this is a hint, and the read that follows reports every real error.
         unsafe {
-            libc::posix_fadvise(
-                file.as_raw_fd(),
-                offset.cast_signed(),
-                length.cast_signed(),
-                libc::POSIX_FADV_WILLNEED,
-            );
+            libc::posix_fadvise(file.as_raw_fd(), offset.cast_signed(), length.cast_signed(), advice);
         }
     }
 

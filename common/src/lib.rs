@@ -5,6 +5,7 @@ pub mod clock;
 pub mod cluster;
 pub mod config;
 pub mod disk;
+pub mod inventory;
 pub mod limits;
 pub mod locks;
 pub mod net;

@@ -5,7 +5,7 @@ use std::{
     io,
     path::{Path, PathBuf},
     sync::Arc,
-    time::Duration,
+    time::{Duration, Instant},
 };
 
 use clap::Args;
@@ -32,6 +32,9 @@ use super::{
 };
 use crate::mount::{any_port_towards, options::parse_time};
 
+/// How long a server that an order goes to may be busy, or just have been restarted.
+const ORDER_PATIENCE: Duration = Duration::from_secs(15);
+const ORDER_PAUSE: Duration = Duration::from_millis(200);
 /// One answer of the metadata server.
 const DEADLINE: Duration = Duration::from_secs(4);
 
@@ -48,7 +51,7 @@ pub(super) struct Target {
 }
 
 impl Target {
-    fn load(&self) -> CliResult<ClientConfig> {
+    pub(super) fn load(&self) -> CliResult<ClientConfig> {
         match &self.config {
             Some(file) => Ok(ClientConfig::load(Some(file), ClientOptions::default())?),
             None => of_directory(&local::directory(self.dir.as_deref())?),
@@ -122,6 +125,24 @@ pub(super) fn ask_status(config: &ClientConfig) -> CliResult<ClusterStatus> {
     }
 }
 
+/// An order that is answered with nothing but that it was taken, and may be given again where it cannot be taken now.
+pub(super) fn order(config: &ClientConfig, request: &AdminRequest) -> CliResult {
+    let give_up = Instant::now() + ORDER_PATIENCE;
+    let given = with_node(config, async |node, to| {
+        loop {
+            match call(&node, to, request.clone()).await {
+                Ok(MetaAnswer::Done) => return Ok(()),
+                Ok(_) => return Err(AskError::Unexpected),
+                Err(AskError::Refused(Refusal::Unavailable)) if Instant::now() < give_up => {
+                    tokio::time::sleep(ORDER_PAUSE).await;
+                }
+                Err(error) => return Err(error),
+            }
+        }
+    });
+    Ok(given??)
+}
+
 pub(super) fn ask_token(config: &ClientConfig, role: Role, valid: Duration) -> CliResult<Token> {
     let credentials = Credentials::load(&config.tls_dir)?;
     match ask(config, AdminRequest::IssueToken { role, valid_secs: valid.as_secs().max(1) })? {
@@ -138,7 +159,7 @@ pub(super) fn ask_token(config: &ClientConfig, role: Role, valid: Duration) -> C
 }
 
 #[derive(Debug, thiserror::Error)]
-enum AskError {
+pub(super) enum AskError {
     #[error(transparent)]
     Bind(#[from] BindError),
     #[error("the metadata server does not answer: {0}")]
@@ -152,20 +173,29 @@ enum AskError {
 }
 
 fn ask(config: &ClientConfig, request: AdminRequest) -> CliResult<MetaAnswer> {
+    Ok(with_node(config, |node, to| async move { call(&node, to, request).await })??)
+}
+
+/// Runs a conversation with the metadata server over one connection.
+pub(super) fn with_node<T, F>(
+    config: &ClientConfig,
+    conversation: impl FnOnce(Arc<Node>, Endpoint) -> F,
+) -> CliResult<Result<T, AskError>>
+where
+    F: Future<Output = Result<T, AskError>>,
+{
     let credentials = Credentials::load(&config.tls_dir)?;
-    let endpoint = mount::meta_endpoint(config);
-    Ok(wait(converse(credentials, endpoint, request))??)
+    let to = mount::meta_endpoint(config);
+    Ok(wait(async {
+        let options = NetOptions { connect_timeout: DEADLINE, ..NetOptions::default() };
+        let node = Node::bind(any_port_towards(to.address), credentials, options)?;
+        let result = conversation(Arc::clone(&node), to).await;
+        farewell(&node).await;
+        result
+    })?)
 }
 
-async fn converse(credentials: Credentials, to: Endpoint, request: AdminRequest) -> Result<MetaAnswer, AskError> {
-    let options = NetOptions { connect_timeout: DEADLINE, ..NetOptions::default() };
-    let node = Node::bind(any_port_towards(to.address), credentials, options)?;
-    let result = call(&node, to, request).await;
-    farewell(&node).await;
-    result
-}
-
-async fn call(node: &Arc<Node>, to: Endpoint, request: AdminRequest) -> Result<MetaAnswer, AskError> {
+pub(super) async fn call(node: &Arc<Node>, to: Endpoint, request: AdminRequest) -> Result<MetaAnswer, AskError> {
     let header = codec::encode(&MetaRequest::Admin(request))?;
     let answer = node.call(to, Frame { header, payload: Vec::new() }, DEADLINE).await?;
     let reply: MetaReply = codec::decode(&answer.header)?;

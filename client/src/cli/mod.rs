@@ -3,11 +3,13 @@
 mod admin;
 mod announce;
 mod error;
+mod fsck;
 mod helper;
 mod identity;
 mod local;
 mod mount;
 mod process;
+mod scrub;
 mod status;
 
 use std::{
@@ -41,6 +43,8 @@ enum Command {
     Up(local::UpArgs),
     Down(local::DownArgs),
     Status(admin::StatusArgs),
+    Fsck(fsck::FsckArgs),
+    Scrub(scrub::ScrubArgs),
     Mount(mount::MountArgs),
     Init(identity::InitArgs),
     Token(admin::TokenArgs),
@@ -50,7 +54,7 @@ enum Command {
 /// Runs what the command line `arguments` (with the program's name first) asks for.
 pub fn main(arguments: Vec<OsString>) -> ExitCode {
     if arguments.first().is_some_and(|name| helper::is_helper(Path::new(name))) {
-        return conclude(helper::run(arguments.get(1..).unwrap_or_default()));
+        return conclude(done(helper::run(arguments.get(1..).unwrap_or_default())));
     }
     match Cli::try_parse_from(&arguments) {
         Ok(cli) => conclude(cli.command.run(&arguments)),
@@ -59,22 +63,29 @@ pub fn main(arguments: Vec<OsString>) -> ExitCode {
 }
 
 impl Command {
-    fn run(self, arguments: &[OsString]) -> CliResult {
-        match self {
+    fn run(self, arguments: &[OsString]) -> CliResult<ExitCode> {
+        done(match self {
             Self::Up(args) => local::up(&args),
             Self::Down(args) => local::down(&args),
             Self::Status(args) => admin::status(&args),
+            Self::Scrub(args) => scrub::run(&args),
+            Self::Fsck(args) => return fsck::run(&args),
             Self::Mount(args) => mount::run(args, arguments.get(1..).unwrap_or_default()),
             Self::Init(args) => identity::init(&args),
             Self::Token(args) => admin::token(&args),
             Self::Enrol(args) => identity::enrol(&args),
-        }
+        })
     }
 }
 
-fn conclude(result: CliResult) -> ExitCode {
+/// For commands that either do what they were asked or fail.
+fn done(result: CliResult) -> CliResult<ExitCode> {
+    result.map(|()| ExitCode::SUCCESS)
+}
+
+fn conclude(result: CliResult<ExitCode>) -> ExitCode {
     match result {
-        Ok(()) => ExitCode::SUCCESS,
+        Ok(code) => code,
         Err(error) => {
             complain(&error);
             ExitCode::from(FAILURE)
@@ -136,6 +147,8 @@ mod tests {
             "holdfast down --force",
             "holdfast status --json",
             "holdfast status --config c.toml",
+            "holdfast fsck --repair --json --dir /d",
+            "holdfast scrub --now --wait",
             "holdfast mount /d /m",
             "holdfast mount c.toml /m -o ro,noatime -o allow_other -f",
             "holdfast mount c.toml /m --io-timeout-secs 5 --log-file l",
@@ -157,6 +170,7 @@ mod tests {
             "holdfast up --storage 65",
             "holdfast up --mount /m --no-mount",
             "holdfast status --dir d --config c",
+            "holdfast scrub --wait",
             "holdfast token",
             "holdfast token --role admin",
             "holdfast token --role storage --valid never",

@@ -106,7 +106,7 @@ fn garbage(status: &ClusterStatus) -> String {
 }
 
 /// Rows as columns, each as wide as its widest cell.
-fn columns(rows: &[Vec<String>]) -> String {
+pub(super) fn columns(rows: &[Vec<String>]) -> String {
     let count = rows.iter().map(Vec::len).max().unwrap_or(0);
     let width = |column: usize| rows.iter().filter_map(|row| row.get(column)).map(|cell| cell.chars().count()).max();
     let widths: Vec<usize> = (0..count).filter_map(width).collect();
@@ -158,6 +158,7 @@ mod tests {
                 load_percent: 105,
                 memory_bytes: 0,
                 queue_depth: 0,
+                ..StorageLoad::default()
             },
         }
     }

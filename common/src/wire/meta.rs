@@ -474,6 +474,8 @@ pub enum StorageNotice {
     Heartbeat { address: std::net::SocketAddr, zone: String, boot: BootId, load: StorageLoad },
     /// Role client: the copy on `server` was bad in this way. `repaired`: it answered that it replaced it.
     BadCopy { block: BlockHash, server: ServerId, fault: CopyFault, repaired: bool },
+    /// Blocks, at most `HASH_LIST_MAX`, of which this server has found its own copies bad, and put them away.
+    BadCopies { blocks: Vec<BlockHash> },
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -497,6 +499,14 @@ pub struct StorageLoad {
     pub load_percent: u32,
     pub memory_bytes: u64,
     pub queue_depth: u32,
+    /// When the process started, in milliseconds since 1970.
+    pub started_ms: u64,
+    /// Bytes that have been read and checked in the pass of scrubbing that is under way.
+    pub scrub_checked_bytes: u64,
+    /// Full passes since the data directory was made.
+    pub scrub_passes: u64,
+    /// When the last one ended, in seconds since 1970; 0: never.
+    pub scrub_last_pass_secs: u64,
 }
 
 /// Role: admin (`Status` also client).
@@ -510,6 +520,15 @@ pub enum AdminRequest {
     },
     /// Every invariant of the metadata, checked; at most 1000 sentences.
     Check,
+    /// Compares what a storage server has of blocks whose hashes begin with `bucket` with what it is on record for. With `mend`, copies
+    /// that are missing are taken off the record, so that others are made. Answered `Compared`.
+    Compare {
+        server: ServerId,
+        bucket: u8,
+        mend: bool,
+    },
+    /// Has every storage server that is up read and check all that it stores, from now on without breaks.
+    Scrub,
 }
 
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -585,6 +604,20 @@ pub enum MetaAnswer {
     },
     /// In order, each with its number.
     Events(Vec<(u64, Event)>),
+    Compared(Comparison),
+}
+
+/// What a comparison of one bucket has shown.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Comparison {
+    /// Blocks that the server is on record for.
+    pub on_record: u64,
+    /// Of those, blocks that it does not have.
+    pub missing: u64,
+    /// Of those, blocks of which copies are made now. The rest has no other copy, or was not to be mended.
+    pub mended: u64,
+    /// Blocks that it has and is not on record for: put a moment ago, or left over, and then deleted in time.
+    pub extra: u64,
 }
 
 /// The part of an answer to a mutation that is kept for I5.

@@ -4,12 +4,13 @@ use serde::{Deserialize, Serialize};
 
 use crate::{
     block::BlockHash,
+    inventory::BucketDigest,
     refusal::Refusal,
     types::{BootId, Epoch, ServerId},
 };
 
 /// Header of a request. Who may send what: `Put`, `Get`, `Repair`, `Has` clients and storage servers;
-/// `Sync`, `Has`, `Obtain`, `Delete`, `List` the metadata server.
+/// `Sync`, `Has`, `Obtain`, `Delete`, `List`, `Digest`, `Scrub` the metadata server.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub enum StorageRequest {
     /// Payload: the bytes of all `blocks`, one after the other. At most `PUT_BATCH_MAX` blocks and
@@ -32,6 +33,10 @@ pub enum StorageRequest {
     Delete { blocks: Vec<BlockHash>, epoch: Epoch },
     /// Hashes that are here, in order, after `after`; at most `HASH_LIST_MAX`.
     List { after: Option<BlockHash> },
+    /// What stands for the hashes that are here and begin with `bucket`.
+    Digest { bucket: u8 },
+    /// Read and check all that is here, now and without breaks. Answered at once.
+    Scrub,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -95,4 +100,6 @@ pub enum StorageAnswer {
         blocks: Vec<(BlockHash, Epoch)>,
         end: bool,
     },
+    Digest(BucketDigest),
+    Scrubbing,
 }

@@ -135,6 +135,11 @@ impl Cluster {
         self.members.get(&id).map(|member| member.boot)
     }
 
+    /// Changes whenever the server has been started anew, or may have lost something.
+    pub fn life(&self, id: ServerId) -> Option<(BootId, u64)> {
+        self.members.get(&id).map(|member| (member.boot, member.load.started_ms))
+    }
+
     pub fn endpoint(&self, id: ServerId) -> Option<Endpoint> {
         let member = self.members.get(&id)?;
         Some(Endpoint { address: member.info.address, name: NodeName { role: Role::Storage, id: id.0 } })

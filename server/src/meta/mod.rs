@@ -3,6 +3,7 @@
 pub mod barrier;
 pub mod cluster;
 pub mod committer;
+pub mod compare;
 pub mod core;
 pub mod duties;
 pub mod garbage;

@@ -29,6 +29,7 @@ use super::{
     barrier::Barrier,
     cluster::Cluster,
     committer::{Committer, Proposer},
+    compare::Comparer,
     core::{Core, Fault, Recovered},
     duties::{self, Copier},
     garbage::Collector,
@@ -102,6 +103,8 @@ pub struct Options {
     pub replace_after: Duration,
     /// A block that no file names is kept for so long.
     pub garbage_grace: Duration,
+    /// How often what a storage server has is compared with what it is on record for.
+    pub compare_every: Duration,
 }
 
 /// Brings back what the last life left in `directory`: the tables as of the last checkpoint, and the log on top.
@@ -249,9 +252,11 @@ impl Running {
         tasks.spawn(Copier::new(Arc::clone(&core), proposer.clone(), Arc::clone(&peers)).run());
         let replacer = Replacer::new(Arc::clone(&core), proposer.clone(), Arc::clone(&peers), options.replace_after);
         tasks.spawn(replacer.run());
-        tasks.spawn(Collector::new(Arc::clone(&core), proposer.clone(), peers, options.garbage_grace).run());
+        let (every, grace) = (options.compare_every, options.garbage_grace);
+        tasks.spawn(Collector::new(Arc::clone(&core), proposer.clone(), Arc::clone(&peers), grace).run());
+        tasks.spawn(Comparer::new(Arc::clone(&core), proposer.clone(), Arc::clone(&peers), every, grace).run());
         let (fault_sender, faults) = mpsc::unbounded_channel();
-        let service = Service::new(core, proposer, options.session_timeout, authority, fault_sender);
+        let service = Service::new(core, proposer, peers, options.session_timeout, authority, fault_sender);
         Self { service: Arc::new(service), committer, tasks, faults }
     }
 
@@ -308,6 +313,7 @@ pub async fn run(
         down_after: config.down_after,
         replace_after: config.replace_after,
         garbage_grace: config.garbage_grace,
+        compare_every: config.compare_every,
     };
     let core = recover(&disk, data.path(), clock, &options)?;
     let node =

@@ -3,10 +3,10 @@
 use std::{sync::Arc, time::Duration};
 
 use holdfast_common::{
-    Ino, Position, Refusal, Sequence, ServerId, SessionId, Time,
-    limits::{HEADER_SIZE_MAX, LISTEN_PATIENCE},
+    BlockHash, Ino, Position, Refusal, Sequence, ServerId, SessionId, Time,
+    limits::{HASH_LIST_MAX, HEADER_SIZE_MAX, LISTEN_PATIENCE},
     net::{
-        BoxFuture, Frame, Serve,
+        BoxFuture, Frame, Peers, Serve,
         enrol::Enrol,
         identity::{NodeName, PeerIdentity, Role},
         tls::{Ca, Fingerprint, NODE_VALIDITY},
@@ -15,9 +15,10 @@ use holdfast_common::{
         codec,
         enrol::{EnrolReply, EnrolRequest, Enrolled},
         meta::{
-            AdminRequest, ClusterStatus, Event, FileMap, Foreign, LockAnswer, LockRequest, LostChange, MetaAnswer,
-            MetaReply, MetaRequest, Query, Replayed, SessionRequest, StorageNotice,
+            AdminRequest, ClusterStatus, Comparison, CopyFault, Event, FileMap, Foreign, LockAnswer, LockRequest,
+            LostChange, MetaAnswer, MetaReply, MetaRequest, Query, Replayed, SessionRequest, StorageNotice,
         },
+        storage::StorageRequest,
     },
 };
 
@@ -26,7 +27,8 @@ use tokio::sync::mpsc;
 use super::{
     cluster::Heartbeat,
     committer::Proposer,
-    core::Core,
+    compare,
+    core::{Core, ask},
     locking::{News, Outcome, Wish},
     server::Authority,
     state::{Command, Reply, Rows, Step, StorageError, View, query, settled, violations::violations},
@@ -40,6 +42,8 @@ const REPLAY_DEADLINE: Duration = Duration::from_secs(120);
 const RENEWALS_PER_TIMEOUT: u32 = 30;
 /// Inodes in one `Opens` or `Reopen`.
 const OPENS_MAX: usize = 64 << 10;
+/// A storage server takes an order to scrub within this.
+const SCRUB_DEADLINE: Duration = Duration::from_secs(1);
 /// Sentences in an answer to `Check`.
 const VIOLATIONS_MAX: usize = 1000;
 /// A token is good for at most a year.
@@ -51,6 +55,7 @@ pub type Secrets = Box<dyn Fn() -> [u8; 32] + Send + Sync>;
 pub struct Service {
     pub core: Arc<Core>,
     pub proposer: Proposer,
+    pub peers: Arc<dyn Peers>,
     /// Told in every reply: a new one means that opens must be told again.
     pub instance: u64,
     pub session_timeout: Duration,
@@ -87,6 +92,7 @@ impl Service {
     pub fn new(
         core: Arc<Core>,
         proposer: Proposer,
+        peers: Arc<dyn Peers>,
         session_timeout: Duration,
         authority: Authority,
         faults: mpsc::UnboundedSender<StorageError>,
@@ -94,7 +100,7 @@ impl Service {
         let Authority { ca, ca_fingerprint, secrets } = authority;
         let [a, b, c, d, e, f, g, h, ..] = secrets();
         let instance = u64::from_le_bytes([a, b, c, d, e, f, g, h]);
-        Self { core, proposer, instance, session_timeout, ca, ca_fingerprint, secrets, faults }
+        Self { core, proposer, peers, instance, session_timeout, ca, ca_fingerprint, secrets, faults }
     }
 
     fn envelope(&self, result: Answer) -> Frame {
@@ -402,8 +408,22 @@ impl Service {
                 self.proposer.propose(Command::BadCopy { server, block, fault, repaired }).await?.1?;
                 self.core.copies_wanted.notify_one();
             }
+            StorageNotice::BadCopies { blocks } => self.bad_copies(ServerId(node.id), blocks).await?,
         }
         Ok(MetaAnswer::Done)
+    }
+
+    async fn bad_copies(&self, server: ServerId, blocks: Vec<BlockHash>) -> Result<(), Refusal> {
+        if blocks.len() > HASH_LIST_MAX {
+            return Err(Refusal::BadRequest);
+        }
+        tracing::warn!(%server, blocks = blocks.len(), "a storage server has found bad copies: good ones are made");
+        for block in blocks {
+            let bad = Command::BadCopy { server, block, fault: CopyFault::Damaged, repaired: false };
+            self.proposer.propose(bad).await?.1?;
+        }
+        self.core.copies_wanted.notify_one();
+        Ok(())
     }
 
     async fn heartbeat(&self, server: ServerId, beat: Heartbeat) -> Result<(), Refusal> {
@@ -435,7 +455,39 @@ impl Service {
                 let found = checked.map_err(|_| Refusal::Fault)?.map_err(|fault| self.fault(fault))?;
                 Ok(MetaAnswer::Violations(found))
             }
+            AdminRequest::Compare { server, bucket, mend } => self.compare(server, bucket, mend).await,
+            AdminRequest::Scrub => self.scrub().await,
         }
+    }
+
+    async fn scrub(&self) -> Answer {
+        let up = self.core.cluster.lock().up();
+        for server in up {
+            let Some(to) = self.core.cluster.lock().endpoint(server) else { continue };
+            match ask(&*self.peers, to, &StorageRequest::Scrub, SCRUB_DEADLINE).await {
+                Ok(Ok(_)) => {}
+                other => {
+                    tracing::warn!(%server, ?other, "a storage server was not told to scrub");
+                    return Err(Refusal::Unavailable);
+                }
+            }
+        }
+        Ok(MetaAnswer::Done)
+    }
+
+    async fn compare(&self, server: ServerId, bucket: u8, mend: bool) -> Answer {
+        let looked = compare::look(&self.core, &*self.peers, server, bucket).await;
+        let difference = looked.map_err(|fault| {
+            tracing::error!(%fault, "a storage server could not be compared with the record");
+            Refusal::Fault
+        })?;
+        let difference = difference.ok_or(Refusal::Unavailable)?;
+        let (missing, extra) = (difference.missing.len() as u64, difference.extra.len() as u64);
+        let mended = match mend {
+            true => compare::mend_missing(&self.core, &self.proposer, server, difference.missing).await as u64,
+            false => 0,
+        };
+        Ok(MetaAnswer::Compared(Comparison { on_record: difference.on_record, missing, mended, extra }))
     }
 
     fn status(&self) -> Result<ClusterStatus, Refusal> {
@@ -536,10 +588,14 @@ fn check_role(role: Role, request: &MetaRequest) -> Result<(), Refusal> {
         | MetaRequest::Mutate { .. }
         | MetaRequest::Barrier { .. }
         | MetaRequest::Lock { .. } => is_client,
-        MetaRequest::Storage(StorageNotice::Heartbeat { .. }) => role == Role::Storage,
+        MetaRequest::Storage(StorageNotice::Heartbeat { .. } | StorageNotice::BadCopies { .. }) => {
+            role == Role::Storage
+        }
         MetaRequest::Storage(StorageNotice::BadCopy { .. }) => is_client,
         MetaRequest::Admin(AdminRequest::Status) => is_client,
-        MetaRequest::Admin(AdminRequest::IssueToken { .. } | AdminRequest::Check) => role == Role::Admin,
+        MetaRequest::Admin(
+            AdminRequest::IssueToken { .. } | AdminRequest::Check | AdminRequest::Compare { .. } | AdminRequest::Scrub,
+        ) => role == Role::Admin,
     };
     if allowed { Ok(()) } else { Err(Refusal::WrongRole) }
 }

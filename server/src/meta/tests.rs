@@ -130,6 +130,10 @@ impl Storages {
                     let blocks: Vec<(BlockHash, Epoch)> = rest.map(stamped).take(2).collect();
                     Ok(StorageAnswer::List { end: blocks.len() < 2, blocks })
                 }
+                StorageRequest::Digest { bucket } => {
+                    let here = storage.visible.iter().filter(|hash| hash.0[0] == bucket);
+                    Ok(StorageAnswer::Digest(holdfast_common::inventory::BucketDigest::of(here)))
+                }
                 StorageRequest::Delete { blocks, epoch } => {
                     let mut count = 0;
                     for hash in blocks {
@@ -180,6 +184,7 @@ fn options() -> Options {
         down_after: Duration::from_secs(10),
         replace_after: Duration::from_secs(300),
         garbage_grace: Duration::from_secs(3600),
+        compare_every: Duration::from_secs(3600),
     }
 }
 
@@ -903,5 +908,70 @@ async fn a_condemned_block_waits_for_a_holder_that_is_down_and_goes_on_after_a_r
     cluster.storages.with(2, |storage| storage.dead = false);
     cluster.while_heard(&[1, 2, 3], "it is deleted everywhere", |cluster| cluster.counters().collected == 1).await;
     assert_eq!((cluster.copies(1), cluster.copies(2)), (vec![], vec![1, 2, 3]));
+    cluster.check();
+}
+
+fn soon_compared() -> Options {
+    Options { garbage_grace: Duration::from_secs(4), compare_every: Duration::from_secs(6), ..options() }
+}
+
+#[tokio::test]
+async fn what_a_server_turns_out_not_to_have_is_copied_there_again() {
+    let mut cluster =
+        Cluster::on(MemoryDisk::new(), Options { garbage_grace: options().garbage_grace, ..soon_compared() }).await;
+    let ino = cluster.create("a", false).await.unwrap();
+    cluster.write(ino, 1, &[1, 2, 3], true).await.unwrap();
+    // Silently: its boot id is the same, and nobody reads.
+    cluster.storages.with(3, |storage| {
+        storage.visible.clear();
+        storage.durable.clear();
+    });
+    cluster.while_heard(&[1, 2, 3], "it is there again", |cluster| cluster.copies(1) == [1, 2, 3]).await;
+    cluster.while_heard(&[1, 2, 3], "and on record", |cluster| cluster.holders(1) == [1, 2, 3]).await;
+    assert_eq!(cluster.counters().copies_made, 1);
+    cluster.check();
+}
+
+#[tokio::test]
+async fn a_server_that_comes_up_with_another_boot_id_is_compared_at_once() {
+    let mut cluster = Cluster::new().await;
+    let ino = cluster.create("a", false).await.unwrap();
+    cluster.write(ino, 1, &[1, 2, 3], true).await.unwrap();
+    cluster.storages.with(3, |storage| {
+        storage.durable.clear();
+    });
+    cluster.storages.reboot(3);
+    let began = cluster.clock.monotonic();
+    cluster.while_heard(&[1, 2, 3], "it is there again", |cluster| cluster.copies(1) == [1, 2, 3]).await;
+    assert!(cluster.clock.monotonic() - began < Duration::from_secs(60), "not only when its time has come");
+}
+
+#[tokio::test]
+async fn copies_that_nobody_needs_are_deleted_and_those_that_are_short_counted() {
+    let mut cluster = Cluster::on(MemoryDisk::new(), soon_compared()).await;
+    cluster.heartbeat(4).await;
+    let inos = [cluster.create("a", false).await.unwrap(), cluster.create("b", false).await.unwrap()];
+    cluster.write(inos[0], 1, &[1, 2, 3], true).await.unwrap();
+    cluster.storages.with(3, |storage| storage.dead = true);
+    cluster.storages.with(4, |storage| {
+        // A put without a commit, a copy too many, and one that will be short of copies.
+        storage.visible.extend([50, 1, 2].map(words::hash));
+        storage.dead = true;
+    });
+    cluster.write(inos[1], 2, &[1, 2], true).await.unwrap();
+    assert_eq!((cluster.owed(), cluster.copies(50)), (1, vec![4]));
+    cluster.storages.with(3, |storage| storage.dead = false);
+    cluster.storages.with(4, |storage| storage.dead = false);
+    cluster
+        .while_heard(&[1, 2, 3, 4], "the useless ones are gone", |cluster| {
+            cluster.copies(50).is_empty() && !cluster.copies(1).contains(&4)
+        })
+        .await;
+    assert_eq!((cluster.copies(1), cluster.holders(1)), (vec![1, 2, 3], vec![1, 2, 3]));
+    cluster
+        .while_heard(&[1, 2, 3, 4], "nothing is owed, and left over", |cluster| {
+            cluster.owed() == 0 && cluster.counters().condemned == 0 && cluster.copies(2).len() == 3
+        })
+        .await;
     cluster.check();
 }

@@ -2,6 +2,7 @@
 
 mod replicate;
 mod report;
+mod scrub;
 mod service;
 pub mod store;
 #[cfg(test)]
@@ -11,6 +12,7 @@ mod workers;
 use std::{future::Future, io, path::PathBuf, sync::Arc, time::Duration};
 
 use holdfast_common::{
+    Time,
     clock::Clock,
     config::StorageConfig,
     disk::Disk,
@@ -22,10 +24,13 @@ use holdfast_common::{
     },
 };
 
+use tokio::sync::mpsc;
+
 pub use self::service::StorageService;
 use self::{
     replicate::Fetcher,
     report::Reporter,
+    scrub::Scrubber,
     store::{OpenError, Store, StoreError, StoreOptions},
     workers::Workers,
 };
@@ -62,7 +67,7 @@ pub enum RunError {
 pub async fn run(
     config: StorageConfig,
     disk: Arc<dyn Disk>,
-    _clock: Arc<dyn Clock>,
+    clock: Arc<dyn Clock>,
     ready: impl FnOnce(),
     shutdown: impl Future<Output = ()>,
 ) -> Result<(), RunError> {
@@ -70,7 +75,7 @@ pub async fn run(
     let name = credentials.node;
     let data = DataDir::open(&*disk, &config.data_dir, credentials.identity())?;
     let options = store_options(&config, disk.as_ref()).map_err(RunError::Start)?;
-    let store = Arc::new(Store::open(disk, data.path(), options)?);
+    let store = Arc::new(Store::open(Arc::clone(&disk), data.path(), options)?);
     let node = Node::bind(config.listen, credentials, NetOptions::default())?;
     let address = node.local_address().map_err(RunError::Start)?;
     let peers: Arc<dyn Peers> = Arc::clone(&node) as Arc<dyn Peers>;
@@ -82,9 +87,23 @@ pub async fn run(
         address: config.advertised(address),
         zone: config.zone.clone(),
         store: Arc::clone(&store),
-        service,
+        service: Arc::clone(&service),
+        started_ms: millis_of(clock.now()),
     };
-    let reporting = tokio::spawn(reporter.run());
+    let (bad, found_bad) = mpsc::unbounded_channel();
+    let scrubber = Scrubber {
+        store: Arc::clone(&store),
+        service: Arc::clone(&service),
+        disk,
+        directory: data.path().to_owned(),
+        clock,
+        rate: config.scrub_rate_bytes,
+        every: config.scrub_every,
+        progress: Arc::clone(service.scrub_progress()),
+        bad,
+    };
+    let scrubbing = scrubber.start().map_err(RunError::Start)?;
+    let reporting = tokio::spawn(reporter.run(found_bad));
     tracing::info!(%address, node = %name, boot = %store.boot(), "the storage server is ready");
     ready();
     let failure = tokio::select! {
@@ -92,6 +111,7 @@ pub async fn run(
         () = shutdown => None,
     };
     reporting.abort();
+    drop(scrubbing);
     node.close();
     if tokio::time::timeout(Duration::from_secs(1), node.closed()).await.is_err() {
         tracing::debug!("some peers were not told that the server stops");
@@ -101,6 +121,10 @@ pub async fn run(
         Some(failure) => Err(RunError::Failed(failure)),
         None => close(&store),
     }
+}
+
+fn millis_of(time: Time) -> u64 {
+    u64::try_from(time.secs).unwrap_or(0).saturating_mul(1000) + u64::from(time.nanos / 1_000_000)
 }
 
 fn close(store: &Store) -> Result<(), RunError> {

@@ -1,8 +1,15 @@
 //! Tells the metadata server, every second, that this server lives and how loaded it is.
 
-use std::{fs, net::SocketAddr, sync::Arc, time::Duration};
+use std::{
+    fs,
+    net::SocketAddr,
+    sync::{Arc, atomic::Ordering::Relaxed},
+    time::Duration,
+};
 
 use holdfast_common::{
+    BlockHash, Epoch,
+    limits::HASH_LIST_MAX,
     net::{
         CallError, Endpoint, Frame, Peers,
         identity::{NodeName, Role},
@@ -13,6 +20,8 @@ use holdfast_common::{
         meta::{MetaReply, MetaRequest, StorageLoad, StorageNotice},
     },
 };
+
+use tokio::sync::mpsc;
 
 use super::{service::StorageService, store::Store};
 
@@ -28,6 +37,8 @@ pub(super) struct Reporter {
     pub(super) zone: String,
     pub(super) store: Arc<Store>,
     pub(super) service: Arc<StorageService>,
+    /// When this process started, in milliseconds since 1970.
+    pub(super) started_ms: u64,
 }
 
 #[derive(Debug, thiserror::Error)]
@@ -42,13 +53,26 @@ enum ReportError {
 
 impl Reporter {
     /// Reports until it is dropped; a metadata server that does not answer is tried again.
-    pub(super) async fn run(self) {
+    /// What comes from `bad` is reported too.
+    pub(super) async fn run(self, mut bad: mpsc::UnboundedReceiver<BlockHash>) {
+        let mut untold = Vec::new();
         let mut ticks = tokio::time::interval(EVERY);
         ticks.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
         let mut was_heard = None;
         loop {
             ticks.tick().await;
             let result = self.report().await;
+            while untold.len() < HASH_LIST_MAX
+                && let Ok(hash) = bad.try_recv()
+            {
+                untold.push(hash);
+            }
+            if result.is_ok()
+                && !untold.is_empty()
+                && self.tell(StorageNotice::BadCopies { blocks: untold.clone() }).await.is_ok()
+            {
+                untold.clear();
+            }
             let is_heard = result.is_ok();
             match result {
                 Ok(()) if was_heard != Some(true) => {
@@ -70,13 +94,17 @@ impl Reporter {
             boot: self.store.boot(),
             load: self.load(),
         };
+        let epoch = self.tell(notice).await?;
+        self.service.hear(epoch);
+        Ok(())
+    }
+
+    async fn tell(&self, notice: StorageNotice) -> Result<Epoch, ReportError> {
         let header = codec::encode(&MetaRequest::Storage(notice))?;
         let to = Endpoint { address: self.meta, name: NodeName { role: Role::Meta, id: META_ID } };
         let answer = self.peers.call(to, Frame { header, payload: Vec::new() }, DEADLINE).await?;
         let reply = codec::decode::<MetaReply>(&answer.header)?;
-        reply.result.map(drop).map_err(ReportError::Refused)?;
-        self.service.hear(reply.epoch);
-        Ok(())
+        reply.result.map(|_| reply.epoch).map_err(ReportError::Refused)
     }
 
     fn load(&self) -> StorageLoad {
@@ -96,6 +124,10 @@ impl Reporter {
             load_percent: fs::read_to_string("/proc/loadavg").ok().and_then(|text| load_percent(&text)).unwrap_or(0),
             memory_bytes: fs::read_to_string("/proc/self/status").ok().and_then(|text| resident(&text)).unwrap_or(0),
             queue_depth: u32::try_from(self.service.in_flight()).unwrap_or(u32::MAX),
+            started_ms: self.started_ms,
+            scrub_checked_bytes: self.service.scrub_progress().checked_bytes.load(Relaxed),
+            scrub_passes: self.service.scrub_progress().passes.load(Relaxed),
+            scrub_last_pass_secs: self.service.scrub_progress().last_pass_secs.load(Relaxed),
         }
     }
 }

@@ -11,6 +11,7 @@ use std::sync::{
 use bytes::Bytes;
 use holdfast_common::{
     BlockHash, Epoch, Refusal,
+    inventory::{self, BucketDigest},
     limits::{BLOCK_SIZE_MAX, HASH_LIST_MAX, PAYLOAD_SIZE_MAX, PUT_BATCH_MAX},
     net::{
         BoxFuture, Frame, Serve,
@@ -25,6 +26,7 @@ use tokio::sync::Mutex;
 
 use super::{
     replicate::{Fetcher, SOURCES_MAX, joined},
+    scrub::ScrubProgress,
     store::{CheckedBlock, Store, StoreError, Verdict},
     workers::{WorkError, Workers},
 };
@@ -47,6 +49,7 @@ pub struct StorageService {
     in_flight: AtomicUsize,
     /// One more than the latest epoch that this server has heard of; 0 before the first.
     heard: AtomicU64,
+    scrub: Arc<ScrubProgress>,
 }
 
 type Answer = Result<(StorageAnswer, Vec<Bytes>), Refusal>;
@@ -85,14 +88,28 @@ fn may(role: Role, request: &StorageRequest) -> bool {
         StorageRequest::Sync
         | StorageRequest::Obtain { .. }
         | StorageRequest::Delete { .. }
-        | StorageRequest::List { .. } => role == Role::Meta,
+        | StorageRequest::List { .. }
+        | StorageRequest::Digest { .. }
+        | StorageRequest::Scrub => role == Role::Meta,
     }
 }
 
 impl StorageService {
     pub(super) fn new(store: Arc<Store>, workers: Workers, fetcher: Fetcher) -> Self {
         let repairs = (0..REPAIR_LANES).map(|_| Mutex::new(())).collect();
-        Self { store, workers, fetcher, repairs, in_flight: AtomicUsize::new(0), heard: AtomicU64::new(0) }
+        Self {
+            store,
+            workers,
+            fetcher,
+            repairs,
+            in_flight: AtomicUsize::new(0),
+            heard: AtomicU64::new(0),
+            scrub: Arc::default(),
+        }
+    }
+
+    pub fn scrub_progress(&self) -> &Arc<ScrubProgress> {
+        &self.scrub
     }
 
     /// The metadata server is at `epoch`, or was.
@@ -129,6 +146,11 @@ impl StorageService {
             StorageRequest::Obtain { block, sources, epoch } => self.obtain(block, &sources, epoch).await,
             StorageRequest::Delete { blocks, epoch } => self.delete(blocks, epoch).await,
             StorageRequest::List { after } => self.list(after).await,
+            StorageRequest::Digest { bucket } => self.digest(bucket).await,
+            StorageRequest::Scrub => {
+                self.scrub.want();
+                Ok((StorageAnswer::Scrubbing, Vec::new()))
+            }
         }
     }
 
@@ -214,6 +236,11 @@ impl StorageService {
         Ok((StorageAnswer::List { blocks, end }, Vec::new()))
     }
 
+    async fn digest(&self, bucket: u8) -> Answer {
+        let digest = self.blocking(move |store| digest_of(store, bucket)).await.map_err(logged)?;
+        Ok((StorageAnswer::Digest(digest), Vec::new()))
+    }
+
     async fn obtain(&self, hash: BlockHash, sources: &[Source], epoch: Epoch) -> Answer {
         check_sources(sources)?;
         self.hear(epoch);
@@ -272,6 +299,18 @@ impl StorageService {
 
     fn lane(&self, hash: &BlockHash) -> &Mutex<()> {
         &self.repairs[usize::from(hash.0[0]) % REPAIR_LANES]
+    }
+}
+
+fn digest_of(store: &Store, bucket: u8) -> Result<BucketDigest, StoreError> {
+    let (mut hashes, mut after) = (Vec::new(), inventory::before(bucket));
+    loop {
+        let (page, end) = store.list(after, HASH_LIST_MAX)?;
+        after = page.last().map(|(hash, _)| *hash);
+        hashes.extend(page.into_iter().map(|(hash, _)| hash).filter(|hash| inventory::is_in(bucket, hash)));
+        if end || after.is_none_or(|last| !inventory::is_in(bucket, &last)) {
+            return Ok(BucketDigest::of(&hashes));
+        }
     }
 }
 

@@ -9,16 +9,17 @@ use holdfast_common::{
     Attr, BlockHash, BootId, ChunkIndex, ClusterId, DirEntry, Epoch, Ino, Kind, Piece, Position, Refusal, Sequence,
     ServerId, SessionId, Time,
     cluster::{ClusterMap, ServerInfo, ServerState},
+    inventory::BucketDigest,
     locks::{Lock, LockClass, LockKind, LockOwner, LockRange},
     net::identity::Role,
     wire::{
         codec::{CodecError, decode, encode},
         enrol::{EnrolReply, EnrolRequest, Enrolled},
         meta::{
-            AdminRequest, BlockPlace, Change, ClusterStatus, CopyFault, Event, FileCommit, FileMap, Foreign, Holder,
-            LockAnswer, LockRequest, LostChange, MetaAnswer, MetaReply, MetaRequest, MountStatus, Mutated, NewBlock,
-            NewInode, Op, Query, Reach, RenameMode, Replayed, ServerStatus, SessionRequest, SetAttr, SetTime, StatFs,
-            StorageLoad, StorageNotice, XattrMode,
+            AdminRequest, BlockPlace, Change, ClusterStatus, Comparison, CopyFault, Event, FileCommit, FileMap,
+            Foreign, Holder, LockAnswer, LockRequest, LostChange, MetaAnswer, MetaReply, MetaRequest, MountStatus,
+            Mutated, NewBlock, NewInode, Op, Query, Reach, RenameMode, Replayed, ServerStatus, SessionRequest, SetAttr,
+            SetTime, StatFs, StorageLoad, StorageNotice, XattrMode,
         },
         storage::{ByteRange, PutBlock, Source, StorageAnswer, StorageReply, StorageRequest},
     },
@@ -129,6 +130,10 @@ fn load() -> StorageLoad {
         load_percent: 8,
         memory_bytes: 9,
         queue_depth: 10,
+        started_ms: 14,
+        scrub_checked_bytes: 11,
+        scrub_passes: 12,
+        scrub_last_pass_secs: 13,
     }
 }
 
@@ -245,11 +250,18 @@ fn notices() -> Vec<StorageNotice> {
         StorageNotice::Heartbeat { address, zone: "z".into(), boot: BootId(4), load: load() },
         bad(CopyFault::Missing),
         bad(CopyFault::Damaged),
+        StorageNotice::BadCopies { blocks: vec![hash()] },
     ]
 }
 
 fn admin() -> Vec<AdminRequest> {
-    vec![AdminRequest::Status, AdminRequest::IssueToken { role: Role::Storage, valid_secs: 3600 }, AdminRequest::Check]
+    vec![
+        AdminRequest::Status,
+        AdminRequest::IssueToken { role: Role::Storage, valid_secs: 3600 },
+        AdminRequest::Check,
+        AdminRequest::Compare { server: ServerId(2), bucket: 7, mend: true },
+        AdminRequest::Scrub,
+    ]
 }
 
 fn mutated() -> Vec<Mutated> {
@@ -334,6 +346,7 @@ fn answers() -> Vec<MetaAnswer> {
         MetaAnswer::Events(vec![(4, Event::Granted { ticket: Sequence(6), foreign: foreign() })]),
         MetaAnswer::Events(vec![(5, Event::Recall { ino: Ino(7), number: 8 })]),
         MetaAnswer::Events(vec![(6, Event::AskAgain { ticket: Sequence(6) })]),
+        MetaAnswer::Compared(Comparison { on_record: 5, missing: 3, mended: 2, extra: 1 }),
     ]
 }
 
@@ -358,6 +371,8 @@ fn storage_requests() -> Vec<StorageRequest> {
         StorageRequest::Obtain { block: hash(), sources: vec![source], epoch: Epoch(6) },
         StorageRequest::Delete { blocks: vec![hash()], epoch: Epoch(9) },
         StorageRequest::List { after: Some(hash()) },
+        StorageRequest::Digest { bucket: 200 },
+        StorageRequest::Scrub,
     ]
 }
 
@@ -372,6 +387,8 @@ fn storage_answers() -> Vec<StorageAnswer> {
         StorageAnswer::Obtained { boot },
         StorageAnswer::Deleted { count: 3 },
         StorageAnswer::List { blocks: vec![(hash(), Epoch(5))], end: true },
+        StorageAnswer::Digest(BucketDigest { blocks: 3, digest: [7; 32] }),
+        StorageAnswer::Scrubbing,
     ]
 }
 
@@ -395,6 +412,8 @@ fn requests() -> Vec<MetaRequest> {
             repaired: false,
         }),
         MetaRequest::Admin(AdminRequest::Check),
+        MetaRequest::Admin(AdminRequest::Compare { server: ServerId(2), bucket: 7, mend: false }),
+        MetaRequest::Admin(AdminRequest::Scrub),
         MetaRequest::Lock {
             session: SessionId(5),
             request: LockRequest::Cancel { ticket: Sequence(3), since: Position(2) },

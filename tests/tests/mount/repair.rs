@@ -5,6 +5,11 @@ use std::{
     os::unix::fs::FileExt,
 };
 
+use holdfast_common::{
+    BlockHash, Epoch,
+    net::identity::Role,
+    wire::storage::{StorageAnswer, StorageRequest},
+};
 use holdfast_tests::{
     cluster::{Cluster, PATIENCE},
     fault::{self, Copy, random_bytes},
@@ -172,4 +177,88 @@ fn three_bad_copies_are_an_error_for_that_range_only_and_are_named_in_the_log() 
     }
     let hash = blake3::hash(patient.block(2)).to_hex().to_string();
     assert!(patient.mount.process().log().contains(&hash[..12]), "the log names the block {hash}");
+}
+
+fn dir(patient: &Patient) -> &str {
+    patient.cluster.path().to_str().expect("test paths are UTF-8")
+}
+
+/// What was damaged while nobody read is good again on `servers`, without a reader.
+fn wait_until_healed(patient: &Patient, servers: &[usize]) {
+    wait::until("every bad copy is replaced", PATIENCE, || {
+        servers.iter().all(|&server| (0..BLOCKS).all(|index| patient.is_good(server, index)))
+    });
+    patient.cluster.wait_until_whole();
+}
+
+/// "Each storage server reads everything that it stores once a week, and `holdfast scrub --now` has them do it at once: what is bad is replaced before anybody reads it."
+#[test]
+fn scrubbing_finds_what_nobody_reads_and_has_it_replaced() {
+    let patient = Patient::new();
+    // One server each, so that a good copy of every block is left.
+    patient.damage(&[1], |_, _, index, copy| copy.flip_bit(1000 + index as u64 * 170_000));
+    patient.damage(&[2], |_, _, _, copy| copy.delete_file());
+    let output = patient.cluster.holdfast(&["scrub", "--now", "--wait", "--dir", dir(&patient)]);
+    assert!(output.status.success(), "{output:?}");
+    let table = String::from_utf8_lossy(&output.stdout).into_owned();
+    assert_eq!(table.lines().filter(|line| line.ends_with("s ago")).count(), 3, "{table}");
+    wait_until_healed(&patient, &[1, 2]);
+    assert!(quarantined(&patient, 1), "the bad copies are kept for inspection");
+    let status = patient.cluster.status();
+    assert!(status.number("corrupt_copies_met") >= BLOCKS as u64, "{}", status.0);
+    assert!(status.storage_sum("scrub_passes") >= 3, "an order that was given twice makes two");
+    patient.mount.start_again();
+    assert!(fs::read(patient.mount.join("file")).expect("read") == patient.content);
+    assert_eq!(patient.cluster.status().number("missing_copies_met"), 0, "the reader met nothing bad");
+}
+
+/// "A storage server that comes back with an empty disk gets its copies again, without being asked."
+#[test]
+fn a_server_whose_disk_was_replaced_gets_its_copies_again() {
+    let patient = Patient::new();
+    let data = patient.cluster.storage_data(3);
+    patient.cluster.storage(3).kill();
+    for name in ["segments", "index.redb", "boot", "scrub.json"] {
+        let path = data.join(name);
+        if path.is_dir() {
+            fs::remove_dir_all(&path).expect("remove");
+        } else if path.exists() {
+            fs::remove_file(&path).expect("remove");
+        }
+    }
+    assert!((0..BLOCKS).all(|index| patient.copy(3, index).is_none()));
+    patient.cluster.start_daemons();
+    wait_until_healed(&patient, &[3]);
+}
+
+/// "`holdfast fsck` finds what a server should have and does not, and with `--repair` has it copied again."
+#[test]
+fn fsck_tells_what_is_missing_and_has_it_copied() {
+    let patient = Patient::new();
+    let fsck = |more: &[&str]| {
+        let output = patient.cluster.holdfast(&[&["fsck", "--json", "--dir", dir(&patient)], more].concat());
+        let report: serde_json::Value = serde_json::from_slice(&output.stdout).expect("JSON");
+        (output.status.code(), report)
+    };
+    let (code, report) = fsck(&[]);
+    assert_eq!((code, &report["sound"]), (Some(0), &true.into()), "{report:#}");
+    // What follows each start would be faster otherwise.
+    wait::until("every server has been compared after its start", PATIENCE, || {
+        patient.cluster.meta().log().matches("was compared with the record").count() == 3
+    });
+    let blocks = (0..BLOCKS).map(|index| BlockHash::of(patient.block(index))).take(4).collect();
+    let delete = StorageRequest::Delete { blocks, epoch: Epoch(1 << 60) };
+    let deleted = patient.cluster.ask_storage(patient.cluster.issue(Role::Meta), &delete).expect("an answer").0;
+    assert_eq!(deleted, Ok(StorageAnswer::Deleted { count: 4 }));
+    let (code, report) = fsck(&[]);
+    assert_eq!(code, Some(4), "{report:#}");
+    assert_eq!(report["servers"][0]["compared"]["missing"], 4, "{report:#}");
+    let (code, report) = fsck(&["--repair"]);
+    assert_eq!((code, &report["servers"][0]["compared"]["mended"]), (Some(0), &4.into()), "{report:#}");
+    wait_until_healed(&patient, &[1]);
+    assert_eq!(fsck(&[]).0, Some(0));
+    patient.cluster.storage(2).kill();
+    wait::until("the server counts as down", PATIENCE, || patient.cluster.status().servers_up() == 2);
+    let (code, report) = fsck(&[]);
+    assert_eq!((code, &report["sound"]), (Some(4), &false.into()), "what cannot be compared is not said to be sound");
 }

@@ -139,6 +139,7 @@ impl Life {
             down_after: Duration::from_secs(60),
             replace_after: Duration::from_secs(300),
             garbage_grace: Duration::from_secs(3600),
+            compare_every: Duration::from_secs(3600),
         };
         let clock: Arc<dyn Clock> = Arc::new(SystemClock::default());
         // As a data directory does, which is opened before.

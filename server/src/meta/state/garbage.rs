@@ -49,7 +49,8 @@ pub(super) fn condemn(tables: &mut Tables<'_>, hashes: &[BlockHash], unnamed_bef
     Ok(Reply::Condemned(Some(epoch).filter(|epoch| tables.counters.epoch == *epoch)))
 }
 
-/// Condemns copies of blocks that are not known, on the one server that turned out to have them.
+/// Condemns copies of blocks that are not known, on the one server that turned out to have them; and has copies there of blocks that
+/// it is not on record for count no more.
 pub(super) fn condemn_strays(
     tables: &mut Tables<'_>,
     server: ServerId,
@@ -61,12 +62,15 @@ pub(super) fn condemn_strays(
         return Ok(Reply::Condemned(None));
     }
     for hash in hashes {
-        if block(tables, *hash)?.is_none() {
+        let old = block(tables, *hash)?;
+        let new = match &old {
             // Nobody has said how long it is.
-            let new = BlockRow { condemned: true, holders: vec![server], ..BlockRow::new(0, epoch) };
-            blocks::store(tables, *hash, None, &new, now)?;
-            tables.counters.epoch = epoch;
-        }
+            None => BlockRow { condemned: true, holders: vec![server], ..BlockRow::new(0, epoch) },
+            Some(row) if row.condemned || row.holders.contains(&server) => continue,
+            Some(row) => BlockRow { epoch, ..row.clone() },
+        };
+        blocks::store(tables, *hash, old.as_ref(), &new, now)?;
+        tables.counters.epoch = epoch;
     }
     Ok(Reply::Condemned(Some(epoch).filter(|epoch| tables.counters.epoch == *epoch)))
 }

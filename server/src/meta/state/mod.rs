@@ -117,7 +117,8 @@ pub enum Command {
         blocks: Vec<BlockHash>,
         unnamed_before: Time,
     },
-    /// The same, of copies that a server has of blocks that are not known.
+    /// The same, of copies that a server has of blocks that are not known; and of other blocks that it is not on record for: what it
+    /// has of those counts no more, so that it can be deleted there.
     CondemnStrays {
         server: ServerId,
         blocks: Vec<BlockHash>,
@@ -158,6 +159,8 @@ pub enum Reply {
         role: Role,
         id: u32,
     },
+    /// How many blocks lost that holder.
+    Lost(usize),
     /// `None`: there was nothing to condemn any more.
     Condemned(Option<Epoch>),
     Done,

@@ -149,7 +149,7 @@ pub struct BlockRow {
     pub refs: u64,
     /// Sorted.
     pub holders: Vec<ServerId>,
-    /// Every holder's copy is stamped with at least this.
+    /// Every copy that is put on record from now on is stamped with at least this: another may be deleted at any moment.
     pub epoch: Epoch,
     /// Copies with earlier stamps are being deleted, and no piece may name the block.
     pub condemned: bool,

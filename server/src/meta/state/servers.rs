@@ -42,10 +42,11 @@ pub(super) fn holder_added(
 }
 
 pub(super) fn holder_lost(tables: &mut Tables<'_>, server: ServerId, hashes: &[BlockHash], now: Time) -> Result<Reply> {
+    let mut lost = 0;
     for hash in hashes {
-        blocks::unhold(tables, *hash, server, now)?;
+        lost += usize::from(blocks::unhold(tables, *hash, server, now)?);
     }
-    Ok(Reply::Done)
+    Ok(Reply::Lost(lost))
 }
 
 /// Counts a bad copy that a reader met. One that could not be replaced on the spot is off the record, and so owed.

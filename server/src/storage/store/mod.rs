@@ -341,6 +341,17 @@ impl Store {
         self.inner.examine(hash)
     }
 
+    /// As `examine`, of what is on the disk, whatever memory has; with the block's length.
+    pub fn scrub(&self, hash: &BlockHash) -> Result<(u64, Verdict), StoreError> {
+        let entry = self.inner.index.get(hash).map_err(|error| self.inner.index_failed(&error))?;
+        if let Some(entry) = &entry
+            && let Ok(file) = self.inner.segments.file(entry.place.segment)
+        {
+            file.forget_cached(entry.place.offset, entry.record_length());
+        }
+        Ok((entry.map_or(0, |entry| u64::from(entry.length)), self.examine(hash)?))
+    }
+
     /// As `examine`, for those who want a good copy or an error.
     pub fn verify(&self, hash: &BlockHash) -> Result<(), StoreError> {
         match self.examine(hash)? {

@@ -123,7 +123,13 @@ fn copies_of_blocks_that_nobody_knows_are_condemned_where_they_are() {
     }
     let stray = row(&world, 2).unwrap();
     assert_eq!((stray.condemned, stray.holders), (true, vec![ServerId(3)]));
-    assert!(row(&world, 1).is_some_and(|row| !row.condemned), "this one is known");
+    assert!(row(&world, 1).is_some_and(|row| !row.condemned && row.epoch == Epoch(0)), "this one is on record there");
+    let elsewhere = Command::HolderLost { server: ServerId(3), blocks: vec![hash(1)] };
+    world.command(elsewhere).unwrap();
+    world.command(Command::CondemnStrays { server: ServerId(3), blocks: vec![hash(1)] }).unwrap();
+    let epoch = world.view().counters().epoch;
+    assert!(row(&world, 1).is_some_and(|row| !row.condemned && row.epoch == epoch), "what is there counts no more");
+    assert_eq!(again(&mut world, ino, 1, Epoch(epoch.0 - 1)), Err(Refusal::BlockGone));
     assert_eq!(again(&mut world, ino, 2, Epoch(0)), Err(Refusal::BlockGone));
     assert_eq!(again(&mut world, ino, 2, stray.epoch), Ok(()));
     assert_eq!(row(&world, 2).map(|row| (row.length, row.refs)), Some((8, 1)));

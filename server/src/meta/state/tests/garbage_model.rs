@@ -90,6 +90,8 @@ struct World {
     /// Orders to copy, under way or carried out, to each server, with each stamp.
     orders: [u8; 2],
     copied: [u8; 2],
+    /// Epochs at which the second server's copy was one too many, and has not been ordered to go yet.
+    surplus: u8,
 }
 
 impl World {
@@ -104,6 +106,7 @@ impl World {
             deletes: [(0, 0); EPOCH_MAX as usize + 1],
             orders: [0; 2],
             copied: [0; 2],
+            surplus: 0,
         }
     }
 
@@ -221,6 +224,23 @@ impl World {
             next.push(self.with(|world| world.meta.row = Some((named, holders & !bit, epoch, condemned))));
         } else {
             next.push(self.with(|world| world.orders[server] |= 1 << epoch));
+            if self.meta.epoch < EPOCH_MAX {
+                // What it has is one too many.
+                next.push(self.with(|world| {
+                    world.meta.epoch += 1;
+                    world.meta.row = Some((named, holders, world.meta.epoch, condemned));
+                    world.surplus |= 1 << world.meta.epoch;
+                }));
+            }
+            for epoch in (1..=EPOCH_MAX).filter(|epoch| self.surplus & 1 << epoch != 0) {
+                let is_durable = self.durable.epoch >= epoch && self.durable.row.is_some_and(|row| row.2 >= epoch);
+                if is_durable || flaw == Flaw::DeletesGoOutEarly {
+                    next.push(self.with(|world| {
+                        world.surplus &= !(1 << epoch);
+                        world.deletes[epoch as usize].0 |= bit;
+                    }));
+                }
+            }
             if self.durable.row == self.meta.row {
                 next.push(self.with(|world| world.replace_disk(server)));
             }

@@ -1,0 +1,218 @@
+//! `holdfast fsck`: everything that must be true of a cluster, checked while it runs.
+
+use std::{
+    io::{self, IsTerminal, Write},
+    process::ExitCode,
+    sync::Arc,
+};
+
+use clap::Args;
+use holdfast_common::{
+    Refusal, ServerId,
+    cluster::ServerState,
+    inventory::BUCKETS,
+    net::{Endpoint, quic::Node},
+    wire::meta::{AdminRequest, ClusterStatus, Comparison, MetaAnswer},
+};
+use serde_json::json;
+
+use super::{
+    admin::{AskError, Target, call, with_node},
+    error::CliResult,
+    print,
+};
+
+/// Exit status of a check that has found something that is not mended.
+const UNSOUND: u8 = 4;
+/// Questions that a server that is busy is asked before it counts as silent.
+const TRIES: usize = 5;
+
+/// Check a cluster, and mend it
+///
+/// Checks every invariant of the metadata, and compares what each storage server has with what it is on record for. The cluster goes on
+/// working meanwhile. Exit status: 0 if all is well or has been mended, 4 if something is left, 1 if it could not be checked.
+#[derive(Debug, Args)]
+pub(super) struct FsckArgs {
+    #[command(flatten)]
+    pub target: Target,
+    /// Have copies made of what a server should have and does not
+    #[arg(long)]
+    pub repair: bool,
+    /// As one JSON object, for programs
+    #[arg(long)]
+    pub json: bool,
+}
+
+/// One server's part of the report.
+#[derive(Debug)]
+struct Compared {
+    server: ServerId,
+    state: ServerState,
+    /// `None`: it did not answer.
+    comparison: Option<Comparison>,
+}
+
+#[derive(Debug)]
+struct Report {
+    violations: Vec<String>,
+    servers: Vec<Compared>,
+    /// Blocks that a file names and no server is on record for.
+    lost: u64,
+}
+
+pub(super) fn run(args: &FsckArgs) -> CliResult<ExitCode> {
+    let report = with_node(&args.target.load()?, |node, to| check(node, to, args.repair))??;
+    match args.json {
+        true => print(&format!("{:#}\n", report.json()))?,
+        false => print(&report.text(args.repair))?,
+    }
+    Ok(if report.is_sound() { ExitCode::SUCCESS } else { ExitCode::from(UNSOUND) })
+}
+
+async fn check(node: Arc<Node>, to: Endpoint, repair: bool) -> Result<Report, AskError> {
+    let MetaAnswer::Violations(violations) = call(&node, to, AdminRequest::Check).await? else {
+        return Err(AskError::Unexpected);
+    };
+    let status = status(&node, to).await?;
+    let mut servers = Vec::with_capacity(status.servers.len());
+    for server in &status.servers {
+        let comparison = match server.state {
+            ServerState::Up => compare(&node, to, server.id, repair).await?,
+            _ => None,
+        };
+        servers.push(Compared { server: server.id, state: server.state, comparison });
+    }
+    Ok(Report { violations, servers, lost: status.blocks_by_copies[0] })
+}
+
+async fn status(node: &Arc<Node>, to: Endpoint) -> Result<ClusterStatus, AskError> {
+    match call(node, to, AdminRequest::Status).await? {
+        MetaAnswer::Status(status) => Ok(*status),
+        _ => Err(AskError::Unexpected),
+    }
+}
+
+async fn compare(node: &Arc<Node>, to: Endpoint, server: ServerId, mend: bool) -> Result<Option<Comparison>, AskError> {
+    let mut sum = Comparison::default();
+    for bucket in BUCKETS {
+        progress(server, bucket);
+        let Some(found) = compare_bucket(node, to, AdminRequest::Compare { server, bucket, mend }).await? else {
+            return Ok(None);
+        };
+        sum.on_record += found.on_record;
+        sum.missing += found.missing;
+        sum.mended += found.mended;
+        sum.extra += found.extra;
+    }
+    Ok(Some(sum))
+}
+
+async fn compare_bucket(node: &Arc<Node>, to: Endpoint, request: AdminRequest) -> Result<Option<Comparison>, AskError> {
+    for _ in 0..TRIES {
+        match call(node, to, request.clone()).await {
+            Ok(MetaAnswer::Compared(found)) => return Ok(Some(found)),
+            Ok(_) => return Err(AskError::Unexpected),
+            Err(AskError::Refused(Refusal::Unavailable)) => {}
+            Err(error) => return Err(error),
+        }
+    }
+    Ok(None)
+}
+
+fn progress(server: ServerId, bucket: u8) {
+    let mut error = io::stderr();
+    if error.is_terminal() {
+        let percent = u32::from(bucket) * 100 / 255;
+        // Whoever does not see it misses nothing.
+        drop(write!(
+            error,
+            "\rcomparing storage server {server}: {percent} %{}",
+            if bucket == 255 { "\n" } else { "" }
+        ));
+    }
+}
+
+impl Compared {
+    fn is_sound(&self) -> bool {
+        self.comparison.is_some_and(|found| found.missing == found.mended)
+    }
+
+    fn text(&self, repair: bool) -> String {
+        let Self { server, state, comparison } = self;
+        let Some(Comparison { on_record, missing, mended, extra }) = comparison else {
+            return format!("Storage server {server} is {state} and was not compared.\n");
+        };
+        let mut text = format!("Storage server {server}: {on_record} blocks on record");
+        match (missing, repair) {
+            (0, _) => text += ", all there",
+            (_, false) => text += &format!(", {missing} MISSING (--repair has them copied)"),
+            (_, true) => text += &format!(", {missing} missing, of {mended} copies are being made"),
+        }
+        if *extra > 0 {
+            text += &format!("; {extra} that are not on record (new, or deleted in time)");
+        }
+        text + ".\n"
+    }
+}
+
+impl Report {
+    fn is_sound(&self) -> bool {
+        self.violations.is_empty() && self.lost == 0 && self.servers.iter().all(Compared::is_sound)
+    }
+
+    fn text(&self, repair: bool) -> String {
+        let mut text: String = self.violations.iter().map(|sentence| format!("Metadata: {sentence}.\n")).collect();
+        if self.violations.is_empty() {
+            text += "Metadata: every invariant holds.\n";
+        }
+        self.servers.iter().for_each(|server| text += &server.text(repair));
+        if self.lost > 0 {
+            text += &format!("{} blocks are LOST: no server has a copy.\n", self.lost);
+        }
+        text + if self.is_sound() { "All is well.\n" } else { "Not all is well.\n" }
+    }
+
+    fn json(&self) -> serde_json::Value {
+        let server = |compared: &Compared| {
+            let found = compared.comparison.map(|found| {
+                let Comparison { on_record, missing, mended, extra } = found;
+                json!({ "on_record": on_record, "missing": missing, "mended": mended, "extra": extra })
+            });
+            json!({ "id": compared.server.0, "state": compared.state.to_string(), "compared": found })
+        };
+        let servers: Vec<_> = self.servers.iter().map(server).collect();
+        json!({ "sound": self.is_sound(), "violations": self.violations, "lost": self.lost, "servers": servers })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn report(missing: u64, mended: u64) -> Report {
+        let comparison = Some(Comparison { on_record: 10, missing, mended, extra: 2 });
+        let compared = |server, comparison| Compared { server: ServerId(server), state: ServerState::Up, comparison };
+        Report { violations: Vec::new(), servers: vec![compared(1, comparison)], lost: 0 }
+    }
+
+    #[test]
+    fn what_is_missing_and_not_mended_is_not_well() {
+        assert!(report(0, 0).is_sound() && report(3, 3).is_sound());
+        assert!(!report(3, 0).is_sound() && !report(3, 2).is_sound());
+        assert!(!Report { violations: vec!["x".into()], ..report(0, 0) }.is_sound());
+        assert!(!Report { lost: 1, ..report(0, 0) }.is_sound());
+        let silent = Compared { server: ServerId(2), state: ServerState::Down, comparison: None };
+        assert!(!Report { servers: vec![silent], ..report(0, 0) }.is_sound());
+    }
+
+    #[test]
+    fn the_report_is_exactly_this() {
+        let expected = "\
+Metadata: every invariant holds.
+Storage server 1: 10 blocks on record, 3 MISSING (--repair has them copied); 2 that are not on record (new, or deleted in time).
+Not all is well.
+";
+        assert_eq!(report(3, 0).text(false), expected);
+        assert_eq!(report(3, 0).json()["servers"][0]["compared"]["missing"], 3);
+    }
+}

@@ -1,0 +1,274 @@
+//! Compares what each storage server has with what it is on record for, and mends the difference (anti-entropy).
+//!
+//! Both sides sort the hashes of a bucket and hash them; only where the digests differ is a list sent. What is on record and not there
+//! is taken off, and so owed, and copied. What is there and not on record, twice and a grace apart, is put on record where copies are
+//! short, and condemned where nobody needs it: it may be a put whose commit is still on its way, so that it goes as garbage does.
+
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    sync::Arc,
+    time::Duration,
+};
+
+use holdfast_common::{
+    BlockHash, BootId, Epoch, ServerId,
+    inventory::{self, BUCKETS, BucketDigest},
+    net::Peers,
+    wire::storage::{StorageAnswer, StorageRequest},
+};
+
+use super::{
+    committer::Proposer,
+    core::{Core, Fault, ask},
+    state::{Command, Reply, blocks, garbage},
+};
+
+const TICK: Duration = Duration::from_secs(1);
+/// After a bucket of more than so many blocks: who reads and writes goes first.
+const MANY: u64 = 64;
+const PAUSE: Duration = Duration::from_millis(5);
+const DEADLINE: Duration = Duration::from_secs(10);
+/// Until a condemnation is durable.
+const DURABLE_DEADLINE: Duration = Duration::from_secs(10);
+/// Blocks that one entry changes.
+const BATCH: usize = 1024;
+/// Copies that are nowhere on record, remembered until they are met again.
+const STRAYS_MAX: usize = 1 << 20;
+
+/// Where one bucket of one server differs.
+#[derive(Debug, Default)]
+pub struct Difference {
+    /// Blocks that the server is on record for.
+    pub on_record: u64,
+    /// On record, and not there.
+    pub missing: Vec<BlockHash>,
+    /// There and not on record, with its stamp.
+    pub extra: Vec<(BlockHash, Epoch)>,
+}
+
+/// Looks at one bucket. `None`: the server did not answer.
+pub async fn look(core: &Core, peers: &dyn Peers, server: ServerId, bucket: u8) -> Result<Option<Difference>, Fault> {
+    // The record first: what is put and committed from here on is extra for a moment, and never missing.
+    let held = held_in(core, server, bucket)?;
+    let mut difference = Difference { on_record: held.len() as u64, ..Difference::default() };
+    match question(core, peers, server, &StorageRequest::Digest { bucket }).await {
+        Some(StorageAnswer::Digest(digest)) if digest == BucketDigest::of(&held) => return Ok(Some(difference)),
+        Some(StorageAnswer::Digest(_)) => {}
+        _ => return Ok(None),
+    }
+    let Some(here) = list(core, peers, server, bucket).await else { return Ok(None) };
+    let view = core.store.view()?;
+    for hash in held.iter().filter(|hash| !here.contains_key(hash)) {
+        let row = blocks::block(&*view, *hash)?;
+        if row.is_some_and(|row| !row.condemned && row.holders.contains(&server)) {
+            difference.missing.push(*hash);
+        }
+    }
+    for (hash, epoch) in here.into_iter().filter(|(hash, _)| held.binary_search(hash).is_err()) {
+        let row = blocks::block(&*view, hash)?;
+        if row.is_none_or(|row| !row.condemned && !row.holders.contains(&server)) {
+            difference.extra.push((hash, epoch));
+        }
+    }
+    drop(view);
+    Ok(retain_missing(core, peers, server, &mut difference).await.then_some(difference))
+}
+
+/// Asks once more for what was not in the list: it may have been put again meanwhile. `false`: no answer.
+async fn retain_missing(core: &Core, peers: &dyn Peers, server: ServerId, difference: &mut Difference) -> bool {
+    if difference.missing.is_empty() {
+        return true;
+    }
+    let request = StorageRequest::Has { blocks: difference.missing.clone() };
+    let Some(StorageAnswer::Has { present, .. }) = question(core, peers, server, &request).await else { return false };
+    let mut present = present.into_iter();
+    difference.missing.retain(|_| present.next() == Some(false));
+    true
+}
+
+fn held_in(core: &Core, server: ServerId, bucket: u8) -> Result<Vec<BlockHash>, Fault> {
+    let view = core.store.view()?;
+    let (mut held, mut after) = (Vec::new(), inventory::before(bucket));
+    loop {
+        let page = blocks::held_after(&*view, server, after, BATCH)?;
+        after = page.last().copied();
+        let full = page.len() == BATCH;
+        held.extend(page.into_iter().filter(|hash| inventory::is_in(bucket, hash)));
+        if !full || after.is_some_and(|last| !inventory::is_in(bucket, &last)) {
+            return Ok(held);
+        }
+    }
+}
+
+async fn list(core: &Core, peers: &dyn Peers, server: ServerId, bucket: u8) -> Option<BTreeMap<BlockHash, Epoch>> {
+    let (mut all, mut after) = (BTreeMap::new(), inventory::before(bucket));
+    loop {
+        let answer = question(core, peers, server, &StorageRequest::List { after }).await?;
+        let StorageAnswer::List { blocks, end } = answer else { return None };
+        after = blocks.last().map(|(hash, _)| *hash);
+        all.extend(blocks.into_iter().filter(|(hash, _)| inventory::is_in(bucket, hash)));
+        if end || after.is_none_or(|last| !inventory::is_in(bucket, &last)) {
+            return Some(all);
+        }
+    }
+}
+
+async fn question(core: &Core, peers: &dyn Peers, server: ServerId, request: &StorageRequest) -> Option<StorageAnswer> {
+    let to = core.cluster.lock().endpoint(server)?;
+    match ask(peers, to, request, DEADLINE).await {
+        Ok(Ok(answer)) => Some(answer),
+        other => {
+            tracing::debug!(%server, ?other, "a storage server does not say what it has");
+            None
+        }
+    }
+}
+
+/// Takes what is missing off the record, so that it is owed. Returns how many could be: not those of which it was the last copy.
+pub async fn mend_missing(core: &Core, proposer: &Proposer, server: ServerId, missing: Vec<BlockHash>) -> usize {
+    let mut mended = 0;
+    for batch in missing.chunks(BATCH) {
+        let command = Command::HolderLost { server, blocks: batch.to_vec() };
+        match proposer.propose(command).await {
+            Ok((_, Ok(Reply::Lost(count)))) => mended += count,
+            Ok(_) => {}
+            Err(refusal) => tracing::debug!(%server, %refusal, "missing copies could not be taken off the record yet"),
+        }
+        core.copies_wanted.notify_one();
+    }
+    mended
+}
+
+/// Compares every server with the record: when it has been started anew, and then from time to time.
+pub struct Comparer {
+    core: Arc<Core>,
+    proposer: Proposer,
+    peers: Arc<dyn Peers>,
+    every: Duration,
+    grace: Duration,
+    /// In which life a server was compared, and when it is due again.
+    due: BTreeMap<ServerId, ((BootId, u64), Duration)>,
+    /// Copies that are nowhere on record, and since when that is known.
+    strays: BTreeMap<(ServerId, BlockHash), Duration>,
+}
+
+impl std::fmt::Debug for Comparer {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Comparer").field("due", &self.due).finish_non_exhaustive()
+    }
+}
+
+impl Comparer {
+    /// `every`: how often without a reason. `grace`: how long the commit of a put may take.
+    pub fn new(core: Arc<Core>, proposer: Proposer, peers: Arc<dyn Peers>, every: Duration, grace: Duration) -> Self {
+        Self { core, proposer, peers, every, grace, due: BTreeMap::new(), strays: BTreeMap::new() }
+    }
+
+    pub async fn run(mut self) -> Result<(), Fault> {
+        loop {
+            tokio::time::sleep(TICK).await;
+            if self.core.is_recovering() {
+                continue;
+            }
+            let up = self.core.cluster.lock().up();
+            for server in up {
+                self.compare_if_due(server).await?;
+            }
+        }
+    }
+
+    async fn compare_if_due(&mut self, server: ServerId) -> Result<(), Fault> {
+        let Some(life) = self.core.cluster.lock().life(server) else { return Ok(()) };
+        let now = self.core.clock.monotonic();
+        if self.due.get(&server).is_some_and(|(compared, due)| *compared == life && now < *due) {
+            return Ok(());
+        }
+        if self.compare(server).await? {
+            let has_strays =
+                self.strays.range((server, BlockHash([0; 32]))..=(server, BlockHash([255; 32]))).next().is_some();
+            let wait = if has_strays { self.grace.min(self.every) } else { self.every };
+            self.due.insert(server, (life, self.core.clock.monotonic() + wait));
+        }
+        Ok(())
+    }
+
+    /// `false`: the server stopped answering.
+    async fn compare(&mut self, server: ServerId) -> Result<bool, Fault> {
+        let (mut blocks, mut missing, mut mended) = (0, 0, 0);
+        for bucket in BUCKETS {
+            let Some(difference) = look(&self.core, &*self.peers, server, bucket).await? else { return Ok(false) };
+            let pause = if difference.on_record > MANY { PAUSE } else { Duration::ZERO };
+            blocks += difference.on_record;
+            missing += difference.missing.len();
+            mended += mend_missing(&self.core, &self.proposer, server, difference.missing).await;
+            self.mend_extra(server, bucket, difference.extra).await?;
+            tokio::time::sleep(pause).await;
+        }
+        tracing::info!(%server, blocks, missing, "a storage server was compared with the record");
+        if missing > 0 {
+            tracing::warn!(%server, missing, lost = missing - mended, "a storage server does not have what it is on record for: copies are made");
+        }
+        Ok(true)
+    }
+
+    async fn mend_extra(&mut self, server: ServerId, bucket: u8, extra: Vec<(BlockHash, Epoch)>) -> Result<(), Fault> {
+        let now = self.core.clock.monotonic();
+        let here: BTreeSet<BlockHash> = extra.iter().map(|(hash, _)| *hash).collect();
+        self.strays
+            .retain(|(owner, hash), _| *owner != server || !inventory::is_in(bucket, hash) || here.contains(hash));
+        let (mut wanted, mut unwanted): (BTreeMap<Epoch, Vec<BlockHash>>, Vec<BlockHash>) = Default::default();
+        {
+            let view = self.core.store.view()?;
+            for (hash, epoch) in extra {
+                if self.strays.len() >= STRAYS_MAX {
+                    break;
+                }
+                let since = *self.strays.entry((server, hash)).or_insert(now);
+                if now.saturating_sub(since) < self.grace {
+                    continue;
+                }
+                self.strays.remove(&(server, hash));
+                match blocks::block(&*view, hash)? {
+                    Some(row) if blocks::is_owed(&row) && garbage::counts(&row, epoch) => {
+                        wanted.entry(epoch).or_default().push(hash);
+                    }
+                    _ => unwanted.push(hash),
+                }
+            }
+        }
+        self.put_on_record(server, wanted).await;
+        self.condemn(server, unwanted).await;
+        Ok(())
+    }
+
+    async fn put_on_record(&self, server: ServerId, wanted: BTreeMap<Epoch, Vec<BlockHash>>) {
+        let Some(boot) = self.core.cluster.lock().boot(server) else { return };
+        for (epoch, blocks) in wanted {
+            // Whether they are durable there is not known: the next barrier asks.
+            blocks.iter().for_each(|hash| self.core.unsynced.lock().add(server, boot, *hash));
+            for batch in blocks.chunks(BATCH) {
+                let command = Command::HolderAdded { server, blocks: batch.to_vec(), epoch };
+                if let Err(refusal) = self.proposer.propose(command).await {
+                    tracing::debug!(%server, %refusal, "copies that were found could not be recorded yet");
+                }
+            }
+        }
+    }
+
+    /// Those that are not known go as garbage; those that are only here too many, at once.
+    async fn condemn(&self, server: ServerId, unwanted: Vec<BlockHash>) {
+        for batch in unwanted.chunks(BATCH) {
+            let command = Command::CondemnStrays { server, blocks: batch.to_vec() };
+            let (position, epoch) = match self.proposer.propose(command).await {
+                Ok((position, Ok(Reply::Condemned(Some(epoch))))) => (position, epoch),
+                _ => continue,
+            };
+            tracing::info!(%server, blocks = batch.len(), "copies that nobody needs are deleted");
+            if self.core.until_durable(position, DURABLE_DEADLINE).await.is_ok() {
+                let request = StorageRequest::Delete { blocks: batch.to_vec(), epoch };
+                // Without an answer they are met again the next time.
+                drop(question(&self.core, &*self.peers, server, &request).await);
+            }
+        }
+    }
+}

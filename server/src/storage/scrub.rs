@@ -1,0 +1,252 @@
+//! Reads every stored byte again from time to time, and finds what has gone bad before somebody needs it.
+//!
+//! In the order of the hashes, so that one of them says how far a pass has come, also after a restart. Bytes come from the disk and not
+//! from memory. What is bad goes into quarantine and is told to the metadata server, which has a good copy made.
+
+use std::{
+    io,
+    path::{Path, PathBuf},
+    sync::{
+        Arc,
+        atomic::{
+            AtomicBool, AtomicU64,
+            Ordering::{AcqRel, Acquire, Relaxed},
+        },
+    },
+    thread,
+    time::{Duration, Instant},
+};
+
+use holdfast_common::{BlockHash, clock::Clock, disk::Disk};
+use serde::{Deserialize, Serialize};
+use tokio::sync::mpsc;
+
+use super::{
+    service::StorageService,
+    store::{Store, StoreError, Verdict},
+};
+
+/// Blocks after which the state is written.
+const PAGE: usize = 256;
+/// While requests are being served, the pass goes at this part of its rate.
+const BUSY_DIVISOR: u64 = 4;
+/// How often a scrubber that has nothing to do looks whether it has.
+const IDLE_TICK: Duration = Duration::from_millis(200);
+const STATE_FILE: &str = "scrub.json";
+
+/// How far scrubbing has come, for reports.
+#[derive(Debug, Default)]
+pub struct ScrubProgress {
+    /// Bytes that this pass has checked; 0 between passes.
+    pub checked_bytes: AtomicU64,
+    /// Full passes since the data directory was made.
+    pub passes: AtomicU64,
+    /// When the last one ended, in seconds since 1970; 0: never.
+    pub last_pass_secs: AtomicU64,
+    /// A pass is to begin now, and to take no breaks.
+    wanted: AtomicBool,
+    stopping: AtomicBool,
+}
+
+impl ScrubProgress {
+    /// Starts a pass at once, or has the one that is under way go on without breaks.
+    pub fn want(&self) {
+        self.wanted.store(true, Relaxed);
+    }
+}
+
+/// What is kept between two lives.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+struct State {
+    /// The last block that the pass under way has checked, in hexadecimal digits; none between passes.
+    after: Option<String>,
+    checked_bytes: u64,
+    passes: u64,
+    last_pass_secs: u64,
+    /// When the first life began: the first pass is due after that.
+    since_secs: u64,
+}
+
+pub(super) struct Scrubber {
+    pub store: Arc<Store>,
+    pub service: Arc<StorageService>,
+    pub disk: Arc<dyn Disk>,
+    pub directory: PathBuf,
+    pub clock: Arc<dyn Clock>,
+    /// Bytes a second; 0: only when it is asked for.
+    pub rate: u64,
+    /// From the end of one pass to the next.
+    pub every: Duration,
+    pub progress: Arc<ScrubProgress>,
+    /// Blocks that turned out to be bad here.
+    pub bad: mpsc::UnboundedSender<BlockHash>,
+}
+
+/// A scrubber's thread. It ends when this is dropped.
+#[derive(Debug)]
+pub(super) struct Scrubbing {
+    progress: Arc<ScrubProgress>,
+    thread: Option<thread::JoinHandle<()>>,
+}
+
+impl Drop for Scrubbing {
+    fn drop(&mut self) {
+        self.progress.stopping.store(true, Relaxed);
+        if self.thread.take().is_some_and(|thread| thread.join().is_err()) {
+            tracing::error!("the thread that scrubs panicked");
+        }
+    }
+}
+
+impl Scrubber {
+    pub(super) fn start(self) -> io::Result<Scrubbing> {
+        let progress = Arc::clone(&self.progress);
+        let thread = thread::Builder::new().name("holdfast-scrub".to_owned()).spawn(move || self.run())?;
+        Ok(Scrubbing { progress, thread: Some(thread) })
+    }
+
+    fn run(self) {
+        let mut state = load(&*self.disk, &self.directory);
+        if state.since_secs == 0 {
+            state.since_secs = self.now_secs();
+            self.keep(&state);
+        }
+        self.show(&state);
+        while !self.is_stopping() {
+            if !self.is_due(&state) {
+                thread::sleep(IDLE_TICK);
+                continue;
+            }
+            match self.page(&mut state) {
+                Ok(()) => {
+                    self.show(&state);
+                    self.keep(&state);
+                }
+                Err(error) => {
+                    tracing::error!(%error, "scrubbing has to wait");
+                    self.nap(Duration::from_secs(10));
+                }
+            }
+        }
+    }
+
+    fn keep(&self, state: &State) {
+        if let Err(error) = save(&*self.disk, &self.directory, state) {
+            tracing::warn!(%error, "how far scrubbing has come is not kept: after a restart the pass begins again");
+        }
+    }
+
+    fn is_stopping(&self) -> bool {
+        self.progress.stopping.load(Relaxed)
+    }
+
+    fn show(&self, state: &State) {
+        self.progress.checked_bytes.store(state.checked_bytes, Relaxed);
+        self.progress.last_pass_secs.store(state.last_pass_secs, Relaxed);
+        self.progress.passes.store(state.passes, Relaxed);
+    }
+
+    fn now_secs(&self) -> u64 {
+        u64::try_from(self.clock.now().secs).unwrap_or(0)
+    }
+
+    fn is_due(&self, state: &State) -> bool {
+        let is_under_way = state.after.is_some() && self.rate > 0;
+        let last = state.last_pass_secs.max(state.since_secs);
+        let is_time = self.now_secs() >= last.saturating_add(self.every.as_secs()) && self.rate > 0;
+        is_under_way || is_time || self.progress.wanted.load(Acquire)
+    }
+
+    /// Checks some blocks, and ends the pass after the last.
+    fn page(&self, state: &mut State) -> Result<(), StoreError> {
+        let after = state.after.as_deref().and_then(BlockHash::from_hex);
+        let (hashes, end) = self.store.list(after, PAGE)?;
+        for (hash, _) in &hashes {
+            if self.is_stopping() {
+                return Ok(());
+            }
+            let started = Instant::now();
+            let length = self.check(hash)?;
+            state.checked_bytes += length;
+            state.after = Some(hash.to_string());
+            self.breathe(length, started.elapsed());
+        }
+        if end {
+            let bytes = state.checked_bytes;
+            (state.after, state.checked_bytes) = (None, 0);
+            (state.passes, state.last_pass_secs) = (state.passes + 1, self.now_secs());
+            self.progress.wanted.swap(false, AcqRel);
+            tracing::info!(bytes, "every stored block was read and checked");
+        }
+        Ok(())
+    }
+
+    /// Keeps to the rate.
+    fn breathe(&self, bytes: u64, took: Duration) {
+        if self.progress.wanted.load(Relaxed) || self.rate == 0 {
+            return;
+        }
+        let rate = if self.service.in_flight() > 0 { self.rate / BUSY_DIVISOR } else { self.rate };
+        self.nap(Duration::from_secs_f64(bytes as f64 / rate.max(1) as f64).saturating_sub(took));
+    }
+
+    fn nap(&self, long: Duration) {
+        let until = Instant::now() + long;
+        while !self.is_stopping() && !self.progress.wanted.load(Relaxed) {
+            let left = until.saturating_duration_since(Instant::now());
+            if left.is_zero() {
+                return;
+            }
+            thread::sleep(left.min(IDLE_TICK));
+        }
+    }
+
+    /// The bytes that were read.
+    fn check(&self, hash: &BlockHash) -> Result<u64, StoreError> {
+        let (length, verdict) = self.store.scrub(hash)?;
+        match verdict {
+            // Deleted meanwhile.
+            Verdict::Good | Verdict::Missing => {}
+            Verdict::BadTree(block, bad) => {
+                tracing::error!(block = %hash, "the hash tree of a copy is bad, its bytes are good: written again");
+                self.store.replace(&block, bad)?;
+            }
+            Verdict::Damaged(bad, reason) => {
+                tracing::error!(block = %hash, reason, "scrubbing has found a bad copy");
+                // Nobody listens only when the server stops: what is missing then is found by comparing.
+                if self.store.quarantine(bad)? && self.bad.send(*hash).is_err() {
+                    tracing::debug!(block = %hash, "a bad copy is not reported any more");
+                }
+            }
+        }
+        Ok(length)
+    }
+}
+
+fn load(disk: &dyn Disk, directory: &Path) -> State {
+    let read = || -> io::Result<State> {
+        let file = disk.open(&directory.join(STATE_FILE), false)?;
+        let mut bytes = vec![0; usize::try_from(file.length()?.min(4096)).map_err(io::Error::other)?];
+        file.read_exact_at(&mut bytes, 0)?;
+        Ok(serde_json::from_slice(&bytes)?)
+    };
+    match read() {
+        Ok(state) => state,
+        Err(error) if error.kind() == io::ErrorKind::NotFound => State::default(),
+        Err(error) => {
+            tracing::warn!(%error, "how far scrubbing had come is not known: the pass begins again");
+            State::default()
+        }
+    }
+}
+
+/// Not durably: lost with the power it costs a pass.
+fn save(disk: &dyn Disk, directory: &Path, state: &State) -> io::Result<()> {
+    let path = directory.join(STATE_FILE);
+    let new = path.with_added_extension("new");
+    let file = disk.open(&new, true)?;
+    let bytes = serde_json::to_vec(state)?;
+    file.set_length(bytes.len() as u64)?;
+    file.write_all_at(&bytes, 0)?;
+    disk.rename(&new, &path)
+}
