@@ -270,3 +270,29 @@ async fn a_server_that_was_stopped_in_good_order_waits_for_nobody() {
     let again = start(&disk.power_cut(1), &storages, &clock, &options).unwrap();
     assert!(again.service.core.is_recovering(), "this one lost its power");
 }
+
+#[tokio::test]
+async fn what_was_made_after_a_recovery_whose_end_is_lost_too_is_made_again_with_its_number() {
+    let cluster = Cluster::new().await;
+    let mut mount = Mount::open(&cluster, 7).await;
+    let first = mount.make(&cluster, Ino::ROOT, "first", Kind::File).await;
+    let cut = cluster.disk.power_cut(0);
+    let cluster = cluster.restarted(cut);
+    let quiet = Mount { session: cluster.session, done: Vec::new() };
+    let (replayed, _) = tokio::join!(mount.replay(&cluster), quiet.replay(&cluster));
+    assert!(replayed.iter().all(|replayed| replayed.result.is_ok()), "{replayed:?}");
+    let second = mount.make(&cluster, Ino::ROOT, "second", Kind::File).await;
+    // The beginning of the recovery is durable, and nothing since.
+    let cut = cluster.disk.power_cut(0);
+    let cluster = cluster.restarted(cut);
+    let (replayed, _) = tokio::join!(mount.replay(&cluster), quiet.replay(&cluster));
+    assert!(replayed.iter().all(|replayed| replayed.result.is_ok()), "{replayed:?}");
+    for (name, attr) in [("first", first), ("second", second)] {
+        let query = Query::Lookup { parent: Ino::ROOT, name: name.as_bytes().to_vec() };
+        match cluster.ask(MOUNT, MetaRequest::Query(query)).await {
+            Ok(MetaAnswer::Attr(found)) => assert_eq!(found.ino, attr.ino, "{name}"),
+            other => panic!("{name}: {other:?}"),
+        }
+    }
+    cluster.check();
+}

@@ -23,45 +23,46 @@ const EPOCHS_LOST: u64 = 1 << 24;
 pub struct Owed {
     /// Everything that it had done after this.
     pub after: Position,
-    /// The number of the first inode that was lost.
-    pub first_lost: Ino,
+    /// Numbers of inodes that may have been lost: from the first on, and none from the second on.
+    pub lost: (Ino, Ino),
 }
 
 impl Owed {
-    fn encode(&self) -> [u8; 16] {
-        let mut row = [0; 16];
-        row[..8].copy_from_slice(&self.after.0.to_le_bytes());
-        row[8..].copy_from_slice(&self.first_lost.0.to_le_bytes());
+    fn encode(&self) -> [u8; 24] {
+        let mut row = [0; 24];
+        let fields = [self.after.0, self.lost.0.0, self.lost.1.0];
+        row.chunks_exact_mut(8).zip(fields).for_each(|(place, field)| place.copy_from_slice(&field.to_le_bytes()));
         row
     }
 
     fn decode(bytes: &[u8]) -> Result<Self> {
-        let row: [u8; 16] = bytes.try_into().map_err(|_| StorageError::Damaged("recovery: row".into()))?;
-        let (after, first_lost) = row.split_at(8);
-        let number = |bytes: &[u8]| bytes.iter().rev().fold(0, |number, byte| number << 8 | u64::from(*byte));
-        Ok(Self { after: Position(number(after)), first_lost: Ino(number(first_lost)) })
+        let row: [u8; 24] = bytes.try_into().map_err(|_| StorageError::Damaged("recovery: row".into()))?;
+        let number =
+            |field: usize| row[8 * field..8 * field + 8].iter().rev().fold(0, |sum, byte| sum << 8 | u64::from(*byte));
+        Ok(Self { after: Position(number(0)), lost: (Ino(number(1)), Ino(number(2))) })
     }
 
     /// Numbers of inodes that were lost.
     pub fn numbers(&self) -> Range<u64> {
-        self.first_lost.0..self.first_lost.0.saturating_add(NUMBERS_LOST)
+        self.lost.0.0..self.lost.1.0
     }
 }
 
 /// Everything after the last entry was lost. One that is still open began earlier, and so covers more; so does what a mount
-/// owes from before.
+/// owes from before. But its end may have been lost with the power, and what was done after that too: numbers that were given out then
+/// are lost as well.
 pub(super) fn begin(tables: &mut Tables<'_>) -> Result<Reply> {
-    if open(tables)?.is_some() {
-        return Ok(Reply::Done);
-    }
-    let owed = Owed { after: tables.counters.position, first_lost: Ino(tables.counters.ino_next) };
-    tables.counters.ino_next = owed.numbers().end;
+    let first = Ino(tables.counters.ino_next);
+    tables.counters.ino_next += NUMBERS_LOST;
     tables.counters.epoch.0 += EPOCHS_LOST;
+    let end = Ino(tables.counters.ino_next);
+    let widened = |owed: Owed| Owed { lost: (owed.lost.0, end), ..owed };
+    let new = Owed { after: tables.counters.position, lost: (first, end) };
+    let owed = fetch(tables.state(), &key::recovery(), Owed::decode)?.map_or(new, widened);
     tables.put_state(&key::recovery(), &owed.encode())?;
     for (session, _) in session::sessions(tables)? {
-        if owed_by(tables, session)?.is_none() {
-            tables.put_state(&key::owed_by(session), &owed.encode())?;
-        }
+        let owed = owed_by(tables, session)?.map_or_else(|| owed.clone(), widened);
+        tables.put_state(&key::owed_by(session), &owed.encode())?;
     }
     Ok(Reply::Done)
 }
