@@ -2,7 +2,7 @@
 
 use serde::{Deserialize, Serialize};
 
-use crate::types::ServerId;
+use crate::types::{ServerId, Time};
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub enum ServerState {
@@ -12,6 +12,45 @@ pub enum ServerState {
     /// Heartbeats are late. Still tried for reads; new blocks go elsewhere when they can.
     Suspect,
     Down,
+    /// It works, and is being emptied: its copies are read, new ones go elsewhere.
+    Draining,
+    /// It may be away for a while: its copies count, new ones go elsewhere.
+    Maintenance,
+}
+
+/// What the operator wants of a storage server.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub enum Standing {
+    /// It takes new blocks, and is replaced when it stays away.
+    #[default]
+    Serving,
+    /// It is to be emptied: its copies do not count, and go when there are enough others.
+    Draining,
+    /// Until then it may be away without being replaced.
+    Maintenance { until: Time },
+    /// As `Draining`, and `Removed` when it is empty.
+    Leaving,
+    /// It does not belong to the cluster any more, and is not let in again under its number.
+    Removed,
+}
+
+impl Standing {
+    /// Is it to be emptied?
+    pub fn is_leaving(self) -> bool {
+        matches!(self, Self::Draining | Self::Leaving)
+    }
+}
+
+impl std::fmt::Display for Standing {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.pad(match self {
+            Self::Serving => "serving",
+            Self::Draining => "draining",
+            Self::Maintenance { .. } => "maintenance",
+            Self::Leaving => "leaving",
+            Self::Removed => "removed",
+        })
+    }
 }
 
 impl std::fmt::Display for ServerState {
@@ -21,6 +60,8 @@ impl std::fmt::Display for ServerState {
             Self::Up => "up",
             Self::Suspect => "suspect",
             Self::Down => "down",
+            Self::Draining => "draining",
+            Self::Maintenance => "maintenance",
         })
     }
 }

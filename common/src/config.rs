@@ -192,6 +192,10 @@ pub struct MetaOptions {
     /// has been started anew [default: 3600]
     #[arg(long, value_name = "SECONDS")]
     pub compare_every_secs: Option<u64>,
+    /// How often a copy of all metadata is put on the storage servers, in seconds, if there is anything new; 0: never. One that takes
+    /// long is made less often [default: 600]
+    #[arg(long, value_name = "SECONDS")]
+    pub backup_every_secs: Option<u64>,
     /// Least serious messages that are logged; HOLDFAST_LOG overrides it [default: info]
     #[arg(long, value_name = "LEVEL")]
     pub log_level: Option<LogLevel>,
@@ -202,7 +206,8 @@ pub struct MetaOptions {
 
 options!(MetaOptions {
     data_dir, tls_dir, listen, ca_dir, cache_bytes, checkpoint_log_bytes, reserve_bytes, session_timeout_secs,
-    recovery_window_secs, suspect_after_ms, down_after_ms, replace_after_secs, garbage_grace_secs, compare_every_secs, log_level, log_format,
+    recovery_window_secs, suspect_after_ms, down_after_ms, replace_after_secs, garbage_grace_secs, compare_every_secs,
+    backup_every_secs, log_level, log_format,
 } paths { data_dir, tls_dir, ca_dir });
 
 /// Options of a storage server.
@@ -310,6 +315,8 @@ pub struct MetaConfig {
     pub replace_after: Duration,
     pub garbage_grace: Duration,
     pub compare_every: Duration,
+    /// Zero: never.
+    pub backup_every: Duration,
     pub log_level: LogLevel,
     pub log_format: LogFormat,
 }
@@ -340,6 +347,7 @@ impl MetaConfig {
             replace_after: seconds("replace_after_secs", options.replace_after_secs, 300, 1)?,
             garbage_grace: seconds("garbage_grace_secs", options.garbage_grace_secs, 60, 1)?,
             compare_every: seconds("compare_every_secs", options.compare_every_secs, 3600, 1)?,
+            backup_every: seconds("backup_every_secs", options.backup_every_secs, 600, 0)?,
             log_level: options.log_level.unwrap_or_default(),
             log_format: options.log_format.unwrap_or_default(),
         };

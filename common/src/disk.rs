@@ -66,6 +66,9 @@ pub struct Space {
 #[derive(Debug, Default)]
 pub struct RealDisk;
 
+/// Of the kernel's memory of files, at least.
+const PAGE_LENGTH: u64 = 4096;
+
 #[derive(Debug)]
 struct RealFile(fs::File);
 
@@ -124,7 +127,10 @@ impl DiskFile for RealFile {
     }
 
     fn forget_cached(&self, offset: u64, length: u64) {
-        sys::advise(&self.0, offset, length, libc::POSIX_FADV_DONTNEED);
+        // The kernel forgets whole pages only: those of which a part is meant go too.
+        let start = offset / PAGE_LENGTH * PAGE_LENGTH;
+        let end = offset.saturating_add(length).next_multiple_of(PAGE_LENGTH);
+        sys::advise(&self.0, start, end - start, libc::POSIX_FADV_DONTNEED);
     }
 
     fn write_all_at(&self, bytes: &[u8], offset: u64) -> io::Result<()> {

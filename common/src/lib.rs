@@ -11,6 +11,7 @@ pub mod locks;
 pub mod net;
 pub mod pieces;
 pub mod placement;
+pub mod planted;
 pub mod refusal;
 pub mod telemetry;
 pub mod types;

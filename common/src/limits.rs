@@ -62,6 +62,16 @@ pub const FOREIGN_CHANGES_MAX: usize = 4096;
 pub const FOREIGN_SPAN: std::time::Duration = std::time::Duration::from_millis(1200);
 /// How long the metadata server waits for an event before it answers without one.
 pub const LISTEN_PATIENCE: std::time::Duration = std::time::Duration::from_secs(2);
+/// Entries of the journal in one message.
+pub const JOURNAL_PAGE_MAX: usize = 512;
+/// Bytes of each text of an entry of the journal.
+pub const JOURNAL_TEXT_MAX: usize = 1024;
+/// Lost blocks that a comparison of one bucket names.
+pub const LOST_MAX: usize = 1024;
+/// Paths in one message.
+pub const PATHS_MAX: usize = 512;
+/// Bytes of a path in a message; a longer one is cut at its front.
+pub const PATH_SHOWN_MAX: usize = 4096;
 /// Storage servers in one cluster.
 pub const STORAGE_SERVERS_MAX: usize = 4096;
 
@@ -72,4 +82,6 @@ const _: () = assert!(HASH_LIST_MAX * 64 <= HEADER_SIZE_MAX);
 const _: () = assert!(COMMIT_PIECES_MAX * 128 <= HEADER_SIZE_MAX);
 const _: () = assert!(READDIR_PAGE_MAX * (NAME_LENGTH_MAX + 256) <= HEADER_SIZE_MAX);
 const _: () = assert!(REPLICAS_MIN <= REPLICAS);
+const _: () = assert!(JOURNAL_PAGE_MAX * (4 * JOURNAL_TEXT_MAX + 128) <= HEADER_SIZE_MAX);
+const _: () = assert!(PATHS_MAX * (PATH_SHOWN_MAX + 64) <= HEADER_SIZE_MAX);
 const _: () = assert!(FOREIGN_CHANGES_MAX * (NAME_LENGTH_MAX + 32) <= HEADER_SIZE_MAX);

@@ -31,6 +31,14 @@ enum Role {
     Meta(Daemon<MetaOptions>),
     /// Run a storage server: blocks, each under its hash
     Storage(Daemon<StorageOptions>),
+    /// Make a metadata server's directory from a backup, and end
+    Restore {
+        /// The backup, as `holdfast meta backup` makes it and storage servers keep it
+        #[arg(value_name = "FILE")]
+        backup: PathBuf,
+        #[command(flatten)]
+        daemon: Box<Daemon<MetaOptions>>,
+    },
 }
 
 #[derive(Args)]
@@ -79,6 +87,19 @@ fn run(role: Role) -> anyhow::Result<()> {
                 let (disk, clock) = (Arc::new(RealDisk), Arc::new(SystemClock::default()));
                 Ok(meta::run(config, disk, clock, notify_ready, stop_signal()?).await?)
             })
+        }
+        Role::Restore { backup, daemon } => {
+            let config = MetaConfig::load(daemon.config.as_deref(), daemon.options)?;
+            let found = meta::restore_from(&backup, &config, &RealDisk)?;
+            let said = format!(
+                "{}: {} rows, as they were after change {} ({} s after 1970).\n",
+                config.data_dir.display(),
+                found.rows,
+                found.position,
+                found.taken_secs
+            );
+            std::io::Write::write_all(&mut std::io::stdout(), said.as_bytes())?;
+            Ok(())
         }
         Role::Storage(daemon) => {
             let config = StorageConfig::load(daemon.config.as_deref(), daemon.options)?;

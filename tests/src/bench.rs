@@ -1,5 +1,6 @@
 //! The comparison of `scripts/bench`: one workload on any mounted directory, and what is made of its figures.
 
+pub mod grow;
 mod report;
 mod small;
 mod tools;

@@ -5,7 +5,7 @@ use std::{
     io,
     path::{Path, PathBuf},
     sync::Arc,
-    time::{Duration, Instant},
+    time::{Duration, Instant, SystemTime},
 };
 
 use clap::Args;
@@ -37,6 +37,8 @@ const ORDER_PATIENCE: Duration = Duration::from_secs(15);
 const ORDER_PAUSE: Duration = Duration::from_millis(200);
 /// One answer of the metadata server.
 const DEADLINE: Duration = Duration::from_secs(4);
+const COMPARE_DEADLINE: Duration = Duration::from_secs(60);
+const LONG_DEADLINE: Duration = Duration::from_secs(3600);
 
 /// Which cluster is meant.
 #[derive(Clone, Debug, Args)]
@@ -109,7 +111,7 @@ pub(super) fn status(args: &StatusArgs) -> CliResult {
     let status = ask_status(&args.target.load()?)?;
     match args.json {
         true => print(&format!("{:#}\n", show::json(&status)?)),
-        false => print(&show::table(&status)),
+        false => print(&show::table(&status, SystemTime::now())),
     }
 }
 
@@ -170,9 +172,13 @@ pub(super) enum AskError {
     Refused(Refusal),
     #[error("the metadata server gave an answer to another question")]
     Unexpected,
+    #[error("the backup does not match its hash")]
+    DamagedBackup,
+    #[error(transparent)]
+    Write(#[from] io::Error),
 }
 
-fn ask(config: &ClientConfig, request: AdminRequest) -> CliResult<MetaAnswer> {
+pub(super) fn ask(config: &ClientConfig, request: AdminRequest) -> CliResult<MetaAnswer> {
     Ok(with_node(config, |node, to| async move { call(&node, to, request).await })??)
 }
 
@@ -196,8 +202,14 @@ where
 }
 
 pub(super) async fn call(node: &Arc<Node>, to: Endpoint, request: AdminRequest) -> Result<MetaAnswer, AskError> {
+    // What looks at everything takes as long as there is much.
+    let deadline = match request {
+        AdminRequest::Check | AdminRequest::Names { .. } => LONG_DEADLINE,
+        AdminRequest::Compare { .. } => COMPARE_DEADLINE,
+        _ => DEADLINE,
+    };
     let header = codec::encode(&MetaRequest::Admin(request))?;
-    let answer = node.call(to, Frame { header, payload: Vec::new() }, DEADLINE).await?;
+    let answer = node.call(to, Frame { header, payload: Vec::new() }, deadline).await?;
     let reply: MetaReply = codec::decode(&answer.header)?;
     reply.result.map_err(AskError::Refused)
 }

@@ -1,6 +1,7 @@
 //! `holdfast fsck`: everything that must be true of a cluster, checked while it runs.
 
 use std::{
+    collections::{BTreeMap, BTreeSet},
     io::{self, IsTerminal, Write},
     process::ExitCode,
     sync::Arc,
@@ -8,11 +9,12 @@ use std::{
 
 use clap::Args;
 use holdfast_common::{
-    Refusal, ServerId,
+    BlockHash, Refusal, ServerId,
     cluster::ServerState,
     inventory::BUCKETS,
+    limits::{HASH_LIST_MAX, PATHS_MAX},
     net::{Endpoint, quic::Node},
-    wire::meta::{AdminRequest, ClusterStatus, Comparison, MetaAnswer},
+    wire::meta::{AdminRequest, ClusterStatus, Comparison, LostPath, MetaAnswer},
 };
 use serde_json::json;
 
@@ -56,8 +58,10 @@ struct Compared {
 struct Report {
     violations: Vec<String>,
     servers: Vec<Compared>,
-    /// Blocks that a file names and no server is on record for.
+    /// Blocks of which no copy is left, as far as is known.
     lost: u64,
+    /// Files that name them.
+    paths: Vec<LostPath>,
 }
 
 pub(super) fn run(args: &FsckArgs) -> CliResult<ExitCode> {
@@ -82,7 +86,32 @@ async fn check(node: Arc<Node>, to: Endpoint, repair: bool) -> Result<Report, As
         };
         servers.push(Compared { server: server.id, state: server.state, comparison });
     }
-    Ok(Report { violations, servers, lost: status.blocks_by_copies[0] })
+    let lost = lost_among(servers.iter().filter_map(|it| it.comparison.as_ref()));
+    let paths = names(&node, to, &lost).await?;
+    Ok(Report { violations, servers, lost: lost.len() as u64, paths })
+}
+
+/// Blocks that no server has which is on record for them.
+fn lost_among<'a>(comparisons: impl Iterator<Item = &'a Comparison>) -> BTreeSet<BlockHash> {
+    let mut missing: BTreeMap<BlockHash, (u32, u32)> = BTreeMap::new();
+    for (hash, holders) in comparisons.flat_map(|found| &found.named) {
+        let (times, most) = missing.entry(*hash).or_default();
+        *times += 1;
+        // The first that is mended is taken off the record before the next is looked at.
+        *most = (*most).max(*holders);
+    }
+    missing.into_iter().filter(|(_, (times, holders))| times >= holders).map(|(hash, _)| hash).collect()
+}
+
+async fn names(node: &Arc<Node>, to: Endpoint, lost: &BTreeSet<BlockHash>) -> Result<Vec<LostPath>, AskError> {
+    if lost.is_empty() {
+        return Ok(Vec::new());
+    }
+    let blocks = lost.iter().copied().take(HASH_LIST_MAX).collect();
+    match call(node, to, AdminRequest::Names { blocks }).await? {
+        MetaAnswer::Paths(paths) => Ok(paths),
+        _ => Err(AskError::Unexpected),
+    }
 }
 
 async fn status(node: &Arc<Node>, to: Endpoint) -> Result<ClusterStatus, AskError> {
@@ -103,6 +132,7 @@ async fn compare(node: &Arc<Node>, to: Endpoint, server: ServerId, mend: bool) -
         sum.missing += found.missing;
         sum.mended += found.mended;
         sum.extra += found.extra;
+        sum.named.extend(found.named);
     }
     Ok(Some(sum))
 }
@@ -112,7 +142,7 @@ async fn compare_bucket(node: &Arc<Node>, to: Endpoint, request: AdminRequest) -
         match call(node, to, request.clone()).await {
             Ok(MetaAnswer::Compared(found)) => return Ok(Some(found)),
             Ok(_) => return Err(AskError::Unexpected),
-            Err(AskError::Refused(Refusal::Unavailable)) => {}
+            Err(AskError::Refused(Refusal::Unavailable) | AskError::Call(_)) => {}
             Err(error) => return Err(error),
         }
     }
@@ -134,12 +164,12 @@ fn progress(server: ServerId, bucket: u8) {
 
 impl Compared {
     fn is_sound(&self) -> bool {
-        self.comparison.is_some_and(|found| found.missing == found.mended)
+        self.comparison.as_ref().is_some_and(|found| found.missing == found.mended)
     }
 
     fn text(&self, repair: bool) -> String {
         let Self { server, state, comparison } = self;
-        let Some(Comparison { on_record, missing, mended, extra }) = comparison else {
+        let Some(Comparison { on_record, missing, mended, extra, named: _ }) = comparison else {
             return format!("Storage server {server} is {state} and was not compared.\n");
         };
         let mut text = format!("Storage server {server}: {on_record} blocks on record");
@@ -169,30 +199,50 @@ impl Report {
         if self.lost > 0 {
             text += &format!("{} blocks are LOST: no server has a copy.\n", self.lost);
         }
+        for LostPath { path, ino, offset } in &self.paths {
+            let name = if path.is_empty() { "(no name any more)".into() } else { String::from_utf8_lossy(path) };
+            text += &format!("LOST from byte {offset}: {name} (inode {ino})\n");
+        }
+        if self.paths.len() == PATHS_MAX {
+            text += "There are more.\n";
+        }
         text + if self.is_sound() { "All is well.\n" } else { "Not all is well.\n" }
     }
 
     fn json(&self) -> serde_json::Value {
         let server = |compared: &Compared| {
-            let found = compared.comparison.map(|found| {
-                let Comparison { on_record, missing, mended, extra } = found;
+            let found = compared.comparison.as_ref().map(|found| {
+                let Comparison { on_record, missing, mended, extra, named: _ } = found;
                 json!({ "on_record": on_record, "missing": missing, "mended": mended, "extra": extra })
             });
             json!({ "id": compared.server.0, "state": compared.state.to_string(), "compared": found })
         };
         let servers: Vec<_> = self.servers.iter().map(server).collect();
-        json!({ "sound": self.is_sound(), "violations": self.violations, "lost": self.lost, "servers": servers })
+        let path = |lost: &LostPath| {
+            let LostPath { path, ino, offset } = lost;
+            json!({ "path": String::from_utf8_lossy(path), "inode": ino, "offset": offset })
+        };
+        let files: Vec<_> = self.paths.iter().map(path).collect();
+        json!({
+            "sound": self.is_sound(),
+            "violations": self.violations,
+            "lost": self.lost,
+            "lost_files": files,
+            "servers": servers,
+        })
     }
 }
 
 #[cfg(test)]
 mod tests {
+    use holdfast_common::Ino;
+
     use super::*;
 
     fn report(missing: u64, mended: u64) -> Report {
-        let comparison = Some(Comparison { on_record: 10, missing, mended, extra: 2 });
+        let comparison = Some(Comparison { on_record: 10, missing, mended, extra: 2, named: Vec::new() });
         let compared = |server, comparison| Compared { server: ServerId(server), state: ServerState::Up, comparison };
-        Report { violations: Vec::new(), servers: vec![compared(1, comparison)], lost: 0 }
+        Report { violations: Vec::new(), servers: vec![compared(1, comparison)], lost: 0, paths: Vec::new() }
     }
 
     #[test]
@@ -206,6 +256,19 @@ mod tests {
     }
 
     #[test]
+    fn what_none_has_that_is_on_record_for_it_is_lost() {
+        let hash = |n: u8| BlockHash([n; 32]);
+        let found = |named: Vec<(BlockHash, u32)>| Comparison { named, ..Comparison::default() };
+        // The second while it is being mended; of the third, another server has a copy.
+        let all = [
+            found(vec![(hash(1), 2), (hash(2), 3), (hash(3), 2)]),
+            found(vec![(hash(1), 2), (hash(2), 2)]),
+            found(vec![(hash(2), 1)]),
+        ];
+        assert_eq!(lost_among(all.iter()), BTreeSet::from([hash(1), hash(2)]));
+    }
+
+    #[test]
     fn the_report_is_exactly_this() {
         let expected = "\
 Metadata: every invariant holds.
@@ -213,6 +276,10 @@ Storage server 1: 10 blocks on record, 3 MISSING (--repair has them copied); 2 t
 Not all is well.
 ";
         assert_eq!(report(3, 0).text(false), expected);
+        let path = LostPath { path: b"/a/b".to_vec(), ino: Ino(7), offset: 1 << 20 };
+        let lost = Report { lost: 1, paths: vec![path], ..report(0, 0) };
+        assert!(lost.text(false).contains("LOST from byte 1048576: /a/b (inode 7)\nNot all is well."));
+        assert_eq!(lost.json()["lost_files"][0]["path"], "/a/b");
         assert_eq!(report(3, 0).json()["servers"][0]["compared"]["missing"], 3);
     }
 }

@@ -446,7 +446,7 @@ fn free_address(taken: &[SocketAddr]) -> CliResult<SocketAddr> {
 }
 
 /// `holdfastd` beside this program, else somewhere in PATH.
-fn server_program() -> CliResult<PathBuf> {
+pub(super) fn server_program() -> CliResult<PathBuf> {
     const NAME: &str = "holdfastd";
     let beside = std::env::current_exe().ok().and_then(|own| Some(own.parent()?.join(NAME)));
     let path = std::env::var_os("PATH").unwrap_or_default();

@@ -3,11 +3,14 @@
 mod admin;
 mod announce;
 mod error;
+mod events;
 mod fsck;
 mod helper;
 mod identity;
 mod local;
+mod metadata;
 mod mount;
+mod operate;
 mod process;
 mod scrub;
 mod status;
@@ -45,6 +48,13 @@ enum Command {
     Status(admin::StatusArgs),
     Fsck(fsck::FsckArgs),
     Scrub(scrub::ScrubArgs),
+    Events(events::EventsArgs),
+    Drain(operate::DrainArgs),
+    Undrain(operate::UndrainArgs),
+    Maintenance(operate::MaintenanceArgs),
+    Remove(operate::RemoveArgs),
+    Rebalance(operate::RebalanceArgs),
+    Meta(metadata::MetaArgs),
     Mount(mount::MountArgs),
     Init(identity::InitArgs),
     Token(admin::TokenArgs),
@@ -69,6 +79,13 @@ impl Command {
             Self::Down(args) => local::down(&args),
             Self::Status(args) => admin::status(&args),
             Self::Scrub(args) => scrub::run(&args),
+            Self::Events(args) => events::run(&args),
+            Self::Drain(args) => operate::drain(&args),
+            Self::Undrain(args) => operate::undrain(&args),
+            Self::Maintenance(args) => operate::maintenance(&args),
+            Self::Remove(args) => operate::remove(&args),
+            Self::Rebalance(args) => operate::rebalance(&args),
+            Self::Meta(args) => metadata::run(&args),
             Self::Fsck(args) => return fsck::run(&args),
             Self::Mount(args) => mount::run(args, arguments.get(1..).unwrap_or_default()),
             Self::Init(args) => identity::init(&args),
@@ -149,6 +166,16 @@ mod tests {
             "holdfast status --config c.toml",
             "holdfast fsck --repair --json --dir /d",
             "holdfast scrub --now --wait",
+            "holdfast events -n 5 --follow --serious --json",
+            "holdfast drain 3 --no-wait --dir /d",
+            "holdfast undrain 3 --json",
+            "holdfast maintenance on 2 --for 30m",
+            "holdfast maintenance off 2 --config c.toml",
+            "holdfast remove 4",
+            "holdfast rebalance --no-wait --json",
+            "holdfast meta backup f --config c.toml",
+            "holdfast meta restore f --dir /d",
+            "holdfast meta restore f --meta-config m.toml",
             "holdfast mount /d /m",
             "holdfast mount c.toml /m -o ro,noatime -o allow_other -f",
             "holdfast mount c.toml /m --io-timeout-secs 5 --log-file l",
@@ -171,6 +198,13 @@ mod tests {
             "holdfast up --mount /m --no-mount",
             "holdfast status --dir d --config c",
             "holdfast scrub --wait",
+            "holdfast drain",
+            "holdfast drain all",
+            "holdfast maintenance",
+            "holdfast meta",
+            "holdfast meta restore",
+            "holdfast maintenance on --for 30m",
+            "holdfast maintenance on 2 --for soon",
             "holdfast token",
             "holdfast token --role admin",
             "holdfast token --role storage --valid never",

@@ -107,7 +107,7 @@ fn until_passed(config: &ClientConfig, before: &BTreeMap<ServerId, u64>) -> CliR
 
 #[cfg(test)]
 mod tests {
-    use holdfast_common::{BootId, wire::meta::StorageLoad};
+    use holdfast_common::{BootId, cluster::Standing, wire::meta::StorageLoad};
 
     use super::*;
 
@@ -121,6 +121,8 @@ mod tests {
             weight: 1,
             silent_ms: 0,
             boot: BootId(1),
+            standing: Standing::Serving,
+            left: None,
             load,
         };
         let (stored_bytes, scrub_passes, scrub_last_pass_secs) = (3 << 20, 2, 1_000_000);

@@ -1,8 +1,14 @@
 //! A cluster's state, as a table for people and as JSON for programs. Pure.
 
-use std::fmt::Write as _;
+use std::{
+    fmt::Write as _,
+    time::{SystemTime, UNIX_EPOCH},
+};
 
-use holdfast_common::wire::meta::{ClusterStatus, MountStatus, ServerStatus};
+use holdfast_common::{
+    cluster::Standing,
+    wire::meta::{ClusterStatus, MountStatus, ServerStatus},
+};
 use serde_json::{Value, json};
 
 /// Bytes with a binary unit, three digits or four.
@@ -19,7 +25,7 @@ pub(super) fn size(bytes: u64) -> String {
 }
 
 /// The status as text, with a line feed at the end.
-pub(super) fn table(status: &ClusterStatus) -> String {
+pub(super) fn table(status: &ClusterStatus, now: SystemTime) -> String {
     let mut text = format!("Cluster {}\n\n", status.cluster);
     text.push_str(&columns(&servers(status)));
     text.push('\n');
@@ -28,7 +34,7 @@ pub(super) fn table(status: &ClusterStatus) -> String {
         false => text.push_str(&columns(&mounts(status))),
     }
     text.push('\n');
-    for (name, value) in figures(status) {
+    for (name, value) in figures(status, now) {
         // Writing to a string cannot fail.
         let _written = writeln!(text, "{name:<18}{value}");
     }
@@ -47,7 +53,7 @@ fn server(server: &ServerStatus) -> Vec<String> {
     let load = &server.load;
     vec![
         server.id.to_string(),
-        server.state.to_string(),
+        state(server),
         server.address.to_string(),
         if server.zone.is_empty() { "-".to_owned() } else { server.zone.clone() },
         size(load.capacity_bytes),
@@ -59,6 +65,17 @@ fn server(server: &ServerStatus) -> Vec<String> {
         load.repaired.to_string(),
         ago(server.silent_ms),
     ]
+}
+
+/// By its silence, and by what is wanted of it.
+fn state(server: &ServerStatus) -> String {
+    let state = server.state;
+    match (server.standing, server.left) {
+        (Standing::Serving, _) => state.to_string(),
+        (Standing::Draining, Some(0)) => format!("{state}, drained"),
+        (standing, Some(left)) => format!("{state}, {standing}: {left} left"),
+        (standing, None) => format!("{state}, {standing}"),
+    }
 }
 
 fn mounts(status: &ClusterStatus) -> Vec<Vec<String>> {
@@ -85,7 +102,7 @@ fn ago(silent_ms: u64) -> String {
     }
 }
 
-fn figures(status: &ClusterStatus) -> [(&'static str, String); 8] {
+fn figures(status: &ClusterStatus, now: SystemTime) -> [(&'static str, String); 10] {
     let [none, one, two, full] = status.blocks_by_copies;
     let behind = status.log_position.0.saturating_sub(status.durable_through.0);
     [
@@ -97,7 +114,18 @@ fn figures(status: &ClusterStatus) -> [(&'static str, String); 8] {
         ("Copies repaired", status.copies_repaired.to_string()),
         ("Garbage", garbage(status)),
         ("Log", format!("{} entries, {behind} not yet on disk", status.log_position)),
+        ("To be moved", size(status.balance_left_bytes)),
+        ("Backup", backup(status.backup_secs, now)),
     ]
+}
+
+/// When the metadata was last copied to storage servers.
+fn backup(secs: i64, now: SystemTime) -> String {
+    let now = now.duration_since(UNIX_EPOCH).unwrap_or_default().as_secs();
+    match u64::try_from(secs).unwrap_or(0) {
+        0 => "none since the metadata server was started".to_owned(),
+        secs => format!("{} s ago, on the storage servers", now.saturating_sub(secs)),
+    }
 }
 
 fn garbage(status: &ClusterStatus) -> String {
@@ -125,6 +153,7 @@ pub(super) fn json(status: &ClusterStatus) -> serde_json::Result<Value> {
     if let Some(servers) = value["servers"].as_array_mut() {
         for (shown, server) in servers.iter_mut().zip(&status.servers) {
             shown["state"] = json!(server.state.to_string());
+            shown["standing"] = json!(server.standing.to_string());
         }
     }
     Ok(value)
@@ -147,6 +176,8 @@ mod tests {
             weight: 100,
             silent_ms,
             boot: BootId(9),
+            standing: Standing::Serving,
+            left: None,
             load: StorageLoad {
                 capacity_bytes: 100 << 30,
                 free_bytes: (42 << 30) + (1 << 29),
@@ -190,6 +221,8 @@ mod tests {
             collected: 40,
             log_position: Position(120),
             durable_through: Position(118),
+            backup_secs: 0,
+            balance_left_bytes: 0,
         }
     }
 
@@ -213,15 +246,36 @@ Bad copies met    2 corrupt, 1 missing
 Copies repaired   3
 Garbage           6 blocks that no file names, 2 being deleted, 40 deleted so far
 Log               120 entries, 2 not yet on disk
+To be moved       0 B
+Backup            none since the metadata server was started
 ";
         let expected = expected.replace("CAPACITY   FREE", "CAPACITY  FREE").replace("100 GiB    42", "100 GiB   42");
-        assert_eq!(table(&a_status()), expected);
+        assert_eq!(table(&a_status(), UNIX_EPOCH), expected);
+    }
+
+    #[test]
+    fn a_backup_has_an_age() {
+        assert_eq!(backup(1000, UNIX_EPOCH + std::time::Duration::from_secs(1042)), "42 s ago, on the storage servers");
+    }
+
+    #[test]
+    fn what_is_wanted_of_a_server_is_beside_its_state() {
+        let until = holdfast_common::Time::default();
+        for (standing, left, expected) in [
+            (Standing::Draining, None, "up, draining"),
+            (Standing::Draining, Some(12), "up, draining: 12 left"),
+            (Standing::Draining, Some(0), "up, drained"),
+            (Standing::Leaving, Some(1), "up, leaving: 1 left"),
+            (Standing::Maintenance { until }, None, "up, maintenance"),
+        ] {
+            assert_eq!(state(&ServerStatus { standing, left, ..a_server(1, ServerState::Up, 0) }), expected);
+        }
     }
 
     #[test]
     fn an_empty_cluster_has_a_table_too() {
         let status = ClusterStatus { servers: Vec::new(), mounts: Vec::new(), ..a_status() };
-        let text = table(&status);
+        let text = table(&status, UNIX_EPOCH);
         assert!(text.contains("SERVER  STATE"), "{text}");
         assert!(text.contains("No mounts.\n"), "{text}");
     }

@@ -9,6 +9,7 @@ use std::{
     time::Duration,
 };
 
+use holdfast_common::planted::{Bug, is_planted};
 use holdfast_common::{
     Attr, Epoch, Ino, Position, Refusal, Sequence, SessionId,
     cluster::ClusterMap,
@@ -613,7 +614,10 @@ impl MetaClient {
 
     /// Has made again what came after `after` and was lost. The answer comes when every mount's has been.
     async fn replay(self: &Arc<Self>, session: SessionId, after: Position) -> Result<(), Trouble> {
-        let lost = self.undurable.lock().lost_after(after);
+        let mut lost = self.undurable.lock().lost_after(after);
+        if is_planted(Bug::ReplaySkipped) {
+            lost = vec![Vec::new()];
+        }
         let parts = u32::try_from(lost.len()).unwrap_or(u32::MAX);
         let changes: usize = lost.iter().map(Vec::len).sum();
         warn!(%after, changes, "the metadata server has lost what was not durable: having it made again");

@@ -4,7 +4,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::{
     block::BlockHash,
-    cluster::{ClusterMap, ServerState},
+    cluster::{ClusterMap, ServerState, Standing},
     locks::{Lock, LockClass, LockKind, LockRange},
     net::identity::Role,
     refusal::Refusal,
@@ -474,7 +474,7 @@ pub enum StorageNotice {
     Heartbeat { address: std::net::SocketAddr, zone: String, boot: BootId, load: StorageLoad },
     /// Role client: the copy on `server` was bad in this way. `repaired`: it answered that it replaced it.
     BadCopy { block: BlockHash, server: ServerId, fault: CopyFault, repaired: bool },
-    /// Blocks, at most `HASH_LIST_MAX`, of which this server has found its own copies bad, and put them away.
+    /// Blocks, at most `HASH_LIST_MAX`, of which this server has found its own copies bad: good ones are to take their place.
     BadCopies { blocks: Vec<BlockHash> },
 }
 
@@ -507,6 +507,22 @@ pub struct StorageLoad {
     pub scrub_passes: u64,
     /// When the last one ended, in seconds since 1970; 0: never.
     pub scrub_last_pass_secs: u64,
+    /// Puts and gets of mounts in the last second, and microseconds that one took: on average, half of them at most, 99 in 100 at most.
+    pub puts: u32,
+    pub gets: u32,
+    pub request_mean_us: u32,
+    pub put_p50_us: u32,
+    pub put_p99_us: u32,
+    pub get_p50_us: u32,
+    pub get_p99_us: u32,
+    /// Of the machine in the last second: of all cores together, 0 to 100.
+    pub cpu_percent: u32,
+    /// Part of that second in which its disk was at work, 0 to 100; 0 also if the disk is not known.
+    pub disk_busy_percent: u32,
+    /// Memory of the machine that is free, or would be if it were needed.
+    pub memory_available_bytes: u64,
+    /// Sent and received, in that second, over all interfaces.
+    pub network_bytes: u64,
 }
 
 /// Role: admin (`Status` also client).
@@ -529,6 +545,51 @@ pub enum AdminRequest {
     },
     /// Has every storage server that is up read and check all that it stores, from now on without breaks.
     Scrub,
+    /// What is wanted of a storage server from now on. Answered `Done`, or `Declined` if that would endanger data.
+    Stand {
+        server: ServerId,
+        standing: Standing,
+    },
+    /// Entries of the journal after this number, at most `JOURNAL_PAGE_MAX`, oldest first.
+    Journal {
+        after: u64,
+    },
+    /// Paths of files that name any of these blocks, at most `HASH_LIST_MAX`. Looks at every file.
+    Names {
+        blocks: Vec<BlockHash>,
+    },
+    /// The next part of a backup of the metadata: parts are asked for in order, the last one again if its answer was lost. `backup` is
+    /// 0 to begin one, and then what the answer says.
+    Backup {
+        backup: u64,
+        part: u32,
+    },
+    /// Has blocks moved until all servers are nearly equally full.
+    Rebalance,
+}
+
+/// Something that happened to the cluster, and what became of it.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct JournalEntry {
+    /// Counted from 1.
+    pub number: u64,
+    pub time: Time,
+    pub severity: Severity,
+    /// The part of the cluster that it happened to.
+    pub place: String,
+    pub what: String,
+    /// What that means for data and users; empty if nothing.
+    pub consequence: String,
+    /// What the system did, or does; empty if nothing.
+    pub action: String,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Severity {
+    Info,
+    Warning,
+    Error,
 }
 
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -605,10 +666,30 @@ pub enum MetaAnswer {
     /// In order, each with its number.
     Events(Vec<(u64, Event)>),
     Compared(Comparison),
+    /// Not done, for these reasons.
+    Declined(Vec<String>),
+    Journal(Vec<JournalEntry>),
+    /// At most `PATHS_MAX`.
+    Paths(Vec<LostPath>),
+    /// Empty after the last part: all of it is durable where it was taken.
+    BackupPart {
+        backup: u64,
+        bytes: Vec<u8>,
+    },
+}
+
+/// A file that names a block, by one of its names.
+#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
+pub struct LostPath {
+    /// From the root of the filesystem; empty: it has no name any more, and is open somewhere.
+    pub path: Vec<u8>,
+    pub ino: Ino,
+    /// The first byte that is concerned.
+    pub offset: u64,
 }
 
 /// What a comparison of one bucket has shown.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Comparison {
     /// Blocks that the server is on record for.
     pub on_record: u64,
@@ -618,6 +699,8 @@ pub struct Comparison {
     pub mended: u64,
     /// Blocks that it has and is not on record for: put a moment ago, or left over, and then deleted in time.
     pub extra: u64,
+    /// Of the missing, those that files name, with how many servers are on record for each: at most `LOST_MAX`.
+    pub named: Vec<(BlockHash, u32)>,
 }
 
 /// The part of an answer to a mutation that is kept for I5.
@@ -686,6 +769,10 @@ pub struct ClusterStatus {
     pub collected: u64,
     pub log_position: Position,
     pub durable_through: Position,
+    /// When the metadata was last copied to storage servers, in seconds since 1970; 0: not since the server was started.
+    pub backup_secs: i64,
+    /// Bytes that are to be moved until all servers are nearly equally full, while that is being done.
+    pub balance_left_bytes: u64,
 }
 
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -698,6 +785,9 @@ pub struct ServerStatus {
     /// Milliseconds since its last heartbeat.
     pub silent_ms: u64,
     pub boot: BootId,
+    pub standing: Standing,
+    /// While it is being emptied: blocks that it still is on record for. Known after the first look at all of them.
+    pub left: Option<u64>,
     pub load: StorageLoad,
 }
 

@@ -10,7 +10,7 @@ use crate::{
 };
 
 /// Header of a request. Who may send what: `Put`, `Get`, `Repair`, `Has` clients and storage servers;
-/// `Sync`, `Has`, `Obtain`, `Delete`, `List`, `Digest`, `Scrub` the metadata server.
+/// all but `Put` and `Get` the metadata server.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub enum StorageRequest {
     /// Payload: the bytes of all `blocks`, one after the other. At most `PUT_BATCH_MAX` blocks and
@@ -23,8 +23,8 @@ pub enum StorageRequest {
     Sync,
     /// Which of `blocks` (at most `HASH_LIST_MAX`) are here, indexed and of plausible length; does not read their bytes.
     Has { blocks: Vec<BlockHash> },
-    /// "Your copy is bad": the server re-reads its copy; unless that is good, it quarantines it, fetches one from `sources`,
-    /// verifies it and stores it durably before it answers.
+    /// "Your copy is bad": the server re-reads its copy; unless that is good, it fetches one from `sources`, verifies it, stores it
+    /// durably before it answers, and keeps the bad one in quarantine. Without a good one the bad one stays.
     Repair { block: BlockHash, sources: Vec<Source> },
     /// Fetch a block that is not here from `sources`, verify it, store it durably. If it is here it is only made durable. Either way it
     /// is stamped with at least `epoch` then.
@@ -37,6 +37,9 @@ pub enum StorageRequest {
     Digest { bucket: u8 },
     /// Read and check all that is here, now and without breaks. Answered at once.
     Scrub,
+    /// Payload: the bytes at `offset` of a copy of the metadata, which is complete with `end`. `number`: of the copy, in seconds since
+    /// 1970. The newest few are kept.
+    KeepBackup { number: u64, offset: u64, end: bool },
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -102,4 +105,6 @@ pub enum StorageAnswer {
     },
     Digest(BucketDigest),
     Scrubbing,
+    /// A part of a copy of the metadata; with the last one all of it, durably.
+    Kept,
 }

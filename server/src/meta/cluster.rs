@@ -3,8 +3,8 @@
 use std::{collections::BTreeMap, net::SocketAddr, time::Duration};
 
 use holdfast_common::{
-    BootId, ServerId,
-    cluster::{ClusterMap, ServerInfo, ServerState},
+    BootId, ServerId, Time,
+    cluster::{ClusterMap, ServerInfo, ServerState, Standing},
     limits::{REPLICAS, REPLICAS_MIN},
     net::{
         Endpoint,
@@ -16,7 +16,7 @@ use holdfast_common::{
     },
 };
 
-use super::state::rows::ServerRow;
+use super::{budget::Foreground, state::rows::ServerRow};
 
 /// Bytes of free space that count as one unit of weight.
 const WEIGHT_UNIT: u64 = 64 << 20;
@@ -33,7 +33,14 @@ pub struct Heartbeat {
 
 #[derive(Debug)]
 struct Member {
+    /// As mounts see it: its state is what comes of the next two.
     info: ServerInfo,
+    /// By its silence alone: up, suspect or down.
+    state: ServerState,
+    standing: Standing,
+    /// While it is being emptied.
+    left: Option<u64>,
+    pace: Pace,
     boot: BootId,
     load: StorageLoad,
     heard: Duration,
@@ -59,8 +66,11 @@ impl Cluster {
         down_after: Duration,
     ) -> Self {
         let member = |(id, row): (ServerId, ServerRow)| {
-            let info = ServerInfo { id, address: row.address, zone: row.zone, state: ServerState::Suspect, weight: 0 };
-            (id, Member { info, boot: BootId(0), load: StorageLoad::default(), heard: now })
+            let (state, standing) = (ServerState::Suspect, row.standing);
+            let shown = shown(state, standing);
+            let info = ServerInfo { id, address: row.address, zone: row.zone, state: shown, weight: 0 };
+            let (boot, load, pace) = (BootId(0), StorageLoad::default(), Pace::default());
+            (id, Member { info, state, standing, left: None, pace, boot, load, heard: now })
         };
         Self { members: registered.into_iter().map(member).collect(), version, suspect_after, down_after }
     }
@@ -72,13 +82,100 @@ impl Cluster {
     }
 
     pub fn heard(&mut self, id: ServerId, beat: Heartbeat, now: Duration) {
-        let old = self.members.get(&id).map(|member| member.info.clone());
-        let weight = weight(beat.load.free_bytes, old.as_ref().map_or(0, |info| info.weight));
-        let info = ServerInfo { id, address: beat.address, zone: beat.zone, state: ServerState::Up, weight };
-        if old.as_ref() != Some(&info) {
+        let old = self.members.get(&id);
+        let (standing, left) = old.map_or((Standing::Serving, None), |member| (member.standing, member.left));
+        let pace = old.map_or(Pace::default(), |member| member.pace).after(&beat.load);
+        let weight = pace.weight(weight(beat.load.free_bytes, old.map_or(0, |member| member.pace.full_weight)));
+        let (pace, weight) = (Pace { full_weight: weight.0, ..pace }, weight.1);
+        let state = ServerState::Up;
+        let info = ServerInfo { id, address: beat.address, zone: beat.zone, state: shown(state, standing), weight };
+        if old.map(|member| &member.info) != Some(&info) {
             self.version += 1;
         }
-        self.members.insert(id, Member { info, boot: beat.boot, load: beat.load, heard: now });
+        self.members
+            .insert(id, Member { info, state, standing, left, pace, boot: beat.boot, load: beat.load, heard: now });
+    }
+
+    /// Compares how long requests take on the servers. Returns those that have become slow, or are no longer: with how many times as
+    /// long as on the others they take.
+    pub fn compare_paces(&mut self) -> Vec<(ServerId, Option<u64>)> {
+        let known = |member: &&Member| member.state == ServerState::Up && member.pace.mean_ns > 0;
+        let mut means: Vec<u64> = self.members.values().filter(known).map(|member| member.pace.mean_ns).collect();
+        if means.len() < REPLICAS {
+            return Vec::new();
+        }
+        means.sort_unstable();
+        let usual = means[(means.len() - 1) / 2].max(USUAL_MIN_NS);
+        let mut changed = Vec::new();
+        for (id, member) in &mut self.members {
+            let was_slow = member.pace.is_slow();
+            if member.pace.compare(usual) {
+                member.info.weight = member.pace.weight(member.pace.full_weight).1;
+                self.version += 1;
+            }
+            if member.pace.is_slow() != was_slow {
+                changed.push((*id, member.pace.is_slow().then(|| member.pace.mean_ns / usual)));
+            }
+        }
+        changed
+    }
+
+    /// What the operator wants of a server from now on.
+    pub fn stand(&mut self, id: ServerId, standing: Standing) {
+        self.version += 1;
+        if standing == Standing::Removed {
+            self.members.remove(&id);
+        } else if let Some(member) = self.members.get_mut(&id) {
+            member.standing = standing;
+            member.left = None;
+            member.info.state = shown(member.state, standing);
+        }
+    }
+
+    pub fn standing(&self, id: ServerId) -> Option<Standing> {
+        self.members.get(&id).map(|member| member.standing)
+    }
+
+    /// Servers that are to be emptied.
+    pub fn leaving(&self) -> Vec<(ServerId, Standing)> {
+        let leaving = self.members.values().filter(|member| member.standing.is_leaving());
+        leaving.map(|member| (member.info.id, member.standing)).collect()
+    }
+
+    /// Servers whose maintenance should be over by `time`.
+    pub fn overdue(&self, time: Time) -> Vec<ServerId> {
+        let over = |member: &&Member| matches!(member.standing, Standing::Maintenance { until } if until <= time);
+        self.members.values().filter(over).map(|member| member.info.id).collect()
+    }
+
+    /// How much a server that is to be emptied is still on record for. Returns what was known before.
+    pub fn note_left(&mut self, id: ServerId, left: u64) -> Option<u64> {
+        self.members.get_mut(&id)?.left.replace(left)
+    }
+
+    /// Do copies on this server count: is it up, and not to be emptied?
+    pub fn counts(&self, id: ServerId) -> bool {
+        self.members.get(&id).is_some_and(|member| member.state == ServerState::Up && !member.standing.is_leaving())
+    }
+
+    /// All of which that is so.
+    pub fn counting(&self) -> Vec<ServerId> {
+        self.members.keys().copied().filter(|id| self.counts(*id)).collect()
+    }
+
+    /// Do new blocks go there?
+    pub fn takes_blocks(&self, id: ServerId) -> bool {
+        self.members.get(&id).is_some_and(|member| member.info.state == ServerState::Up)
+    }
+
+    /// Have all servers that are up reported since?
+    pub fn all_heard_since(&self, time: Duration) -> bool {
+        self.members.values().filter(|member| member.state == ServerState::Up).all(|member| member.heard > time)
+    }
+
+    /// Will copies on this server count, now or when it is back?
+    pub fn stays(&self, id: ServerId) -> bool {
+        self.members.get(&id).is_some_and(|member| !member.standing.is_leaving())
     }
 
     /// Shortens everybody's silence by a time in which nobody could be heard.
@@ -91,13 +188,14 @@ impl Cluster {
         let mut changed = Vec::new();
         for (id, member) in &mut self.members {
             let silent = now.saturating_sub(member.heard);
-            let state = match member.info.state {
+            let state = match member.state {
                 _ if silent >= self.down_after => ServerState::Down,
                 ServerState::Up if silent >= self.suspect_after => ServerState::Suspect,
                 state => state,
             };
-            if state != member.info.state {
-                member.info.state = state;
+            if state != member.state {
+                member.state = state;
+                member.info.state = shown(state, member.standing);
                 changed.push((*id, state));
             }
         }
@@ -114,19 +212,24 @@ impl Cluster {
     }
 
     pub fn is_up(&self, id: ServerId) -> bool {
-        self.members.get(&id).is_some_and(|member| member.info.state == ServerState::Up)
+        self.members.get(&id).is_some_and(|member| member.state == ServerState::Up)
     }
 
     pub fn up(&self) -> Vec<ServerId> {
-        let up = self.members.values().filter(|member| member.info.state == ServerState::Up);
+        let up = self.members.values().filter(|member| member.state == ServerState::Up);
         up.map(|member| member.info.id).collect()
     }
 
-    /// Those that have been down for `long`.
+    /// Those that have been down for `long`, or are down and not to come back. Whoever is in maintenance has leave.
     pub fn down_for(&self, long: Duration, now: Duration) -> Vec<ServerId> {
         let gone = |member: &&Member| {
             let silent = now.saturating_sub(member.heard);
-            member.info.state == ServerState::Down && silent >= self.down_after + long
+            let long = match member.standing {
+                Standing::Maintenance { .. } => return false,
+                Standing::Leaving | Standing::Removed => Duration::ZERO,
+                Standing::Serving | Standing::Draining => long,
+            };
+            member.state == ServerState::Down && silent >= self.down_after + long
         };
         self.members.values().filter(gone).map(|member| member.info.id).collect()
     }
@@ -147,14 +250,19 @@ impl Cluster {
 
     /// Where copies that `holders` have can be fetched: those that are up first, those that are down not at all.
     pub fn sources(&self, holders: &[ServerId]) -> Vec<Source> {
-        let mut found: Vec<&ServerInfo> = holders
-            .iter()
-            .filter_map(|id| self.members.get(id))
-            .map(|member| &member.info)
-            .filter(|info| info.state != ServerState::Down)
-            .collect();
-        found.sort_by_key(|info| info.state != ServerState::Up);
-        found.into_iter().map(|info| Source { server: info.id, address: info.address }).collect()
+        let known = holders.iter().filter_map(|id| self.members.get(id));
+        let mut found: Vec<&Member> = known.filter(|member| member.state != ServerState::Down).collect();
+        found.sort_by_key(|member| member.state != ServerState::Up);
+        found.into_iter().map(|member| Source { server: member.info.id, address: member.info.address }).collect()
+    }
+
+    /// What those who read and write feel, on the server that is worst off.
+    pub fn foreground(&self) -> Foreground {
+        let up = self.members.values().filter(|member| member.state == ServerState::Up).map(|member| &member.load);
+        up.fold(Foreground::default(), |all, load| Foreground {
+            requests: all.requests + u64::from(load.puts) + u64::from(load.gets),
+            mean_us: all.mean_us.max(load.request_mean_us),
+        })
     }
 
     pub fn status(&self, now: Duration) -> Vec<ServerStatus> {
@@ -162,10 +270,12 @@ impl Cluster {
             id: member.info.id,
             address: member.info.address,
             zone: member.info.zone.clone(),
-            state: member.info.state,
+            state: member.state,
             weight: member.info.weight,
             silent_ms: millis(now.saturating_sub(member.heard)),
             boot: member.boot,
+            standing: member.standing,
+            left: member.left,
             load: member.load,
         };
         self.members.values().map(status).collect()
@@ -173,7 +283,8 @@ impl Cluster {
 
     /// What can be stored when each byte is kept on `REPLICAS` distinct servers (fewer if there are fewer).
     pub fn space(&self, inodes: u64) -> StatFs {
-        let usable = || self.members.values().filter(|member| member.info.state != ServerState::Down);
+        let is_usable = |member: &&Member| member.state != ServerState::Down && !member.standing.is_leaving();
+        let usable = || self.members.values().filter(is_usable);
         let storable = |bytes: fn(&StorageLoad) -> u64| storable(&usable().map(|m| bytes(&m.load)).collect::<Vec<_>>());
         StatFs {
             capacity_bytes: storable(|load| load.capacity_bytes),
@@ -185,6 +296,79 @@ impl Cluster {
 
 pub(super) fn millis(duration: Duration) -> u64 {
     u64::try_from(duration.as_millis()).unwrap_or(u64::MAX)
+}
+
+/// How long requests of mounts take on a server, and what part of its weight it has for that.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+struct Pace {
+    /// Nanoseconds, smoothed; 0: not known.
+    mean_ns: u64,
+    /// Of `PARTS`.
+    parts: u32,
+    /// The weight that it would have alone for the space that is free.
+    full_weight: u32,
+}
+
+/// A server that is as fast as the others has all parts of its weight.
+const PARTS: u32 = 8;
+/// Slower than the others by so many times: it loses weight.
+const SLOWER: u64 = 2;
+/// With so few parts left it is slow: about five times as slow as the others.
+const PARTS_OF_SLOW: u32 = 2;
+/// A new figure makes one part in so many of the smoothed one.
+const SMOOTHING: u64 = 8;
+/// Requests that one figure needs.
+const REQUESTS_MIN: u32 = 4;
+/// Nanoseconds: who is slower than that may be slow, whatever the others are.
+const USUAL_MIN_NS: u64 = 500_000;
+
+impl Default for Pace {
+    fn default() -> Self {
+        Self { mean_ns: 0, parts: PARTS, full_weight: 0 }
+    }
+}
+
+impl Pace {
+    fn after(self, load: &StorageLoad) -> Self {
+        let new = u64::from(load.request_mean_us) * 1000;
+        match self.mean_ns {
+            _ if load.puts + load.gets < REQUESTS_MIN => self,
+            0 => Self { mean_ns: new, ..self },
+            old => Self { mean_ns: (old * (SMOOTHING - 1) + new) / SMOOTHING, ..self },
+        }
+    }
+
+    /// `usual`: nanoseconds on the other servers. `true`: it changes the weight. A step of one part alone does not, so that a figure
+    /// on the edge makes no new maps.
+    fn compare(&mut self, usual: u64) -> bool {
+        let bearable = usual * SLOWER;
+        let parts = u64::from(PARTS) * bearable / self.mean_ns.max(bearable);
+        let parts = u32::try_from(parts).unwrap_or(PARTS).max(1);
+        let changes = parts.abs_diff(self.parts) > 1 || (parts == PARTS && self.parts != PARTS);
+        if changes {
+            self.parts = parts;
+        }
+        changes
+    }
+
+    fn is_slow(&self) -> bool {
+        self.parts <= PARTS_OF_SLOW
+    }
+
+    /// The weight for the free space, and what is left of it.
+    fn weight(self, full: u32) -> (u32, u32) {
+        let part = u64::from(full) * u64::from(self.parts) / u64::from(PARTS);
+        (full, u32::try_from(part).unwrap_or(u32::MAX).max(u32::from(full > 0)))
+    }
+}
+
+/// What mounts have to know of both.
+fn shown(state: ServerState, standing: Standing) -> ServerState {
+    match standing {
+        Standing::Maintenance { .. } => ServerState::Maintenance,
+        Standing::Draining | Standing::Leaving if state == ServerState::Up => ServerState::Draining,
+        _ => state,
+    }
 }
 
 /// Follows free space, but not its every move: a new map for each percent would help nobody.
@@ -238,6 +422,56 @@ mod tests {
         cluster.heard(ServerId(1), beat(1 << 40), 20 * SECOND);
         assert!(cluster.is_up(ServerId(1)));
         assert_eq!(cluster.version(), before + 1);
+    }
+
+    #[test]
+    fn a_standing_is_seen_by_mounts_and_outlives_silence() {
+        let mut cluster = cluster();
+        (1..=3).for_each(|id| cluster.heard(ServerId(id), beat(1 << 40), SECOND));
+        let shown = |cluster: &Cluster| cluster.map().servers.iter().map(|info| info.state).collect::<Vec<_>>();
+        let until = Time { secs: 100, nanos: 0 };
+        cluster.stand(ServerId(1), Standing::Draining);
+        cluster.stand(ServerId(2), Standing::Maintenance { until });
+        assert_eq!(shown(&cluster), [ServerState::Draining, ServerState::Maintenance, ServerState::Up]);
+        assert!(cluster.is_up(ServerId(1)) && !cluster.counts(ServerId(1)) && cluster.counts(ServerId(2)));
+        cluster.heard(ServerId(1), beat(1 << 40), 2 * SECOND);
+        assert_eq!(shown(&cluster)[0], ServerState::Draining);
+        cluster.tick(1000 * SECOND);
+        assert_eq!(shown(&cluster), [ServerState::Down, ServerState::Maintenance, ServerState::Down]);
+        assert_eq!(cluster.down_for(SECOND, 1000 * SECOND), [ServerId(1), ServerId(3)], "2 has leave");
+        assert_eq!(cluster.overdue(Time { secs: 99, nanos: 0 }), []);
+        assert_eq!(cluster.overdue(until), [ServerId(2)]);
+        cluster.stand(ServerId(2), Standing::Removed);
+        assert_eq!(cluster.map().servers.len(), 2);
+    }
+
+    #[test]
+    fn a_slow_server_gets_fewer_blocks_and_its_share_again_when_it_is_as_fast_as_the_others() {
+        let mut cluster = cluster();
+        let busy = |mean_us| {
+            let load = StorageLoad { puts: 50, request_mean_us: mean_us, ..beat(1 << 40).load };
+            Heartbeat { load, ..beat(1 << 40) }
+        };
+        let run = |cluster: &mut Cluster, slow_us: u32| {
+            let mut told = Vec::new();
+            for _ in 0..60 {
+                (1..=4).for_each(|id| cluster.heard(ServerId(id), busy(if id == 4 { slow_us } else { 1000 }), SECOND));
+                told.extend(cluster.compare_paces());
+            }
+            told
+        };
+        let weights = |cluster: &Cluster| cluster.map().servers.iter().map(|info| info.weight).collect::<Vec<_>>();
+        assert_eq!(run(&mut cluster, 1500), [], "a little slower");
+        let full = weights(&cluster)[0];
+        assert_eq!(weights(&cluster), [full; 4]);
+        let told = run(&mut cluster, 20_000);
+        assert!(matches!(told.as_slice(), [(ServerId(4), Some(5..=20))]), "{told:?}");
+        assert!(weights(&cluster)[3] <= full / 4 && weights(&cluster)[3] > 0, "{:?}", weights(&cluster));
+        let version = cluster.version();
+        assert_eq!(run(&mut cluster, 21_000), []);
+        assert_eq!(cluster.version(), version, "no new map for a little");
+        assert_eq!(run(&mut cluster, 1000), [(ServerId(4), None)]);
+        assert_eq!(weights(&cluster), [full; 4]);
     }
 
     #[test]

@@ -13,14 +13,21 @@ use std::{
 use holdfast_common::{
     BlockHash, BootId, Epoch, ServerId,
     inventory::{self, BUCKETS, BucketDigest},
+    limits::{HASH_LIST_MAX, LOST_MAX},
     net::Peers,
-    wire::storage::{StorageAnswer, StorageRequest},
+    wire::{
+        meta::Severity,
+        storage::{StorageAnswer, StorageRequest},
+    },
 };
 
 use super::{
     committer::Proposer,
+    copier::{self, Order},
     core::{Core, Fault, ask},
+    journal::Note,
     state::{Command, Reply, blocks, garbage},
+    strays,
 };
 
 const TICK: Duration = Duration::from_secs(1);
@@ -28,8 +35,6 @@ const TICK: Duration = Duration::from_secs(1);
 const MANY: u64 = 64;
 const PAUSE: Duration = Duration::from_millis(5);
 const DEADLINE: Duration = Duration::from_secs(10);
-/// Until a condemnation is durable.
-const DURABLE_DEADLINE: Duration = Duration::from_secs(10);
 /// Blocks that one entry changes.
 const BATCH: usize = 1024;
 /// Copies that are nowhere on record, remembered until they are met again.
@@ -58,15 +63,18 @@ pub async fn look(core: &Core, peers: &dyn Peers, server: ServerId, bucket: u8) 
     }
     let Some(here) = list(core, peers, server, bucket).await else { return Ok(None) };
     let view = core.store.view()?;
-    for hash in held.iter().filter(|hash| !here.contains_key(hash)) {
+    for (looked, hash) in held.iter().filter(|hash| !here.contains_key(hash)).enumerate() {
+        give_way(looked).await;
         let row = blocks::block(&*view, *hash)?;
         if row.is_some_and(|row| !row.condemned && row.holders.contains(&server)) {
             difference.missing.push(*hash);
         }
     }
-    for (hash, epoch) in here.into_iter().filter(|(hash, _)| held.binary_search(hash).is_err()) {
+    let extra = here.into_iter().filter(|(hash, _)| held.binary_search(hash).is_err());
+    for (looked, (hash, epoch)) in extra.enumerate() {
+        give_way(looked).await;
         let row = blocks::block(&*view, hash)?;
-        if row.is_none_or(|row| !row.condemned && !row.holders.contains(&server)) {
+        if row.is_none_or(|row| !row.holders.contains(&server)) {
             difference.extra.push((hash, epoch));
         }
     }
@@ -74,15 +82,28 @@ pub async fn look(core: &Core, peers: &dyn Peers, server: ServerId, bucket: u8) 
     Ok(retain_missing(core, peers, server, &mut difference).await.then_some(difference))
 }
 
+/// Has whoever else needs this thread go in between, once a batch.
+async fn give_way(looked: usize) {
+    if looked % BATCH == BATCH - 1 {
+        tokio::task::yield_now().await;
+    }
+}
+
 /// Asks once more for what was not in the list: it may have been put again meanwhile. `false`: no answer.
 async fn retain_missing(core: &Core, peers: &dyn Peers, server: ServerId, difference: &mut Difference) -> bool {
     if difference.missing.is_empty() {
         return true;
     }
-    let request = StorageRequest::Has { blocks: difference.missing.clone() };
-    let Some(StorageAnswer::Has { present, .. }) = question(core, peers, server, &request).await else { return false };
-    let mut present = present.into_iter();
-    difference.missing.retain(|_| present.next() == Some(false));
+    let mut still_missing = Vec::new();
+    for blocks in difference.missing.chunks(HASH_LIST_MAX) {
+        let request = StorageRequest::Has { blocks: blocks.to_vec() };
+        let Some(StorageAnswer::Has { present, .. }) = question(core, peers, server, &request).await else {
+            return false;
+        };
+        let here = blocks.iter().zip(present);
+        still_missing.extend(here.filter(|(_, present)| !present).map(|(hash, _)| *hash));
+    }
+    difference.missing = still_missing;
     true
 }
 
@@ -122,6 +143,19 @@ async fn question(core: &Core, peers: &dyn Peers, server: ServerId, request: &St
             None
         }
     }
+}
+
+/// Those of `missing` that files name, at most `LOST_MAX` of them, with how many servers are on record for each: what none of these
+/// has is lost.
+pub fn named_among(core: &Core, missing: &[BlockHash]) -> Result<Vec<(BlockHash, u32)>, Fault> {
+    let view = core.store.view()?;
+    let mut named = Vec::new();
+    for hash in missing.iter().take(LOST_MAX) {
+        if let Some(row) = blocks::block(&*view, *hash)?.filter(|row| row.refs > 0) {
+            named.push((*hash, u32::try_from(row.holders.len()).unwrap_or(u32::MAX)));
+        }
+    }
+    Ok(named)
 }
 
 /// Takes what is missing off the record, so that it is owed. Returns how many could be: not those of which it was the last copy.
@@ -167,10 +201,11 @@ impl Comparer {
     pub async fn run(mut self) -> Result<(), Fault> {
         loop {
             tokio::time::sleep(TICK).await;
-            if self.core.is_recovering() {
+            if !self.core.may_collect() {
                 continue;
             }
             let up = self.core.cluster.lock().up();
+            self.strays.retain(|(server, _), _| up.contains(server));
             for server in up {
                 self.compare_if_due(server).await?;
             }
@@ -206,7 +241,19 @@ impl Comparer {
         }
         tracing::info!(%server, blocks, missing, "a storage server was compared with the record");
         if missing > 0 {
-            tracing::warn!(%server, missing, lost = missing - mended, "a storage server does not have what it is on record for: copies are made");
+            let lost = missing - mended;
+            tracing::warn!(%server, missing, lost, "a storage server does not have what it is on record for: copies are made");
+            let what = format!("does not have {missing} of the blocks that it is on record for");
+            let note = Note::new(
+                if lost > 0 { Severity::Error } else { Severity::Warning },
+                format!("storage server {server}"),
+                what,
+            );
+            let note = match lost {
+                0 => note.meaning("these blocks are short of a copy"),
+                _ => note.meaning(format!("{lost} blocks are lost: `holdfast fsck` names the files")),
+            };
+            self.core.tell(note.doing(format!("copies of {mended} are made from others")));
         }
         Ok(true)
     }
@@ -217,11 +264,13 @@ impl Comparer {
         self.strays
             .retain(|(owner, hash), _| *owner != server || !inventory::is_in(bucket, hash) || here.contains(hash));
         let (mut wanted, mut unwanted): (BTreeMap<Epoch, Vec<BlockHash>>, Vec<BlockHash>) = Default::default();
+        // Short of copies, and stamped too early to count: stamped anew, which needs no other copy.
+        let mut early = Vec::new();
         {
             let view = self.core.store.view()?;
             for (hash, epoch) in extra {
-                if self.strays.len() >= STRAYS_MAX {
-                    break;
+                if self.strays.len() >= STRAYS_MAX && !self.strays.contains_key(&(server, hash)) {
+                    continue;
                 }
                 let since = *self.strays.entry((server, hash)).or_insert(now);
                 if now.saturating_sub(since) < self.grace {
@@ -232,12 +281,26 @@ impl Comparer {
                     Some(row) if blocks::is_owed(&row) && garbage::counts(&row, epoch) => {
                         wanted.entry(epoch).or_default().push(hash);
                     }
+                    Some(row) if blocks::is_owed(&row) => {
+                        early.push(Order { block: hash, target: server, sources: Vec::new(), epoch: row.epoch });
+                    }
                     _ => unwanted.push(hash),
                 }
             }
         }
         self.put_on_record(server, wanted).await;
-        self.condemn(server, unwanted).await;
+        copier::make(&self.core, &self.proposer, &self.peers, early).await?;
+        let deleted = strays::delete(&self.core, &self.proposer, &*self.peers, server, &unwanted).await;
+        if deleted > 0 {
+            self.core.tell(
+                Note::new(
+                    Severity::Info,
+                    format!("storage server {server}"),
+                    format!("has {deleted} copies that nobody needs"),
+                )
+                .doing("they are deleted"),
+            );
+        }
         Ok(())
     }
 
@@ -251,23 +314,6 @@ impl Comparer {
                 if let Err(refusal) = self.proposer.propose(command).await {
                     tracing::debug!(%server, %refusal, "copies that were found could not be recorded yet");
                 }
-            }
-        }
-    }
-
-    /// Those that are not known go as garbage; those that are only here too many, at once.
-    async fn condemn(&self, server: ServerId, unwanted: Vec<BlockHash>) {
-        for batch in unwanted.chunks(BATCH) {
-            let command = Command::CondemnStrays { server, blocks: batch.to_vec() };
-            let (position, epoch) = match self.proposer.propose(command).await {
-                Ok((position, Ok(Reply::Condemned(Some(epoch))))) => (position, epoch),
-                _ => continue,
-            };
-            tracing::info!(%server, blocks = batch.len(), "copies that nobody needs are deleted");
-            if self.core.until_durable(position, DURABLE_DEADLINE).await.is_ok() {
-                let request = StorageRequest::Delete { blocks: batch.to_vec(), epoch };
-                // Without an answer they are met again the next time.
-                drop(question(&self.core, &*self.peers, server, &request).await);
             }
         }
     }

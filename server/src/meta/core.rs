@@ -5,14 +5,16 @@ use std::sync::{
     atomic::{AtomicBool, AtomicU64, Ordering},
 };
 
+use holdfast_common::planted::{Bug, is_planted};
 use holdfast_common::{
-    BlockHash, ClusterId, Epoch, Position, Refusal, Sequence, SessionId,
+    BlockHash, ClusterId, Epoch, Position, Refusal, Sequence, ServerId, SessionId, Time,
     clock::Clock,
+    cluster::Standing,
     disk::Disk,
     net::{CallError, Endpoint, Frame, Peers},
     wire::{
         codec,
-        meta::Replayed,
+        meta::{JournalEntry, Replayed},
         storage::{StorageAnswer, StorageReply, StorageRequest},
     },
 };
@@ -25,19 +27,26 @@ use std::{
 use tokio::sync::{Notify, watch};
 
 use super::{
+    budget::Budget,
     cluster::Cluster,
+    committer::Proposer,
+    journal::{Journal, Note},
     locking::Locking,
     log::{Log, LogError},
+    mend::BadCopies,
     recent::Recent,
     recovery::Recovery,
     sessions::Sessions,
-    state::StorageError,
+    state::{Command, StorageError},
     store::Store,
     unsynced::Unsynced,
 };
 
 /// Silence is judged several times a second, if this process runs.
 const JUDGED_EVERY_MAX: Duration = Duration::from_secs(1);
+
+/// Until the operator's word is durable.
+const STAND_DEADLINE: Duration = Duration::from_secs(30);
 
 /// Why a metadata server must stop: it can no longer keep its promises.
 #[derive(Debug, thiserror::Error)]
@@ -61,12 +70,26 @@ pub struct Core {
     pub clock: Arc<dyn Clock>,
     pub cluster_id: ClusterId,
     pub cluster: Mutex<Cluster>,
+    /// How long a server has to be down before it is replaced.
+    pub replace_after: Duration,
+    /// How much is done in the background.
+    pub budget: Mutex<Budget>,
+    /// What happened, for people.
+    journal: Mutex<Journal>,
     pub sessions: Mutex<Sessions>,
     pub locking: Locking,
     /// How long a restarted server waits for mounts to say which locks they hold.
     pub lock_grace: Duration,
     pub recent: Mutex<Recent>,
     pub unsynced: Mutex<Unsynced>,
+    /// The operator wants all servers equally full.
+    pub balance_wanted: AtomicBool,
+    /// Bytes that are still to be moved for that.
+    pub balance_left: AtomicU64,
+    /// When the metadata was last copied to storage servers.
+    pub backed_up: Mutex<Option<Time>>,
+    /// Bad copies that their servers have found, to be replaced.
+    pub bad_copies: Mutex<BadCopies>,
     /// Blocks whose durable copies are too few for a barrier: the duties make more.
     pub thin: Mutex<BTreeSet<BlockHash>>,
     /// Where the tables and the log are.
@@ -108,6 +131,7 @@ pub struct Recovered {
     pub store: Store,
     pub log: Log,
     pub cluster: Cluster,
+    pub replace_after: Duration,
     pub sessions: Sessions,
     pub unsynced: Unsynced,
     pub durable: Position,
@@ -127,6 +151,7 @@ impl Core {
             store,
             log,
             cluster,
+            replace_after,
             sessions,
             unsynced,
             durable,
@@ -135,6 +160,7 @@ impl Core {
             recovering,
             lock_grace,
         } = recovered;
+        let journal = Mutex::new(Journal::open(Arc::clone(&disk), &directory));
         let applied = log.next().0 - 1;
         let judged = Mutex::new(clock.monotonic());
         let recent = Mutex::new(Recent::new(Position(applied), clock.monotonic()));
@@ -149,11 +175,18 @@ impl Core {
             clock,
             cluster_id,
             cluster: Mutex::new(cluster),
+            replace_after,
+            budget: Mutex::default(),
+            journal,
             sessions: Mutex::new(sessions),
             locking,
             lock_grace,
             recent,
             unsynced: Mutex::new(unsynced),
+            balance_wanted: AtomicBool::new(false),
+            balance_left: AtomicU64::new(0),
+            backed_up: Mutex::default(),
+            bad_copies: Mutex::default(),
             thin: Mutex::default(),
             recovering: watch::Sender::new(recovering),
             replays_wanted: Notify::new(),
@@ -166,6 +199,29 @@ impl Core {
             barrier_wanted: Notify::new(),
             copies_wanted: Notify::new(),
         })
+    }
+
+    /// Writes into the journal what happened.
+    pub fn tell(&self, note: Note) {
+        self.journal.lock().add(self.clock.now(), note);
+    }
+
+    /// The same, of what may happen often.
+    pub fn tell_rarely(&self, note: Note) {
+        self.journal.lock().add_rarely(self.clock.now(), note);
+    }
+
+    /// Entries of the journal after `number`, one page of them.
+    pub fn told_after(&self, number: u64) -> Vec<JournalEntry> {
+        self.journal.lock().after(number)
+    }
+
+    /// Records what is wanted of a storage server, durably, and has it count.
+    pub async fn stand(&self, proposer: &Proposer, server: ServerId, standing: Standing) -> Result<(), Refusal> {
+        let (position, outcome) = proposer.propose(Command::Stand { server, standing }).await?;
+        outcome?;
+        self.cluster.lock().stand(server, standing);
+        self.until_durable(position, STAND_DEADLINE).await
     }
 
     /// The time by which to judge somebody's silence. Time in which this process did not run (it was stopped, or its
@@ -189,6 +245,11 @@ impl Core {
     /// Do mounts still say again what was lost?
     pub fn is_recovering(&self) -> bool {
         *self.recovering.borrow()
+    }
+
+    /// May anything be deleted that no file names? Not while what a mount may still say again could name it.
+    pub fn may_collect(&self) -> bool {
+        !self.is_recovering() && !self.sessions.lock().is_anything_owed()
     }
 
     /// Nobody is waited for any more.
@@ -253,7 +314,7 @@ impl Core {
     /// Waits until `position` is durable; asks for a barrier if need be. `Unavailable` past the deadline.
     pub async fn until_durable(&self, position: Position, deadline: Duration) -> Result<(), Refusal> {
         let mut durable = self.durable.subscribe();
-        if *durable.borrow_and_update() >= position {
+        if *durable.borrow_and_update() >= position || is_planted(Bug::DurableTooEarly) {
             return Ok(());
         }
         self.barrier_wanted.notify_one();

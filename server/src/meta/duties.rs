@@ -1,37 +1,29 @@
-//! What a metadata server does unasked: judges servers and sessions by their silence, reclaims orphans, and has
-//! owed copies made.
+//! What a metadata server does unasked: judges servers and sessions by their silence, and reclaims orphans.
 
 use std::{
-    collections::{BTreeMap, BTreeSet},
     sync::{Arc, atomic::Ordering},
     time::Duration,
 };
 
 use holdfast_common::{
-    BlockHash, BootId, Epoch, Ino, ServerId,
-    limits::REPLICAS,
-    net::Peers,
-    placement::candidates,
-    wire::storage::{Source, StorageAnswer, StorageRequest},
+    Ino, ServerId,
+    cluster::{ServerState, Standing},
+    wire::meta::Severity,
 };
-use tokio::task::JoinSet;
 
 use super::{
     committer::Proposer,
-    core::{Core, Fault, ask},
-    state::{Command, Reply, blocks, orphans},
+    core::{Core, Fault},
+    journal::Note,
+    state::{Command, Reply, orphans},
 };
 
+/// Where something is that happened to this server itself.
+pub const METADATA_SERVER: &str = "metadata server";
 const TICK: Duration = Duration::from_millis(200);
 const SPACE_INTERVAL: Duration = Duration::from_millis(500);
 /// Orphans that one entry reclaims.
 const RECLAIM_BATCH: usize = 256;
-/// Wait before owed blocks are looked at again of which none could be paid.
-const OWED_INTERVAL: Duration = Duration::from_secs(1);
-/// Owed blocks looked at in one round, and copies under way at once.
-const OWED_ROUND: usize = 1024;
-const COPIES_AT_ONCE: usize = 16;
-const OBTAIN_DEADLINE: Duration = Duration::from_secs(30);
 
 /// Judges silence and reclaims what it leaves behind.
 pub async fn watch(core: Arc<Core>, proposer: Proposer, session_timeout: Duration) -> Result<(), Fault> {
@@ -46,6 +38,7 @@ pub async fn watch(core: Arc<Core>, proposer: Proposer, session_timeout: Duratio
         loop {
             tokio::time::sleep(TICK).await;
             expire_sessions(&core, &proposer, session_timeout).await;
+            end_maintenance(&core, &proposer).await;
             reclaim_orphans(&core, &proposer).await?;
         }
     };
@@ -73,8 +66,16 @@ fn note_space(core: &Core, free_bytes: u64, reserve_bytes: u64) {
     match (core.full.swap(full, Ordering::Relaxed), full) {
         (false, true) => {
             tracing::error!(free_bytes, reserve_bytes, directory = %core.directory.display(), "the metadata's disk is full: what needs more of it is refused; delete something and restart this server, or make room there");
+            let what = format!("its disk is full: {free_bytes} bytes are left, {reserve_bytes} have to be");
+            let note = Note::new(Severity::Error, METADATA_SERVER, what);
+            core.tell(
+                note.meaning("nothing can be made or written").doing("what needs room is refused until there is some"),
+            );
         }
-        (true, false) => tracing::info!(free_bytes, "there is room again on the metadata's disk"),
+        (true, false) => {
+            tracing::info!(free_bytes, "there is room again on the metadata's disk");
+            core.tell(Note::new(Severity::Info, METADATA_SERVER, "there is room again on its disk"));
+        }
         _ => {}
     }
 }
@@ -84,6 +85,46 @@ fn judge_servers(core: &Core) {
     let changed = core.cluster.lock().tick(now);
     for (server, state) in changed {
         tracing::warn!(%server, %state, "a storage server has been silent for too long");
+        core.tell(silence(core, server, state));
+    }
+    let changed = core.cluster.lock().compare_paces();
+    for (server, times) in changed {
+        tracing::warn!(%server, ?times, "a storage server has become slow, or is no longer");
+        let place = format!("storage server {server}");
+        core.tell(match times {
+            Some(times) => Note::new(Severity::Warning, place, format!("is {times} times as slow as the others"))
+                .meaning("what is read from it and written to it waits")
+                .doing("it gets fewer new blocks; mounts read from others"),
+            None => Note::new(Severity::Info, place, "is as fast as the others again")
+                .doing("it gets its share of new blocks"),
+        });
+    }
+}
+
+fn silence(core: &Core, server: ServerId, state: ServerState) -> Note {
+    let note = Note::new(Severity::Warning, format!("storage server {server}"), format!("is silent, and {state}"));
+    if state != ServerState::Down {
+        return note.meaning("none yet").doing("mounts read from, and write to, others when it is late");
+    }
+    let note = note.meaning("blocks that it has are one copy short while it is away");
+    match core.cluster.lock().standing(server) {
+        Some(Standing::Maintenance { .. }) => note.doing("it has leave: nothing is copied"),
+        Some(Standing::Leaving) => note.doing("its blocks are copied to others now"),
+        _ => note
+            .doing(format!("its blocks are copied to others if it stays away for {} s", core.replace_after.as_secs())),
+    }
+}
+
+/// Has servers whose maintenance should be over count as any other.
+async fn end_maintenance(core: &Core, proposer: &Proposer) {
+    let overdue = core.cluster.lock().overdue(core.clock.now());
+    for server in overdue {
+        match core.stand(proposer, server, Standing::Serving).await {
+            Ok(()) => {
+                core.tell(Note::new(Severity::Info, format!("storage server {server}"), "its maintenance is over"))
+            }
+            Err(refusal) => tracing::debug!(%server, %refusal, "the end of a maintenance could not be recorded yet"),
+        }
     }
 }
 
@@ -96,6 +137,11 @@ async fn expire_sessions(core: &Core, proposer: &Proposer, timeout: Duration) {
     let expired = core.sessions.lock().expired(now, timeout);
     for session in expired {
         tracing::warn!(%session, "a mount has been silent for too long: its session ends");
+        let note = Note::new(Severity::Warning, format!("mount {session}"), "has been silent for too long");
+        core.tell(
+            note.meaning("what it has not stored is lost if it does not come back")
+                .doing("its session ends: what it had open and locked is released"),
+        );
         match proposer.expire(session, timeout).await {
             Ok(_) => {}
             Err(refusal) => tracing::debug!(%session, %refusal, "the end of a session could not be recorded yet"),
@@ -122,131 +168,4 @@ async fn reclaim_orphans(core: &Core, proposer: &Proposer) -> Result<(), Fault> 
         after = last;
     }
     Ok(())
-}
-
-/// Has copies made of blocks that have too few.
-pub struct Copier {
-    core: Arc<Core>,
-    proposer: Proposer,
-    peers: Arc<dyn Peers>,
-}
-
-impl std::fmt::Debug for Copier {
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.debug_struct("Copier").finish_non_exhaustive()
-    }
-}
-
-/// One copy to be made.
-struct Order {
-    block: BlockHash,
-    target: ServerId,
-    sources: Vec<Source>,
-    /// What the copy is to be stamped with.
-    epoch: Epoch,
-}
-
-impl Copier {
-    pub fn new(core: Arc<Core>, proposer: Proposer, peers: Arc<dyn Peers>) -> Self {
-        Self { core, proposer, peers }
-    }
-
-    pub async fn run(self) -> Result<(), Fault> {
-        let mut after = None;
-        loop {
-            let (made, next) = self.round(after).await?;
-            after = next;
-            if made == 0 && after.is_none() {
-                tokio::select! {
-                    () = self.core.copies_wanted.notified() => {}
-                    () = tokio::time::sleep(OWED_INTERVAL) => {}
-                }
-            }
-        }
-    }
-
-    /// Looks at one page of what is owed. Returns how many copies were made, and where the next page begins.
-    pub async fn round(&self, after: Option<BlockHash>) -> Result<(usize, Option<BlockHash>), Fault> {
-        let (orders, next) = self.orders(after)?;
-        let made = self.carry_out(orders).await?;
-        let mut count = 0;
-        for ((server, boot, epoch), blocks) in made {
-            count += blocks.len();
-            // Made copies are durable; noting them costs a sync at most, and trusts nobody.
-            blocks.iter().for_each(|hash| self.core.unsynced.lock().add(server, boot, *hash));
-            if let Err(refusal) = self.proposer.propose(Command::HolderAdded { server, blocks, epoch }).await {
-                tracing::debug!(%server, %refusal, "copies could not be recorded yet");
-            }
-        }
-        if count > 0 {
-            tracing::info!(copies = count, "owed copies were made");
-        }
-        Ok((count, next))
-    }
-
-    fn orders(&self, after: Option<BlockHash>) -> Result<(Vec<Order>, Option<BlockHash>), Fault> {
-        let view = self.core.store.view()?;
-        let owed = blocks::owed_after(&*view, after, OWED_ROUND)?;
-        let next = if owed.len() == OWED_ROUND { owed.last().copied() } else { None };
-        let thin: BTreeSet<BlockHash> = self.core.thin.lock().iter().take(OWED_ROUND).copied().collect();
-        let cluster = self.core.cluster.lock();
-        let map = cluster.map();
-        let mut orders = Vec::new();
-        for block in owed.into_iter().chain(thin).collect::<BTreeSet<_>>() {
-            let Some(row) = blocks::block(&*view, block)? else { continue };
-            let sources = cluster.sources(&row.holders);
-            let up = row.holders.iter().filter(|holder| cluster.is_up(**holder)).count();
-            let target = candidates(&map, block).into_iter().find(|server| !row.holders.contains(server));
-            if let Some(target) = target
-                && row.refs > 0
-                && up < REPLICAS
-                && row.holders.len() < blocks::HOLDERS_MAX
-                && !sources.is_empty()
-            {
-                orders.push(Order { block, target, sources, epoch: row.epoch });
-            }
-        }
-        Ok((orders, next))
-    }
-
-    /// Returns who now has which, under which boot, and stamped with what.
-    async fn carry_out(&self, orders: Vec<Order>) -> Result<Made, Fault> {
-        let mut made = Made::new();
-        let mut running = JoinSet::new();
-        let mut orders = orders.into_iter();
-        loop {
-            while running.len() < COPIES_AT_ONCE
-                && let Some(order) = orders.next()
-            {
-                let (core, peers) = (Arc::clone(&self.core), Arc::clone(&self.peers));
-                running.spawn(async move { obtain(&core, &*peers, order).await });
-            }
-            let Some(outcome) = running.join_next().await else { return Ok(made) };
-            if let Some((server, boot, epoch, block)) = outcome.map_err(|_| Fault::Thread)? {
-                made.entry((server, boot, epoch)).or_default().push(block);
-            }
-        }
-    }
-}
-
-type Made = BTreeMap<(ServerId, BootId, Epoch), Vec<BlockHash>>;
-
-async fn obtain(core: &Core, peers: &dyn Peers, order: Order) -> Option<(ServerId, BootId, Epoch, BlockHash)> {
-    let Order { block, target, sources, epoch } = order;
-    let to = core.cluster.lock().endpoint(target)?;
-    match ask(peers, to, &StorageRequest::Obtain { block, sources, epoch }, OBTAIN_DEADLINE).await {
-        Ok(Ok(StorageAnswer::Obtained { boot })) => Some((target, boot, epoch, block)),
-        Ok(Ok(other)) => {
-            tracing::warn!(%block, server = %target, ?other, "an answer that does not fit an order for a copy");
-            None
-        }
-        Ok(Err(refusal)) => {
-            tracing::warn!(%block, server = %target, %refusal, "an owed copy could not be made");
-            None
-        }
-        Err(error) => {
-            tracing::debug!(%block, server = %target, %error, "an owed copy could not be made");
-            None
-        }
-    }
 }

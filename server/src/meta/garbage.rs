@@ -1,14 +1,12 @@
 //! Collects garbage: has blocks condemned that no file names any more, deleted by their servers, and forgotten.
 //!
 //! Nothing is deleted before its condemnation is durable: a metadata server that came back from a power cut without it would
-//! count on the copies. See [`super::state::garbage`] for why what is put meanwhile stays.
+//! count on the copies. What is deleted is forgotten only after another grace: until then a commit that is refused for it is one of that
+//! very block, and not of any that took so long. See [`super::state::garbage`] for why what is put meanwhile stays.
 
-use std::{
-    collections::{BTreeMap, BTreeSet},
-    sync::Arc,
-    time::Duration,
-};
+use std::{collections::BTreeMap, sync::Arc, time::Duration};
 
+use holdfast_common::planted::{Bug, is_planted};
 use holdfast_common::{
     BlockHash, Epoch, Position, ServerId, Time,
     limits::HASH_LIST_MAX,
@@ -20,13 +18,15 @@ use tokio::task::JoinSet;
 use super::{
     committer::Proposer,
     core::{Core, Fault, ask},
-    state::{Command, Reply, Rows, blocks, garbage},
+    state::{Command, Reply, blocks, garbage},
 };
 
 const TICK: Duration = Duration::from_millis(500);
 /// Blocks that are looked at or deleted in one step, and steps of one tick: what is asked of the servers meanwhile waits little.
 const PAGE: usize = 1024;
 const PAGES_A_TICK: usize = 16;
+/// Before a list is gone through again of which nothing could be deleted: their servers are down.
+const STUCK_INTERVAL: Duration = Duration::from_secs(5);
 /// Between a condemnation and the first deletion. By then mounts have heard of the epoch, and put with it.
 const DELETE_DELAY: Duration = Duration::from_secs(2);
 const DELETE_DEADLINE: Duration = Duration::from_secs(30);
@@ -36,14 +36,16 @@ pub struct Collector {
     core: Arc<Core>,
     proposer: Proposer,
     peers: Arc<dyn Peers>,
-    /// How long a block is kept that no file names.
+    /// How long a block is kept that no file names, and how long its name is after that.
     grace: Duration,
-    /// What was applied when this server started: older condemnations are among it.
-    started: Position,
-    /// Where and when this life condemned.
+    /// Of the last condemnation before this life, what was applied when it began, and when that was.
+    started: (Epoch, Position, Duration),
+    /// Where and when this life condemned, or met a condemnation that another part of this server had made.
     condemned: BTreeMap<Epoch, (Position, Duration)>,
     unnamed_cursor: Option<BlockHash>,
     condemned_cursor: Option<(Epoch, BlockHash)>,
+    /// Nothing can be deleted before.
+    stuck_until: Duration,
 }
 
 impl std::fmt::Debug for Collector {
@@ -54,7 +56,7 @@ impl std::fmt::Debug for Collector {
 
 impl Collector {
     pub fn new(core: Arc<Core>, proposer: Proposer, peers: Arc<dyn Peers>, grace: Duration) -> Self {
-        let started = core.applied();
+        let started = (core.epoch(), core.applied(), core.clock.monotonic());
         Self {
             core,
             proposer,
@@ -64,17 +66,19 @@ impl Collector {
             condemned: BTreeMap::new(),
             unnamed_cursor: None,
             condemned_cursor: None,
+            stuck_until: Duration::ZERO,
         }
     }
 
     pub async fn run(mut self) -> Result<(), Fault> {
         loop {
             tokio::time::sleep(TICK).await;
-            if self.core.is_recovering() {
+            if !self.core.may_collect() {
                 continue;
             }
             self.condemn().await?;
             self.delete().await?;
+            self.forget().await?;
         }
     }
 
@@ -100,103 +104,134 @@ impl Collector {
         match self.proposer.propose(command).await {
             Ok((position, Ok(Reply::Condemned(Some(epoch))))) => {
                 self.condemned.insert(epoch, (position, self.core.clock.monotonic()));
+                self.stuck_until = Duration::ZERO;
             }
             Ok(_) => {}
             Err(refusal) => tracing::debug!(%refusal, "garbage could not be condemned yet"),
         }
     }
 
-    /// Has copies deleted that are condemned, and forgets blocks of which all are.
+    /// Has copies deleted that are condemned.
     async fn delete(&mut self) -> Result<(), Fault> {
+        if self.core.clock.monotonic() < self.stuck_until || is_planted(Bug::GarbageKept) {
+            return Ok(());
+        }
+        let mut ordered = false;
         for _ in 0..PAGES_A_TICK {
-            let due = self.due()?;
-            let deleted = self.deleted(due.orders).await?;
-            self.note_deleted(&due.holders, &deleted).await;
-            if due.page < PAGE {
+            let (orders, is_last) = self.due()?;
+            ordered |= !orders.is_empty();
+            self.carry_out(orders).await?;
+            if is_last {
+                if !ordered && !self.condemned.values().any(|(_, at)| self.is_young(*at)) {
+                    self.stuck_until = self.core.clock.monotonic() + STUCK_INTERVAL;
+                }
                 break;
             }
+            tokio::task::yield_now().await;
         }
         Ok(())
     }
 
-    async fn note_deleted(
-        &self,
-        holders: &BTreeMap<(Epoch, BlockHash), Vec<ServerId>>,
-        deleted: &BTreeSet<(ServerId, BlockHash)>,
-    ) {
-        let mut forgotten: BTreeMap<Epoch, Vec<BlockHash>> = BTreeMap::new();
-        let mut partly: BTreeMap<ServerId, Vec<BlockHash>> = BTreeMap::new();
-        for ((epoch, hash), holders) in holders {
-            let done: Vec<ServerId> =
-                holders.iter().copied().filter(|holder| deleted.contains(&(*holder, *hash))).collect();
-            if done.len() == holders.len() {
-                forgotten.entry(*epoch).or_default().push(*hash);
-            } else {
-                done.into_iter().for_each(|server| partly.entry(server).or_default().push(*hash));
+    fn is_young(&self, condemned: Duration) -> bool {
+        self.core.clock.monotonic().saturating_sub(condemned) < DELETE_DELAY + TICK
+    }
+
+    /// Forgets what has been deleted everywhere for long enough.
+    async fn forget(&mut self) -> Result<(), Fault> {
+        for _ in 0..PAGES_A_TICK {
+            let mut page = garbage::deleted_first(&*self.core.store.view()?, PAGE)?;
+            let all = page.len();
+            let old_enough =
+                |epoch: Epoch| self.core.clock.monotonic().saturating_sub(self.seen(epoch).1) >= self.grace;
+            page.retain(|(epoch, _)| old_enough(*epoch));
+            let mut forgotten: BTreeMap<Epoch, Vec<BlockHash>> = BTreeMap::new();
+            page.iter().for_each(|(epoch, hash)| forgotten.entry(*epoch).or_default().push(*hash));
+            for (epoch, blocks) in forgotten {
+                if let Err(refusal) = self.proposer.propose(Command::Forget { blocks, epoch }).await {
+                    tracing::debug!(%refusal, "what is deleted could not be forgotten yet");
+                    return Ok(());
+                }
+            }
+            if page.len() < all || all < PAGE {
+                break;
             }
         }
-        let forget = forgotten.into_iter().map(|(epoch, blocks)| Command::Forget { blocks, epoch });
-        // The others are down: when they are back, or have been replaced, only they are asked.
-        let lost = partly.into_iter().map(|(server, blocks)| Command::HolderLost { server, blocks });
-        for command in forget.chain(lost) {
-            if let Err(refusal) = self.proposer.propose(command).await {
-                tracing::debug!(%refusal, "what is deleted could not be recorded yet");
-            }
+        self.drop_old_epochs()
+    }
+
+    /// Of which no block is left.
+    fn drop_old_epochs(&mut self) -> Result<(), Fault> {
+        let view = self.core.store.view()?;
+        let first = |page: Vec<(Epoch, BlockHash)>| page.first().map(|(epoch, _)| *epoch);
+        let firsts = [first(garbage::condemned_after(&*view, None, 1)?), first(garbage::deleted_first(&*view, 1)?)];
+        match firsts.into_iter().flatten().min() {
+            Some(oldest) => self.condemned = self.condemned.split_off(&oldest),
+            None => self.condemned.clear(),
+        }
+        Ok(())
+    }
+
+    /// Where and when something was condemned: at the latest then.
+    fn seen(&self, epoch: Epoch) -> (Position, Duration) {
+        let (before, position, at) = self.started;
+        match self.condemned.get(&epoch) {
+            Some(seen) => *seen,
+            None if epoch <= before => (position, at),
+            // Not met yet.
+            None => (self.core.applied(), self.core.clock.monotonic()),
         }
     }
 
-    /// The next page of what is condemned; of it, what may be deleted by now and is where servers answer.
-    fn due(&mut self) -> Result<Due, Fault> {
+    /// Orders for the next page of what is condemned, as far as it may be deleted by now and is where servers answer; and whether
+    /// that was the last page.
+    fn due(&mut self) -> Result<(Orders, bool), Fault> {
         let view = self.core.store.view()?;
         let page = garbage::condemned_after(&*view, self.condemned_cursor, PAGE)?;
-        let mut due = Due { page: page.len(), ..Due::default() };
         self.condemned_cursor = page.last().copied().filter(|_| page.len() == PAGE);
-        if self.condemned_cursor.is_none() && page.is_empty() && view.counters().condemned == 0 {
-            self.condemned.clear();
-        }
-        let cluster = self.core.cluster.lock();
+        let is_last = self.condemned_cursor.is_none();
+        let mut orders = Orders::new();
         for (epoch, hash) in page {
-            let Some(row) = blocks::block(&*view, hash)? else { continue };
-            let up: Vec<ServerId> = row.holders.iter().copied().filter(|holder| cluster.is_up(*holder)).collect();
-            if !self.may_delete(epoch) || (up.is_empty() && !row.holders.is_empty()) {
-                continue;
+            let seen = self.seen(epoch);
+            if epoch > self.started.0 {
+                self.condemned.entry(epoch).or_insert(seen);
             }
-            for holder in up {
-                due.orders.entry((holder, epoch)).or_default().push(hash);
+            let Some(row) = blocks::block(&*view, hash)?.filter(|_| self.may_delete(epoch)) else { continue };
+            let cluster = self.core.cluster.lock();
+            for holder in row.holders.into_iter().filter(|holder| cluster.is_up(*holder)) {
+                orders.entry((holder, epoch)).or_default().push(hash);
             }
-            due.holders.insert((epoch, hash), row.holders);
         }
-        Ok(due)
+        Ok((orders, is_last))
     }
 
     fn may_delete(&self, epoch: Epoch) -> bool {
-        match self.condemned.get(&epoch) {
-            Some((position, at)) => {
-                let waited = self.core.clock.monotonic().saturating_sub(*at);
-                self.core.durable() >= *position && waited >= DELETE_DELAY
-            }
-            None => self.core.durable() >= self.started,
-        }
+        let (position, at) = self.seen(epoch);
+        let waited = self.core.clock.monotonic().saturating_sub(at);
+        self.core.durable() >= position && (epoch <= self.started.0 || waited >= DELETE_DELAY)
     }
 
-    /// What the servers say is deleted.
-    async fn deleted(
-        &self,
-        orders: BTreeMap<(ServerId, Epoch), Vec<BlockHash>>,
-    ) -> Result<BTreeSet<(ServerId, BlockHash)>, Fault> {
+    /// Has blocks deleted, and records what is. Holders that are down are asked when they are back, or are replaced.
+    async fn carry_out(&self, orders: Orders) -> Result<(), Fault> {
         let mut running = JoinSet::new();
-        let mut deleted = BTreeSet::new();
         for ((server, epoch), blocks) in orders {
             let (core, peers) = (Arc::clone(&self.core), Arc::clone(&self.peers));
-            running.spawn(async move { (server, delete(&core, &*peers, server, epoch, blocks).await) });
+            running.spawn(async move { (server, epoch, delete(&core, &*peers, server, epoch, blocks).await) });
         }
         while let Some(answer) = running.join_next().await {
-            let (server, blocks) = answer.map_err(|_| Fault::Thread)?;
-            deleted.extend(blocks.into_iter().map(|hash| (server, hash)));
+            let (server, epoch, blocks) = answer.map_err(|_| Fault::Thread)?;
+            if blocks.is_empty() {
+                continue;
+            }
+            if let Err(refusal) = self.proposer.propose(Command::Deleted { server, blocks, epoch }).await {
+                tracing::debug!(%refusal, "what is deleted could not be recorded yet");
+            }
         }
-        Ok(deleted)
+        Ok(())
     }
 }
+
+/// Who has to delete what was condemned when.
+type Orders = BTreeMap<(ServerId, Epoch), Vec<BlockHash>>;
 
 /// Those of `blocks` that the server has deleted: all or none.
 async fn delete(
@@ -215,15 +250,6 @@ async fn delete(
             Vec::new()
         }
     }
-}
-
-/// One page of condemned blocks, sorted by who has to delete what.
-#[derive(Debug, Default)]
-struct Due {
-    /// Blocks that were looked at.
-    page: usize,
-    orders: BTreeMap<(ServerId, Epoch), Vec<BlockHash>>,
-    holders: BTreeMap<(Epoch, BlockHash), Vec<ServerId>>,
 }
 
 fn earlier(now: Time, by: Duration) -> Time {

@@ -13,12 +13,16 @@ use holdfast_common::{
     BlockHash, Epoch, ServerId,
     limits::REPLICAS,
     net::Peers,
-    wire::storage::{StorageAnswer, StorageRequest},
+    wire::{
+        meta::Severity,
+        storage::{StorageAnswer, StorageRequest},
+    },
 };
 
 use super::{
     committer::Proposer,
     core::{Core, Fault, ask},
+    journal::Note,
     state::{Command, blocks, garbage},
 };
 
@@ -104,6 +108,9 @@ impl Replacer {
         }
         if taken > 0 {
             tracing::warn!(%server, blocks = taken, "a storage server has been down for too long: its blocks get copies elsewhere");
+            let what = format!("stays away: it was on record for {taken} blocks");
+            let note = Note::new(Severity::Warning, format!("storage server {server}"), what);
+            self.core.tell(note.meaning("these blocks are one copy short").doing("they are copied to other servers"));
         }
         Ok(true)
     }
@@ -127,6 +134,9 @@ impl Replacer {
         }
         if found > 0 {
             tracing::info!(%server, blocks = found, "a storage server has come back with copies that were owed");
+            let what = format!("has come back with copies of {found} blocks that were short of one");
+            self.core
+                .tell(Note::new(Severity::Info, format!("storage server {server}"), what).doing("they count again"));
         }
         Ok(true)
     }

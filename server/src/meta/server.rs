@@ -7,6 +7,7 @@ use std::{
     time::Duration,
 };
 
+use holdfast_common::planted::{Bug, is_planted};
 use holdfast_common::{
     ClusterId, Position, Time,
     clock::Clock,
@@ -19,6 +20,7 @@ use holdfast_common::{
         quic::{BindError, NetOptions, Node},
         tls::{Ca, Credentials, Fingerprint, TlsError},
     },
+    wire::meta::Severity,
 };
 use tokio::{
     sync::mpsc,
@@ -26,16 +28,23 @@ use tokio::{
 };
 
 use super::{
+    balance::Balancer,
     barrier::Barrier,
     cluster::Cluster,
     committer::{Committer, Proposer},
     compare::Comparer,
+    copier::Copier,
     core::{Core, Fault, Recovered},
-    duties::{self, Copier},
+    drain::Drainer,
+    duties::{self, METADATA_SERVER},
     garbage::Collector,
+    journal::Note,
+    keep::Keeper,
     log::LogPlace,
+    mend::Mender,
     recovery::{self, Recovery},
     replace::Replacer,
+    restore::{Contents, RestoreError, restore},
     service::{Secrets, Service},
     sessions::Sessions,
     state::{self, Command, Entry, Rows, StorageError, apply, servers, session},
@@ -44,6 +53,8 @@ use super::{
 };
 use crate::datadir::{DataDir, DataDirError};
 
+/// Name of the database in the data directory.
+pub const DATABASE: &str = "meta.redb";
 /// Entries replayed in one transaction.
 const REPLAY_BATCH: usize = 1024;
 /// How long a stop may take before the rest is left to the next start's replay.
@@ -72,6 +83,8 @@ pub enum RunError {
     Bind(#[from] BindError),
     #[error("TLS cannot be set up: {0}")]
     Tls(TlsError),
+    #[error(transparent)]
+    Restore(#[from] RestoreError),
     #[error("the metadata server had to stop: {0}")]
     Fault(#[from] Fault),
 }
@@ -105,6 +118,8 @@ pub struct Options {
     pub garbage_grace: Duration,
     /// How often what a storage server has is compared with what it is on record for.
     pub compare_every: Duration,
+    /// Zero: never.
+    pub backup_every: Duration,
 }
 
 /// Brings back what the last life left in `directory`: the tables as of the last checkpoint, and the log on top.
@@ -123,7 +138,7 @@ pub fn recover(
             "the metadata's disk is full: giving back what its database does not need"
         );
     }
-    let store = Store::open(&**disk, &directory.join("meta.redb"), options.cache_bytes, short)?;
+    let store = Store::open(&**disk, &directory.join(DATABASE), options.cache_bytes, short)?;
     let place = LogPlace::new(Arc::clone(disk), directory.join("log"), options.cluster)?;
     let checkpointed = store.applied()?;
     let (mut durable, mut unsynced, mut log) = (checkpointed, Unsynced::default(), None);
@@ -139,7 +154,7 @@ pub fn recover(
         Some(log) => log,
         None => {
             // Another boot, or no log: all that is here is durable.
-            if rolled_back && !session::sessions(&*store.view()?)?.is_empty() {
+            if rolled_back && !is_planted(Bug::PowerCutUnnoticed) && !session::sessions(&*store.view()?)?.is_empty() {
                 begin_recovery(&store, clock.now())?;
             }
             store.checkpoint()?;
@@ -155,6 +170,7 @@ pub fn recover(
     if let Some(after) = recovering {
         tracing::warn!(%after, "the power was lost: mounts are waited for, to say again what was not durable");
     }
+    let lost_power = recovering;
     let recovering = recovering.is_some();
     let owing: Vec<_> = state::recovery::owing(&*view)?.into_iter().map(|(id, owed)| (id, owed.after)).collect();
 
@@ -163,7 +179,7 @@ pub fn recover(
     let mut sessions = Sessions::restored(session::sessions(&*view)?, now);
     owing.iter().for_each(|(session, after)| sessions.owe(*session, *after));
     let recovery = Recovery::new(owing.into_iter(), now, options.recovery_window, options.session_timeout);
-    Ok(Core::new(
+    let core = Core::new(
         clock,
         options.cluster,
         Recovered {
@@ -172,6 +188,7 @@ pub fn recover(
             store,
             log,
             cluster,
+            replace_after: options.replace_after,
             sessions,
             unsynced,
             durable,
@@ -180,7 +197,16 @@ pub fn recover(
             recovering,
             lock_grace: options.recovery_window,
         },
-    ))
+    );
+    core.tell(start(lost_power));
+    Ok(core)
+}
+
+fn start(lost_power: Option<Position>) -> Note {
+    let Some(after) = lost_power else { return Note::new(Severity::Info, METADATA_SERVER, "has started") };
+    let what = format!("has started after a loss of power: what came after change {after} was not durable");
+    let note = Note::new(Severity::Warning, METADATA_SERVER, what);
+    note.meaning("everybody waits").doing("living mounts say again what they had done")
 }
 
 /// As an entry that the checkpoint covers.
@@ -252,6 +278,10 @@ impl Running {
         tasks.spawn(Copier::new(Arc::clone(&core), proposer.clone(), Arc::clone(&peers)).run());
         let replacer = Replacer::new(Arc::clone(&core), proposer.clone(), Arc::clone(&peers), options.replace_after);
         tasks.spawn(replacer.run());
+        tasks.spawn(Mender::new(Arc::clone(&core), proposer.clone(), Arc::clone(&peers)).run());
+        tasks.spawn(Balancer::new(Arc::clone(&core), proposer.clone(), Arc::clone(&peers)).run());
+        tasks.spawn(Keeper::new(Arc::clone(&core), Arc::clone(&peers), options.backup_every).run());
+        tasks.spawn(Drainer::new(Arc::clone(&core), proposer.clone(), Arc::clone(&peers)).run());
         let (every, grace) = (options.compare_every, options.garbage_grace);
         tasks.spawn(Collector::new(Arc::clone(&core), proposer.clone(), Arc::clone(&peers), grace).run());
         tasks.spawn(Comparer::new(Arc::clone(&core), proposer.clone(), Arc::clone(&peers), every, grace).run());
@@ -314,6 +344,7 @@ pub async fn run(
         replace_after: config.replace_after,
         garbage_grace: config.garbage_grace,
         compare_every: config.compare_every,
+        backup_every: config.backup_every,
     };
     let core = recover(&disk, data.path(), clock, &options)?;
     let node =
@@ -337,6 +368,13 @@ pub async fn run(
     }
     serving.abort();
     Ok(())
+}
+
+/// Makes the metadata of the server that `config` is of from the backup `path`.
+pub fn restore_from(path: &Path, config: &MetaConfig, disk: &dyn Disk) -> Result<Contents, RunError> {
+    let credentials = load_credentials(config)?;
+    let data = DataDir::open(disk, &config.data_dir, credentials.identity())?;
+    Ok(restore(path, disk, data.path(), credentials.cluster, config.cache_bytes)?)
 }
 
 fn load_credentials(config: &MetaConfig) -> Result<Credentials, RunError> {

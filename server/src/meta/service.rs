@@ -1,9 +1,14 @@
 //! Answers requests: who may ask what, and where the answer comes from.
 
-use std::{sync::Arc, time::Duration};
+use std::{
+    collections::BTreeMap,
+    sync::{Arc, atomic::Ordering},
+    time::Duration,
+};
 
 use holdfast_common::{
     BlockHash, Ino, Position, Refusal, Sequence, ServerId, SessionId, Time,
+    cluster::Standing,
     limits::{HASH_LIST_MAX, HEADER_SIZE_MAX, LISTEN_PATIENCE},
     net::{
         BoxFuture, Frame, Peers, Serve,
@@ -16,7 +21,7 @@ use holdfast_common::{
         enrol::{EnrolReply, EnrolRequest, Enrolled},
         meta::{
             AdminRequest, ClusterStatus, Comparison, CopyFault, Event, FileMap, Foreign, LockAnswer, LockRequest,
-            LostChange, MetaAnswer, MetaReply, MetaRequest, Query, Replayed, SessionRequest, StorageNotice,
+            LostChange, MetaAnswer, MetaReply, MetaRequest, Query, Replayed, SessionRequest, Severity, StorageNotice,
         },
         storage::StorageRequest,
     },
@@ -25,11 +30,14 @@ use holdfast_common::{
 use tokio::sync::mpsc;
 
 use super::{
+    backup::Backup,
     cluster::Heartbeat,
     committer::Proposer,
     compare,
     core::{Core, ask},
+    journal::Note,
     locking::{News, Outcome, Wish},
+    names, operate,
     server::Authority,
     state::{Command, Reply, Rows, Step, StorageError, View, query, settled, violations::violations},
 };
@@ -49,6 +57,23 @@ const VIOLATIONS_MAX: usize = 1000;
 /// A token is good for at most a year.
 const TOKEN_VALIDITY_MAX: u64 = 366 * 86_400;
 
+/// Bytes of one part of a backup.
+const BACKUP_PART_LENGTH: usize = 1 << 20;
+/// Backups that are read at the same time: each keeps the tables of its moment.
+const BACKUPS_MAX: usize = 2;
+/// A backup of which nothing has been asked for so long is given up.
+const BACKUP_PATIENCE: Duration = Duration::from_secs(60);
+
+/// A backup that somebody reads.
+struct Reading {
+    number: u64,
+    backup: Backup,
+    /// The one that was read last.
+    part: u32,
+    last: Vec<u8>,
+    asked: Duration,
+}
+
 /// 32 bytes that nobody can guess: the seam for chance.
 pub type Secrets = Box<dyn Fn() -> [u8; 32] + Send + Sync>;
 
@@ -64,6 +89,10 @@ pub struct Service {
     /// Of the CA in this server's own credentials.
     pub ca_fingerprint: Fingerprint,
     pub secrets: Secrets,
+    /// Who holds it looks through all tables, for long: one at a time.
+    looking_at_everything: tokio::sync::Mutex<()>,
+    /// Backups that are being read, by their numbers.
+    backups: parking_lot::Mutex<BTreeMap<u64, Arc<tokio::sync::Mutex<Reading>>>>,
     /// Where a fault is told that must end the process.
     pub faults: mpsc::UnboundedSender<StorageError>,
 }
@@ -100,7 +129,20 @@ impl Service {
         let Authority { ca, ca_fingerprint, secrets } = authority;
         let [a, b, c, d, e, f, g, h, ..] = secrets();
         let instance = u64::from_le_bytes([a, b, c, d, e, f, g, h]);
-        Self { core, proposer, peers, instance, session_timeout, ca, ca_fingerprint, secrets, faults }
+        let (looking_at_everything, backups) = Default::default();
+        Self {
+            core,
+            proposer,
+            peers,
+            instance,
+            session_timeout,
+            ca,
+            ca_fingerprint,
+            secrets,
+            looking_at_everything,
+            backups,
+            faults,
+        }
     }
 
     fn envelope(&self, result: Answer) -> Frame {
@@ -405,25 +447,31 @@ impl Service {
             }
             StorageNotice::BadCopy { block, server, fault, repaired } => {
                 tracing::warn!(%block, %server, ?fault, repaired, reporter = %node, "a reader met a bad copy");
+                let what = format!(
+                    "a reader met a copy that is {}",
+                    if fault == CopyFault::Missing { "missing" } else { "damaged" }
+                );
+                let note = Note::new(Severity::Warning, format!("storage server {server}"), what);
+                let done = if repaired {
+                    "a good copy took its place"
+                } else {
+                    "it is off the record, and a copy is made elsewhere"
+                };
+                self.core.tell_rarely(note.meaning("none: it read another copy").doing(done));
                 self.proposer.propose(Command::BadCopy { server, block, fault, repaired }).await?.1?;
                 self.core.copies_wanted.notify_one();
             }
-            StorageNotice::BadCopies { blocks } => self.bad_copies(ServerId(node.id), blocks).await?,
+            StorageNotice::BadCopies { blocks } => self.bad_copies(ServerId(node.id), blocks)?,
         }
         Ok(MetaAnswer::Done)
     }
 
-    async fn bad_copies(&self, server: ServerId, blocks: Vec<BlockHash>) -> Result<(), Refusal> {
+    fn bad_copies(&self, server: ServerId, blocks: Vec<BlockHash>) -> Result<(), Refusal> {
         if blocks.len() > HASH_LIST_MAX {
             return Err(Refusal::BadRequest);
         }
         tracing::warn!(%server, blocks = blocks.len(), "a storage server has found bad copies: good ones are made");
-        for block in blocks {
-            let bad = Command::BadCopy { server, block, fault: CopyFault::Damaged, repaired: false };
-            self.proposer.propose(bad).await?.1?;
-        }
-        self.core.copies_wanted.notify_one();
-        Ok(())
+        self.core.bad_copies.lock().add(server, blocks)
     }
 
     async fn heartbeat(&self, server: ServerId, beat: Heartbeat) -> Result<(), Refusal> {
@@ -437,9 +485,12 @@ impl Service {
         let mut cluster = self.core.cluster.lock();
         let was_up = cluster.is_up(server);
         cluster.heard(server, beat, now);
+        let foreground = cluster.foreground();
         drop(cluster);
+        self.core.budget.lock().observe(foreground, now);
         if !was_up {
             tracing::info!(%server, "a storage server is up");
+            self.core.tell(Note::new(Severity::Info, format!("storage server {server}"), "is up"));
             self.core.copies_wanted.notify_one();
         }
         Ok(())
@@ -450,6 +501,7 @@ impl Service {
             AdminRequest::Status => self.status().map(|status| MetaAnswer::Status(Box::new(status))),
             AdminRequest::IssueToken { role, valid_secs } => self.issue_token(role, valid_secs).await,
             AdminRequest::Check => {
+                let Ok(_alone) = self.looking_at_everything.try_lock() else { return Err(Refusal::Unavailable) };
                 let view = self.view()?;
                 let checked = tokio::task::spawn_blocking(move || violations(&*view, VIOLATIONS_MAX)).await;
                 let found = checked.map_err(|_| Refusal::Fault)?.map_err(|fault| self.fault(fault))?;
@@ -457,7 +509,81 @@ impl Service {
             }
             AdminRequest::Compare { server, bucket, mend } => self.compare(server, bucket, mend).await,
             AdminRequest::Scrub => self.scrub().await,
+            AdminRequest::Stand { server, standing } => self.stand(server, standing).await,
+            AdminRequest::Journal { after } => Ok(MetaAnswer::Journal(self.core.told_after(after))),
+            AdminRequest::Names { blocks } => self.names(blocks).await,
+            AdminRequest::Backup { backup, part } => self.backup(backup, part).await,
+            AdminRequest::Rebalance => {
+                self.core.balance_wanted.store(true, Ordering::Relaxed);
+                Ok(MetaAnswer::Done)
+            }
         }
+    }
+
+    async fn stand(&self, server: ServerId, standing: Standing) -> Answer {
+        let view = self.view()?;
+        let reasons = operate::objections(&self.core.cluster.lock(), &*view, server, standing);
+        let reasons = reasons.map_err(|fault| self.fault(fault))?;
+        drop(view);
+        if !reasons.is_empty() {
+            return Ok(MetaAnswer::Declined(reasons));
+        }
+        self.core.stand(&self.proposer, server, standing).await?;
+        tracing::info!(%server, %standing, "the operator wants something else of a storage server");
+        self.core.tell(operate::note(server, standing));
+        Ok(MetaAnswer::Done)
+    }
+
+    /// The next part of the backup `number`, or again the one before; 0 begins one.
+    async fn backup(&self, number: u64, part: u32) -> Answer {
+        let reading = match number {
+            0 => self.begin_backup()?,
+            _ => self.backups.lock().get(&number).cloned().ok_or(Refusal::NotFound)?,
+        };
+        let mut reading = reading.lock_owned().await;
+        reading.asked = self.core.clock.monotonic();
+        if part == reading.part && part > 0 {
+            let bytes = reading.last.clone();
+            return Ok(MetaAnswer::BackupPart { backup: reading.number, bytes });
+        }
+        if part != reading.part + 1 && part != 0 {
+            return Err(Refusal::Invalid);
+        }
+        let read = tokio::task::spawn_blocking(move || {
+            reading.last = reading.backup.next_part(BACKUP_PART_LENGTH)?;
+            reading.part = part;
+            Ok::<_, StorageError>(reading)
+        });
+        let reading = read.await.map_err(|_| Refusal::Fault)?.map_err(|fault| self.fault(fault))?;
+        if reading.last.is_empty() {
+            self.core.until_durable(reading.backup.position(), DURABLE_DEADLINE).await?;
+        }
+        Ok(MetaAnswer::BackupPart { backup: reading.number, bytes: reading.last.clone() })
+    }
+
+    fn begin_backup(&self) -> Result<Arc<tokio::sync::Mutex<Reading>>, Refusal> {
+        let now = self.core.clock.monotonic();
+        let backup = Backup::new(self.view()?, self.core.cluster_id, self.core.clock.now());
+        let mut backups = self.backups.lock();
+        // One that is being read is used.
+        backups.retain(|_, reading| reading.try_lock().is_ok_and(|it| now.saturating_sub(it.asked) < BACKUP_PATIENCE));
+        if backups.len() >= BACKUPS_MAX {
+            return Err(Refusal::Unavailable);
+        }
+        let [a, b, c, d, e, f, g, h, ..] = (self.secrets)();
+        let number = u64::from_le_bytes([a, b, c, d, e, f, g, h]).max(1);
+        let reading = Reading { number, backup, part: 0, last: Vec::new(), asked: now };
+        Ok(Arc::clone(backups.entry(number).or_insert(Arc::new(tokio::sync::Mutex::new(reading)))))
+    }
+
+    async fn names(&self, blocks: Vec<BlockHash>) -> Answer {
+        if blocks.len() > HASH_LIST_MAX {
+            return Err(Refusal::BadRequest);
+        }
+        let Ok(_alone) = self.looking_at_everything.try_lock() else { return Err(Refusal::Unavailable) };
+        let view = self.view()?;
+        let found = tokio::task::spawn_blocking(move || names::files_of(&*view, &blocks.into_iter().collect())).await;
+        Ok(MetaAnswer::Paths(found.map_err(|_| Refusal::Fault)?.map_err(|fault| self.fault(fault))?))
     }
 
     async fn scrub(&self) -> Answer {
@@ -483,11 +609,15 @@ impl Service {
         })?;
         let difference = difference.ok_or(Refusal::Unavailable)?;
         let (missing, extra) = (difference.missing.len() as u64, difference.extra.len() as u64);
+        let named = compare::named_among(&self.core, &difference.missing).map_err(|fault| {
+            tracing::error!(%fault, "what is lost could not be found out");
+            Refusal::Fault
+        })?;
         let mended = match mend {
             true => compare::mend_missing(&self.core, &self.proposer, server, difference.missing).await as u64,
             false => 0,
         };
-        Ok(MetaAnswer::Compared(Comparison { on_record: difference.on_record, missing, mended, extra }))
+        Ok(MetaAnswer::Compared(Comparison { on_record: difference.on_record, missing, mended, extra, named }))
     }
 
     fn status(&self) -> Result<ClusterStatus, Refusal> {
@@ -513,6 +643,13 @@ impl Service {
             collected: counters.collected,
             log_position: self.core.applied(),
             durable_through: self.core.durable(),
+            // Asked for, and not planned yet: something.
+            balance_left_bytes: self
+                .core
+                .balance_left
+                .load(Ordering::Relaxed)
+                .max(u64::from(self.core.balance_wanted.load(Ordering::Relaxed))),
+            backup_secs: self.core.backed_up.lock().map_or(0, |time| time.secs),
         })
     }
 
@@ -594,7 +731,15 @@ fn check_role(role: Role, request: &MetaRequest) -> Result<(), Refusal> {
         MetaRequest::Storage(StorageNotice::BadCopy { .. }) => is_client,
         MetaRequest::Admin(AdminRequest::Status) => is_client,
         MetaRequest::Admin(
-            AdminRequest::IssueToken { .. } | AdminRequest::Check | AdminRequest::Compare { .. } | AdminRequest::Scrub,
+            AdminRequest::IssueToken { .. }
+            | AdminRequest::Check
+            | AdminRequest::Compare { .. }
+            | AdminRequest::Scrub
+            | AdminRequest::Stand { .. }
+            | AdminRequest::Journal { .. }
+            | AdminRequest::Names { .. }
+            | AdminRequest::Backup { .. }
+            | AdminRequest::Rebalance,
         ) => role == Role::Admin,
     };
     if allowed { Ok(()) } else { Err(Refusal::WrongRole) }

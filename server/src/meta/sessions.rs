@@ -173,6 +173,11 @@ impl Sessions {
         self.mounts.get(&id)?.owes
     }
 
+    /// Is there a mount that may still say again what it had done?
+    pub fn is_anything_owed(&self) -> bool {
+        self.mounts.values().any(|mount| mount.owes.is_some())
+    }
+
     /// The mount has said all that it had done.
     pub fn settle(&mut self, id: SessionId) {
         if let Some(mount) = self.mounts.get_mut(&id) {

@@ -185,6 +185,7 @@ fn options() -> Options {
         replace_after: Duration::from_secs(300),
         garbage_grace: Duration::from_secs(3600),
         compare_every: Duration::from_secs(3600),
+        backup_every: Duration::ZERO,
     }
 }
 
@@ -895,7 +896,8 @@ async fn what_is_put_again_before_it_is_deleted_stays() {
 
 #[tokio::test]
 async fn a_condemned_block_waits_for_a_holder_that_is_down_and_goes_on_after_a_restart() {
-    let mut cluster = Cluster::on(MemoryDisk::new(), soon_collected()).await;
+    let mut cluster =
+        Cluster::on(MemoryDisk::new(), Options { session_timeout: Duration::from_secs(10), ..soon_collected() }).await;
     let ino = cluster.create("a", false).await.unwrap();
     for seed in [1, 2] {
         cluster.write(ino, seed, &[1, 2, 3], true).await.unwrap();
@@ -906,6 +908,9 @@ async fn a_condemned_block_waits_for_a_holder_that_is_down_and_goes_on_after_a_r
     let cut = cluster.disk.power_cut(0);
     let cluster = cluster.restarted(cut);
     cluster.storages.with(2, |storage| storage.dead = false);
+    let is_there = |cluster: &Cluster| cluster.copies(1) == [2];
+    cluster.while_heard(&[1, 2, 3], "the mount is waited for no more", |cluster| !cluster.core().is_recovering()).await;
+    assert!(is_there(&cluster) && !cluster.core().may_collect(), "it may still say again what it had done");
     cluster.while_heard(&[1, 2, 3], "it is deleted everywhere", |cluster| cluster.counters().collected == 1).await;
     assert_eq!((cluster.copies(1), cluster.copies(2)), (vec![], vec![1, 2, 3]));
     cluster.check();

@@ -1,5 +1,7 @@
 //! The storage server: blocks on a disk, served to who may have them.
 
+mod backups;
+mod meter;
 mod replicate;
 mod report;
 mod scrub;
@@ -7,6 +9,7 @@ mod service;
 pub mod store;
 #[cfg(test)]
 mod tests;
+mod vitals;
 mod workers;
 
 use std::{future::Future, io, path::PathBuf, sync::Arc, time::Duration};
@@ -26,12 +29,13 @@ use holdfast_common::{
 
 use tokio::sync::mpsc;
 
-pub use self::service::StorageService;
+pub use self::{backups::Backups, service::StorageService};
 use self::{
     replicate::Fetcher,
     report::Reporter,
     scrub::Scrubber,
     store::{OpenError, Store, StoreError, StoreOptions},
+    vitals::Watch,
     workers::Workers,
 };
 use crate::datadir::{DataDir, DataDirError};
@@ -79,7 +83,8 @@ pub async fn run(
     let node = Node::bind(config.listen, credentials, NetOptions::default())?;
     let address = node.local_address().map_err(RunError::Start)?;
     let peers: Arc<dyn Peers> = Arc::clone(&node) as Arc<dyn Peers>;
-    let service = start_service(Arc::clone(&store), Arc::clone(&peers), name.id).map_err(RunError::Start)?;
+    let backups = Backups::new(Arc::clone(&disk), data.path());
+    let service = start_service(Arc::clone(&store), Arc::clone(&peers), name.id, backups).map_err(RunError::Start)?;
     let serving = tokio::spawn(node.serve(Arc::clone(&service) as Arc<dyn Serve>, None).map_err(RunError::Tls)?);
     let reporter = Reporter {
         peers,
@@ -89,6 +94,7 @@ pub async fn run(
         store: Arc::clone(&store),
         service: Arc::clone(&service),
         started_ms: millis_of(clock.now()),
+        watch: Watch::new(data.path()),
     };
     let (bad, found_bad) = mpsc::unbounded_channel();
     let scrubber = Scrubber {
@@ -155,8 +161,13 @@ fn store_options(config: &StorageConfig, disk: &dyn Disk) -> io::Result<StoreOpt
 }
 
 /// The service over an open store. `me`: this server's number, which is not asked for copies.
-pub fn start_service(store: Arc<Store>, peers: Arc<dyn Peers>, me: u32) -> io::Result<Arc<StorageService>> {
+pub fn start_service(
+    store: Arc<Store>,
+    peers: Arc<dyn Peers>,
+    me: u32,
+    backups: Backups,
+) -> io::Result<Arc<StorageService>> {
     let cores = std::thread::available_parallelism().map_or(1, usize::from);
     let workers = Workers::start(cores.min(WORKERS_MAX))?;
-    Ok(Arc::new(StorageService::new(store, workers, Fetcher::new(peers, me))))
+    Ok(Arc::new(StorageService::new(store, workers, Fetcher::new(peers, me), backups)))
 }

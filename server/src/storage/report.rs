@@ -23,10 +23,13 @@ use holdfast_common::{
 
 use tokio::sync::mpsc;
 
-use super::{service::StorageService, store::Store};
+use super::{service::StorageService, store::Store, vitals::Watch};
 
 const EVERY: Duration = Duration::from_secs(1);
 const DEADLINE: Duration = Duration::from_secs(2);
+/// Bad copies in one report.
+const BAD_TOLD_AT_ONCE: usize = 1024;
+const _: () = assert!(BAD_TOLD_AT_ONCE <= HASH_LIST_MAX);
 /// Number of the metadata server in its certificate, as `holdfast init` gives it.
 const META_ID: u32 = 1;
 
@@ -39,6 +42,7 @@ pub(super) struct Reporter {
     pub(super) service: Arc<StorageService>,
     /// When this process started, in milliseconds since 1970.
     pub(super) started_ms: u64,
+    pub(super) watch: Watch,
 }
 
 #[derive(Debug, thiserror::Error)]
@@ -54,7 +58,7 @@ enum ReportError {
 impl Reporter {
     /// Reports until it is dropped; a metadata server that does not answer is tried again.
     /// What comes from `bad` is reported too.
-    pub(super) async fn run(self, mut bad: mpsc::UnboundedReceiver<BlockHash>) {
+    pub(super) async fn run(mut self, mut bad: mpsc::UnboundedReceiver<BlockHash>) {
         let mut untold = Vec::new();
         let mut ticks = tokio::time::interval(EVERY);
         ticks.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
@@ -62,7 +66,7 @@ impl Reporter {
         loop {
             ticks.tick().await;
             let result = self.report().await;
-            while untold.len() < HASH_LIST_MAX
+            while untold.len() < BAD_TOLD_AT_ONCE
                 && let Ok(hash) = bad.try_recv()
             {
                 untold.push(hash);
@@ -87,13 +91,10 @@ impl Reporter {
         }
     }
 
-    async fn report(&self) -> Result<(), ReportError> {
-        let notice = StorageNotice::Heartbeat {
-            address: self.address,
-            zone: self.zone.clone(),
-            boot: self.store.boot(),
-            load: self.load(),
-        };
+    async fn report(&mut self) -> Result<(), ReportError> {
+        let load = self.load();
+        let (address, zone, boot) = (self.address, self.zone.clone(), self.store.boot());
+        let notice = StorageNotice::Heartbeat { address, zone, boot, load };
         let epoch = self.tell(notice).await?;
         self.service.hear(epoch);
         Ok(())
@@ -107,7 +108,11 @@ impl Reporter {
         reply.result.map(|_| reply.epoch).map_err(ReportError::Refused)
     }
 
-    fn load(&self) -> StorageLoad {
+    fn load(&mut self) -> StorageLoad {
+        let vitals = self.watch.look();
+        let (puts, gets) = (self.service.puts().take(), self.service.gets().take());
+        let requests = u64::from(puts.count) + u64::from(gets.count);
+        let mean_us = (puts.sum_us + gets.sum_us).checked_div(requests).unwrap_or(0);
         let statistics = self.store.statistics();
         let space = self.store.space().unwrap_or_else(|error| {
             tracing::warn!(%error, "cannot tell how much space is left");
@@ -128,6 +133,17 @@ impl Reporter {
             scrub_checked_bytes: self.service.scrub_progress().checked_bytes.load(Relaxed),
             scrub_passes: self.service.scrub_progress().passes.load(Relaxed),
             scrub_last_pass_secs: self.service.scrub_progress().last_pass_secs.load(Relaxed),
+            puts: puts.count,
+            gets: gets.count,
+            request_mean_us: u32::try_from(mean_us).unwrap_or(u32::MAX),
+            put_p50_us: puts.p50_us,
+            put_p99_us: puts.p99_us,
+            get_p50_us: gets.p50_us,
+            get_p99_us: gets.p99_us,
+            cpu_percent: vitals.cpu_percent,
+            disk_busy_percent: vitals.disk_busy_percent,
+            memory_available_bytes: vitals.memory_available_bytes,
+            network_bytes: vitals.network_bytes,
         }
     }
 }

@@ -1,7 +1,8 @@
 //! Reads every stored byte again from time to time, and finds what has gone bad before somebody needs it.
 //!
 //! In the order of the hashes, so that one of them says how far a pass has come, also after a restart. Bytes come from the disk and not
-//! from memory. What is bad goes into quarantine and is told to the metadata server, which has a good copy made.
+//! from memory. What is bad is told to the metadata server, which has this server put a good copy in its place: until there is one, the
+//! bad one stays, for it may be the only one of which anything can be read.
 
 use std::{
     io,
@@ -30,6 +31,8 @@ use super::{
 const PAGE: usize = 256;
 /// While requests are being served, the pass goes at this part of its rate.
 const BUSY_DIVISOR: u64 = 4;
+/// After a block that could not be checked.
+const TROUBLE_PAUSE: Duration = Duration::from_millis(200);
 /// How often a scrubber that has nothing to do looks whether it has.
 const IDLE_TICK: Duration = Duration::from_millis(200);
 const STATE_FILE: &str = "scrub.json";
@@ -124,7 +127,7 @@ impl Scrubber {
                 }
                 Err(error) => {
                     tracing::error!(%error, "scrubbing has to wait");
-                    self.nap(Duration::from_secs(10));
+                    thread::sleep(TROUBLE_PAUSE);
                 }
             }
         }
@@ -166,7 +169,11 @@ impl Scrubber {
                 return Ok(());
             }
             let started = Instant::now();
-            let length = self.check(hash)?;
+            let length = self.check(hash).unwrap_or_else(|error| {
+                tracing::error!(block = %hash, %error, "a block cannot be checked: passed over until the next pass");
+                thread::sleep(TROUBLE_PAUSE);
+                0
+            });
             state.checked_bytes += length;
             state.after = Some(hash.to_string());
             self.breathe(length, started.elapsed());
@@ -203,7 +210,11 @@ impl Scrubber {
 
     /// The bytes that were read.
     fn check(&self, hash: &BlockHash) -> Result<u64, StoreError> {
-        let (length, verdict) = self.store.scrub(hash)?;
+        let (length, mut verdict) = self.store.scrub(hash)?;
+        if matches!(verdict, Verdict::Damaged(..)) {
+            // Disks fail to read for a moment, too.
+            verdict = self.store.scrub(hash)?.1;
+        }
         match verdict {
             // Deleted meanwhile.
             Verdict::Good | Verdict::Missing => {}
@@ -211,10 +222,10 @@ impl Scrubber {
                 tracing::error!(block = %hash, "the hash tree of a copy is bad, its bytes are good: written again");
                 self.store.replace(&block, bad)?;
             }
-            Verdict::Damaged(bad, reason) => {
+            Verdict::Damaged(_, reason) => {
                 tracing::error!(block = %hash, reason, "scrubbing has found a bad copy");
-                // Nobody listens only when the server stops: what is missing then is found by comparing.
-                if self.store.quarantine(bad)? && self.bad.send(*hash).is_err() {
+                // Nobody listens only when the server stops: the next pass finds it again.
+                if self.bad.send(*hash).is_err() {
                     tracing::debug!(block = %hash, "a bad copy is not reported any more");
                 }
             }

@@ -1,16 +1,19 @@
 //! Answers requests to a storage server: who may ask, what is asked, what comes back.
 
-use std::sync::{
-    Arc,
-    atomic::{
-        AtomicU64, AtomicUsize,
-        Ordering::{AcqRel, Acquire, Relaxed},
+use std::{
+    sync::{
+        Arc,
+        atomic::{
+            AtomicU64, AtomicUsize,
+            Ordering::{AcqRel, Acquire, Relaxed},
+        },
     },
+    time::Instant,
 };
 
 use bytes::Bytes;
 use holdfast_common::{
-    BlockHash, Epoch, Refusal,
+    BlockHash, BootId, Epoch, Refusal,
     inventory::{self, BucketDigest},
     limits::{BLOCK_SIZE_MAX, HASH_LIST_MAX, PAYLOAD_SIZE_MAX, PUT_BATCH_MAX},
     net::{
@@ -25,6 +28,8 @@ use holdfast_common::{
 use tokio::sync::Mutex;
 
 use super::{
+    backups::Backups,
+    meter::Meter,
     replicate::{Fetcher, SOURCES_MAX, joined},
     scrub::ScrubProgress,
     store::{CheckedBlock, Store, StoreError, Verdict},
@@ -50,6 +55,10 @@ pub struct StorageService {
     /// One more than the latest epoch that this server has heard of; 0 before the first.
     heard: AtomicU64,
     scrub: Arc<ScrubProgress>,
+    backups: Arc<Backups>,
+    /// Of mounts.
+    puts: Meter,
+    gets: Meter,
 }
 
 type Answer = Result<(StorageAnswer, Vec<Bytes>), Refusal>;
@@ -81,11 +90,11 @@ fn encode_reply(reply: Result<StorageAnswer, Refusal>, payload: Vec<Bytes>) -> F
 /// See the table at [`StorageRequest`].
 fn may(role: Role, request: &StorageRequest) -> bool {
     match request {
-        StorageRequest::Put { .. } | StorageRequest::Get { .. } | StorageRequest::Repair { .. } => {
-            matches!(role, Role::Client | Role::Storage)
-        }
+        StorageRequest::Put { .. } | StorageRequest::Get { .. } => matches!(role, Role::Client | Role::Storage),
+        StorageRequest::Repair { .. } => matches!(role, Role::Client | Role::Storage | Role::Meta),
         StorageRequest::Has { .. } => matches!(role, Role::Meta | Role::Storage | Role::Client),
-        StorageRequest::Sync
+        StorageRequest::KeepBackup { .. }
+        | StorageRequest::Sync
         | StorageRequest::Obtain { .. }
         | StorageRequest::Delete { .. }
         | StorageRequest::List { .. }
@@ -95,7 +104,7 @@ fn may(role: Role, request: &StorageRequest) -> bool {
 }
 
 impl StorageService {
-    pub(super) fn new(store: Arc<Store>, workers: Workers, fetcher: Fetcher) -> Self {
+    pub(super) fn new(store: Arc<Store>, workers: Workers, fetcher: Fetcher, backups: Backups) -> Self {
         let repairs = (0..REPAIR_LANES).map(|_| Mutex::new(())).collect();
         Self {
             store,
@@ -105,7 +114,23 @@ impl StorageService {
             in_flight: AtomicUsize::new(0),
             heard: AtomicU64::new(0),
             scrub: Arc::default(),
+            backups: Arc::new(backups),
+            puts: Meter::default(),
+            gets: Meter::default(),
         }
+    }
+
+    /// Under which puts are acknowledged now.
+    pub fn boot(&self) -> BootId {
+        self.store.boot()
+    }
+
+    pub(super) fn puts(&self) -> &Meter {
+        &self.puts
+    }
+
+    pub(super) fn gets(&self) -> &Meter {
+        &self.gets
     }
 
     pub fn scrub_progress(&self) -> &Arc<ScrubProgress> {
@@ -137,8 +162,22 @@ impl StorageService {
             tracing::warn!(peer = %from.node, "a request that this role may not send");
             return Err(Refusal::WrongRole);
         }
+        let meter = match &request {
+            StorageRequest::Put { .. } => Some(&self.puts),
+            StorageRequest::Get { .. } => Some(&self.gets),
+            _ => None,
+        };
+        let started = Instant::now();
+        let answer = self.carry_out(request, frame.payload).await;
+        if let Some(meter) = meter.filter(|_| from.node.role == Role::Client) {
+            meter.note(started.elapsed());
+        }
+        answer
+    }
+
+    async fn carry_out(&self, request: StorageRequest, payload: Vec<Bytes>) -> Answer {
         match request {
-            StorageRequest::Put { blocks, durable } => self.put(blocks, durable, joined(frame.payload)).await,
+            StorageRequest::Put { blocks, durable } => self.put(blocks, durable, joined(payload)).await,
             StorageRequest::Get { block, range } => self.get(block, range).await,
             StorageRequest::Sync => self.sync().await,
             StorageRequest::Has { blocks } => self.has(blocks).await,
@@ -150,6 +189,12 @@ impl StorageService {
             StorageRequest::Scrub => {
                 self.scrub.want();
                 Ok((StorageAnswer::Scrubbing, Vec::new()))
+            }
+            StorageRequest::KeepBackup { number, offset, end } => {
+                let (backups, part) = (Arc::clone(&self.backups), joined(payload));
+                let keep = move || backups.keep(number, offset, &part, end);
+                self.workers.run(keep).await.map_err(work_refusal)??;
+                Ok((StorageAnswer::Kept, Vec::new()))
             }
         }
     }
@@ -275,12 +320,8 @@ impl StorageService {
                     (fetched.map(|block| CheckedBlock::from_block(&block, Epoch(0))), bad)
                 }
             };
-            let Some(good) = good else {
-                if self.blocking(move |store| store.quarantine(bad)).await.map_err(logged)? {
-                    return Err(Refusal::Unavailable);
-                }
-                continue;
-            };
+            // A bad copy may be the only one of which anything can be read: it stays until there is a good one.
+            let good = good.ok_or(Refusal::Unavailable)?;
             if let Some(ticket) = self.blocking(move |store| store.replace(&good, bad)).await.map_err(logged)? {
                 self.store.durable(ticket).await.map_err(logged)?;
                 tracing::info!(block = %hash, "a good copy is here again");

@@ -53,7 +53,8 @@ impl Server {
         let directory = tempfile::tempdir().unwrap();
         let options = StoreOptions { reserve_bytes: 0, ..StoreOptions::default() };
         let store = Arc::new(Store::open(Arc::new(RealDisk), directory.path(), options).unwrap());
-        let service = start_service(Arc::clone(&store), Arc::clone(room) as Arc<dyn Peers>, id).unwrap();
+        let backups = Backups::new(Arc::new(RealDisk), directory.path());
+        let service = start_service(Arc::clone(&store), Arc::clone(room) as Arc<dyn Peers>, id, backups).unwrap();
         room.servers.lock().insert(id, Arc::clone(&service));
         Self { directory, store, service }
     }
@@ -134,7 +135,7 @@ async fn each_role_may_send_only_what_it_needs() {
     let requests = [
         (StorageRequest::Put { blocks: vec![], durable: false }, [false, true, true, false]),
         (StorageRequest::Get { block: hash, range: None }, [false, true, true, false]),
-        (StorageRequest::Repair { block: hash, sources: vec![] }, [false, true, true, false]),
+        (StorageRequest::Repair { block: hash, sources: vec![] }, [true, true, true, false]),
         (StorageRequest::Sync, [true, false, false, false]),
         (StorageRequest::Has { blocks: vec![] }, [true, true, true, false]),
         (StorageRequest::Obtain { block: hash, sources: vec![], epoch: Epoch(0) }, [true, false, false, false]),
@@ -210,7 +211,13 @@ async fn a_bad_copy_is_replaced_from_the_first_good_source() {
     assert_eq!(answer, Ok(StorageAnswer::Repaired { replaced: false }));
     let (answer, _) = servers[1].ask(Role::Client, repair(vec![source(88)]), &[]).await;
     assert_eq!(answer, Err(Refusal::Unavailable));
-    assert_eq!(servers[1].get(&block).await, Err(Refusal::BlockMissing), "a bad copy is not served again");
+    let (there, _) = servers[1].ask(Role::Meta, StorageRequest::Has { blocks: vec![block.hash()] }, &[]).await;
+    let boot = servers[1].store.boot();
+    assert_eq!(there, Ok(StorageAnswer::Has { boot, present: vec![true] }), "it may be better than none");
+    assert_eq!(servers[1].store.statistics().quarantined, 0);
+    let (answer, _) = servers[1].ask(Role::Meta, repair(vec![source(3)]), &[]).await;
+    assert_eq!(answer, Ok(StorageAnswer::Repaired { replaced: true }), "until there is a good one");
+    assert_eq!(servers[1].get(&block).await.unwrap(), block.bytes());
 }
 
 #[tokio::test]

@@ -163,13 +163,11 @@ fn median(mut values: Vec<f64>) -> f64 {
     if values.len().is_multiple_of(2) { f64::midpoint(values[middle - 1], values[middle]) } else { values[middle] }
 }
 
-const BEGIN: &str = "<!-- what follows is made by scripts/bench -->\n";
-const END: &str = "<!-- made by scripts/bench until here -->\n";
-
-/// `document` with `part` in the place that is kept for it; `None`: it has no such place.
-pub fn insert(document: &str, part: &str) -> Option<String> {
-    let begin = document.find(BEGIN)? + BEGIN.len();
-    let end = begin + document[begin..].find(END)?;
+/// `document` with `part` in the place that is kept for what `command` makes; `None`: it has no such place.
+pub fn insert(document: &str, command: &str, part: &str) -> Option<String> {
+    let first = format!("<!-- what follows is made by {command} -->\n");
+    let begin = document.find(&first)? + first.len();
+    let end = begin + document[begin..].find(&format!("<!-- made by {command} until here -->\n"))?;
     Some(format!("{}{part}{}", &document[..begin], &document[end..]))
 }
 
@@ -213,8 +211,14 @@ mod tests {
 
     #[test]
     fn a_part_takes_its_own_place_only() {
-        let document = format!("before\n{BEGIN}old\n{END}after\n");
-        assert_eq!(insert(&document, "new\n").unwrap(), format!("before\n{BEGIN}new\n{END}after\n"));
-        assert_eq!(insert("nothing", "new"), None);
+        let place = |part: &str| {
+            format!(
+                "before\n<!-- what follows is made by scripts/bench -->\n{part}<!-- made by scripts/bench until here -->\nafter\n"
+            )
+        };
+        let document = place("old\n");
+        assert_eq!(insert(&document, "scripts/bench", "new\n").unwrap(), place("new\n"));
+        assert_eq!(insert("nothing", "scripts/bench", "new"), None);
+        assert_eq!(insert(&document, "scripts/other", "new"), None);
     }
 }

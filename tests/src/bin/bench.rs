@@ -8,9 +8,9 @@ use std::{
 };
 
 use anyhow::{Context, Result, bail};
-use holdfast_tests::bench::{Bench, Report, Sample, Sizes, Subject, insert};
+use holdfast_tests::bench::{Bench, Report, Sample, Sizes, Subject, grow, insert};
 
-const USAGE: &str = "bench run SCRIPT WORKLOADS full|quick ARCHIVE SAMPLES | bench report SAMPLES DOCUMENT PLOT";
+const USAGE: &str = "bench run SCRIPT WORKLOADS full|quick ARCHIVE SAMPLES | bench report SAMPLES DOCUMENT PLOT | bench grow FILES DOCUMENT";
 
 fn main() -> ExitCode {
     let arguments: Vec<String> = std::env::args().skip(1).collect();
@@ -19,6 +19,7 @@ fn main() -> ExitCode {
         ["run", script, workloads, sizes, archive, samples] => {
             run(Subject::new(script.into()), workloads, sizes == "quick", archive.into(), Path::new(samples))
         }
+        ["grow", files, document] => how_it_grows(files, Path::new(document)),
         ["report", samples, document, plot] => report(Path::new(samples), Path::new(document), Path::new(plot)),
         _ => Err(anyhow::anyhow!(USAGE)),
     };
@@ -50,11 +51,23 @@ fn report(samples: &Path, document: &Path, plot: &Path) -> Result<()> {
     let report = Report::new(&samples);
     std::io::stdout().write_all(report.table().as_bytes())?;
     fs::write(plot, report.plot()).with_context(|| format!("write {}", plot.display()))?;
+    write_into(document, "scripts/bench", &report.table())
+}
+
+/// In steps of ten, up to so many files.
+fn how_it_grows(files: &str, document: &Path) -> Result<()> {
+    let files: u64 = files.parse().context("a number of files")?;
+    let steps: Vec<u64> = (4..).map(|power| 10_u64.pow(power)).take_while(|step| *step <= files).collect();
+    let table = grow::table(&grow::run(&steps)?);
+    std::io::stdout().write_all(table.as_bytes())?;
+    write_into(document, "scripts/bench --grow", &table)
+}
+
+fn write_into(document: &Path, command: &str, part: &str) -> Result<()> {
     if document.exists() {
         let text = fs::read_to_string(document)?;
-        let part = report.table();
-        let text =
-            insert(&text, &part).with_context(|| format!("{} has no place for the table", document.display()))?;
+        let text = insert(&text, command, part);
+        let text = text.with_context(|| format!("{} has no place for the table", document.display()))?;
         fs::write(document, text)?;
     }
     Ok(())

@@ -8,7 +8,7 @@ use std::{collections::BTreeMap, fmt::Write, fs, path::PathBuf};
 use holdfast_common::{
     Attr, BlockHash, BootId, ChunkIndex, ClusterId, DirEntry, Epoch, Ino, Kind, Piece, Position, Refusal, Sequence,
     ServerId, SessionId, Time,
-    cluster::{ClusterMap, ServerInfo, ServerState},
+    cluster::{ClusterMap, ServerInfo, ServerState, Standing},
     inventory::BucketDigest,
     locks::{Lock, LockClass, LockKind, LockOwner, LockRange},
     net::identity::Role,
@@ -17,9 +17,9 @@ use holdfast_common::{
         enrol::{EnrolReply, EnrolRequest, Enrolled},
         meta::{
             AdminRequest, BlockPlace, Change, ClusterStatus, Comparison, CopyFault, Event, FileCommit, FileMap,
-            Foreign, Holder, LockAnswer, LockRequest, LostChange, MetaAnswer, MetaReply, MetaRequest, MountStatus,
-            Mutated, NewBlock, NewInode, Op, Query, Reach, RenameMode, Replayed, ServerStatus, SessionRequest, SetAttr,
-            SetTime, StatFs, StorageLoad, StorageNotice, XattrMode,
+            Foreign, Holder, JournalEntry, LockAnswer, LockRequest, LostChange, LostPath, MetaAnswer, MetaReply,
+            MetaRequest, MountStatus, Mutated, NewBlock, NewInode, Op, Query, Reach, RenameMode, Replayed,
+            ServerStatus, SessionRequest, SetAttr, SetTime, Severity, StatFs, StorageLoad, StorageNotice, XattrMode,
         },
         storage::{ByteRange, PutBlock, Source, StorageAnswer, StorageReply, StorageRequest},
     },
@@ -134,6 +134,17 @@ fn load() -> StorageLoad {
         scrub_checked_bytes: 11,
         scrub_passes: 12,
         scrub_last_pass_secs: 13,
+        puts: 15,
+        gets: 16,
+        request_mean_us: 17,
+        put_p50_us: 18,
+        put_p99_us: 19,
+        get_p50_us: 20,
+        get_p99_us: 21,
+        cpu_percent: 22,
+        disk_busy_percent: 23,
+        memory_available_bytes: 24,
+        network_bytes: 25,
     }
 }
 
@@ -261,6 +272,11 @@ fn admin() -> Vec<AdminRequest> {
         AdminRequest::Check,
         AdminRequest::Compare { server: ServerId(2), bucket: 7, mend: true },
         AdminRequest::Scrub,
+        AdminRequest::Stand { server: ServerId(2), standing: Standing::Maintenance { until: time() } },
+        AdminRequest::Journal { after: 9 },
+        AdminRequest::Names { blocks: vec![hash()] },
+        AdminRequest::Backup { backup: 3, part: 4 },
+        AdminRequest::Rebalance,
     ]
 }
 
@@ -286,6 +302,8 @@ fn status() -> ClusterStatus {
             weight: 100,
             silent_ms: 12,
             boot: BootId(4),
+            standing: Standing::Draining,
+            left: Some(8),
             load: load(),
         }],
         mounts: vec![MountStatus {
@@ -310,6 +328,8 @@ fn status() -> ClusterStatus {
         collected: 14,
         log_position: Position(12),
         durable_through: Position(11),
+        backup_secs: 1_700_000_000,
+        balance_left_bytes: 15,
     }
 }
 
@@ -346,7 +366,19 @@ fn answers() -> Vec<MetaAnswer> {
         MetaAnswer::Events(vec![(4, Event::Granted { ticket: Sequence(6), foreign: foreign() })]),
         MetaAnswer::Events(vec![(5, Event::Recall { ino: Ino(7), number: 8 })]),
         MetaAnswer::Events(vec![(6, Event::AskAgain { ticket: Sequence(6) })]),
-        MetaAnswer::Compared(Comparison { on_record: 5, missing: 3, mended: 2, extra: 1 }),
+        MetaAnswer::Compared(Comparison { on_record: 5, missing: 3, mended: 2, extra: 1, named: vec![(hash(), 3)] }),
+        MetaAnswer::Declined(vec!["a reason".into()]),
+        MetaAnswer::Journal(vec![JournalEntry {
+            number: 4,
+            time: time(),
+            severity: Severity::Warning,
+            place: "here".into(),
+            what: "this".into(),
+            consequence: "little".into(),
+            action: "nothing".into(),
+        }]),
+        MetaAnswer::BackupPart { backup: 3, bytes: vec![1, 2] },
+        MetaAnswer::Paths(vec![LostPath { path: b"/a".to_vec(), ino: Ino(7), offset: 1 }]),
     ]
 }
 
@@ -373,6 +405,7 @@ fn storage_requests() -> Vec<StorageRequest> {
         StorageRequest::List { after: Some(hash()) },
         StorageRequest::Digest { bucket: 200 },
         StorageRequest::Scrub,
+        StorageRequest::KeepBackup { number: 1_700_000_000, offset: 1 << 20, end: true },
     ]
 }
 
@@ -389,6 +422,7 @@ fn storage_answers() -> Vec<StorageAnswer> {
         StorageAnswer::List { blocks: vec![(hash(), Epoch(5))], end: true },
         StorageAnswer::Digest(BucketDigest { blocks: 3, digest: [7; 32] }),
         StorageAnswer::Scrubbing,
+        StorageAnswer::Kept,
     ]
 }
 
@@ -486,7 +520,14 @@ fn roles() -> Vec<Role> {
 }
 
 fn states() -> Vec<ServerState> {
-    vec![ServerState::Joining, ServerState::Up, ServerState::Suspect, ServerState::Down]
+    vec![
+        ServerState::Joining,
+        ServerState::Up,
+        ServerState::Suspect,
+        ServerState::Down,
+        ServerState::Draining,
+        ServerState::Maintenance,
+    ]
 }
 
 /// Every message of the protocol at least once, every variant of it at least once.

@@ -1,7 +1,9 @@
 //! Real clusters of real processes behind real mounts, hurt in every way that the promises name.
 
 mod attributes;
+mod backup;
 mod bounded;
+mod chaos;
 mod daemons;
 mod dying;
 mod ends;
@@ -12,6 +14,7 @@ mod many;
 mod model;
 mod mount_cli;
 mod namespace;
+mod operate;
 mod pjdfstest;
 mod posix_core;
 mod repair;

@@ -218,7 +218,7 @@ fn a_server_whose_disk_was_replaced_gets_its_copies_again() {
     let patient = Patient::new();
     let data = patient.cluster.storage_data(3);
     patient.cluster.storage(3).kill();
-    for name in ["segments", "index.redb", "boot", "scrub.json"] {
+    for name in ["segments", "index.redb", "boot.toml", "scrub.json"] {
         let path = data.join(name);
         if path.is_dir() {
             fs::remove_dir_all(&path).expect("remove");

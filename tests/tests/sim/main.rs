@@ -3,4 +3,7 @@
 mod cluster;
 mod live_mount;
 mod node;
+#[cfg(feature = "planted")]
+mod planted;
 mod store;
+mod storm;

@@ -28,15 +28,16 @@ use holdfast_common::{
 use holdfast_server::{
     meta::server::{Authority, Options, Running, recover},
     storage::{
-        start_service,
+        Backups, StorageService, start_service,
         store::{Store, StoreOptions},
     },
 };
 use holdfast_tests::sim_disk::SimDisk;
 use parking_lot::Mutex;
+use tokio::sync::watch;
 
 pub(crate) const STORAGE_SERVERS: RangeInclusive<u32> = 1..=3;
-const CLUSTER: ClusterId = ClusterId([7; 16]);
+pub(crate) const CLUSTER: ClusterId = ClusterId([7; 16]);
 /// How often a caller looks whether there still is power.
 const POWER_POLL: Duration = Duration::from_millis(2);
 
@@ -45,20 +46,74 @@ pub(crate) fn run<T>(future: impl Future<Output = T>) -> T {
     tokio::runtime::Builder::new_current_thread().enable_all().build().expect("a runtime").block_on(future)
 }
 
-type Services = Arc<Mutex<BTreeMap<NodeName, Weak<dyn Serve>>>>;
+type Services = Arc<Mutex<BTreeMap<NodeName, Attached>>>;
+
+/// Who answers for a node.
+struct Attached {
+    service: Weak<dyn Serve>,
+    /// Whoever waits for an answer hears when this goes.
+    life: watch::Sender<()>,
+}
+
+/// What becomes of a message.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Fate {
+    Arrives,
+    /// It never arrives.
+    Lost,
+    /// It is carried out, and the answer never arrives.
+    AnswerLost,
+    /// It arrives twice.
+    Twice,
+}
+
+/// Decides what becomes of a message from one node to another.
+pub(crate) type Weather = Arc<dyn Fn(NodeName, NodeName) -> Fate + Send + Sync>;
+
+/// Before whoever asked believes that there is no answer.
+const NO_ANSWER_AFTER: Duration = Duration::from_millis(30);
 
 /// Where callers find the services of the life that goes on.
-#[derive(Clone, Default)]
-pub(crate) struct Network(Services);
+#[derive(Clone)]
+pub(crate) struct Network {
+    services: Services,
+    weather: Weather,
+}
+
+impl Default for Network {
+    fn default() -> Self {
+        Self::with_weather(Arc::new(|_, _| Fate::Arrives))
+    }
+}
 
 impl Network {
+    pub(crate) fn with_weather(weather: Weather) -> Self {
+        Self { services: Services::default(), weather }
+    }
+
+    /// As a node has it.
+    pub(crate) fn of(&self, role: Role, id: u32) -> Arc<dyn Peers> {
+        Arc::new(Calls { from: identity(role, id), network: self.clone() })
+    }
+
     /// As a mount has it.
     pub(crate) fn of_client(&self, id: u32) -> Arc<dyn Peers> {
-        Arc::new(Calls { from: identity(Role::Client, id), services: Arc::clone(&self.0) })
+        self.of(Role::Client, id)
     }
 
     pub(crate) fn meta() -> Endpoint {
         endpoint(Role::Meta, 1)
+    }
+
+    /// From now on, calls to that node are answered by `service`, for as long as that lives.
+    pub(crate) fn attach(&self, role: Role, id: u32, service: &Arc<dyn Serve>) {
+        let attached = Attached { service: Arc::downgrade(service), life: watch::Sender::new(()) };
+        self.services.lock().insert(NodeName { role, id }, attached);
+    }
+
+    /// Nobody answers for that node any more.
+    pub(crate) fn detach(&self, role: Role, id: u32) {
+        self.services.lock().remove(&NodeName { role, id });
     }
 }
 
@@ -66,19 +121,51 @@ impl Network {
 #[derive(Clone)]
 struct Calls {
     from: PeerIdentity,
-    services: Services,
+    network: Network,
 }
 
 impl Peers for Calls {
     fn call(&self, to: Endpoint, request: Frame, deadline: Duration) -> BoxFuture<'_, Result<Frame, CallError>> {
         Box::pin(async move {
-            let service = self.services.lock().get(&to.name).and_then(Weak::upgrade);
-            let Some(service) = service else {
+            let fate = (self.network.weather)(self.from.node, to.name);
+            let found =
+                self.network.services.lock().get(&to.name).map(|it| (it.service.upgrade(), it.life.subscribe()));
+            let Some((Some(service), mut life)) = found else {
                 return Err(CallError::Connect(to.address, "nobody is there".into()));
             };
-            let answer = service.serve(self.from, in_one_part(request));
-            let answer = tokio::time::timeout(deadline, answer).await;
-            answer.map(in_one_part).map_err(|_| CallError::Deadline(to.address, deadline))
+            let request = in_one_part(request);
+            let serve = |request: &Frame| {
+                let request = Frame { header: request.header.clone(), payload: request.payload.clone() };
+                Arc::clone(&service).serve(self.from, request)
+            };
+            let carried_out = async {
+                match fate {
+                    Fate::Arrives => Some(serve(&request).await),
+                    Fate::Lost => None,
+                    Fate::AnswerLost => {
+                        serve(&request).await;
+                        None
+                    }
+                    Fate::Twice => {
+                        serve(&request).await;
+                        Some(serve(&request).await)
+                    }
+                }
+            };
+            let answer = tokio::select! {
+                biased;
+                // Whoever has died says nothing any more.
+                _ = life.changed() => None,
+                answer = carried_out => answer,
+                () = tokio::time::sleep(deadline) => return Err(CallError::Deadline(to.address, deadline)),
+            };
+            match answer {
+                Some(answer) => Ok(in_one_part(answer)),
+                None => {
+                    tokio::time::sleep(NO_ANSWER_AFTER.min(deadline)).await;
+                    Err(CallError::Deadline(to.address, deadline))
+                }
+            }
         })
     }
 }
@@ -93,7 +180,7 @@ fn identity(role: Role, id: u32) -> PeerIdentity {
     PeerIdentity { cluster: CLUSTER, node: NodeName { role, id } }
 }
 
-fn endpoint(role: Role, id: u32) -> Endpoint {
+pub(crate) fn endpoint(role: Role, id: u32) -> Endpoint {
     Endpoint {
         address: ([127, 0, 0, 1], 7000 + u16::try_from(id).expect("few servers")).into(),
         name: NodeName { role, id },
@@ -103,7 +190,7 @@ fn endpoint(role: Role, id: u32) -> Endpoint {
 /// A cluster from its start to its end.
 pub(crate) struct Life {
     disk: SimDisk,
-    services: Services,
+    network: Network,
     _meta: Running,
     _storage: Vec<Arc<dyn Serve>>,
 }
@@ -116,16 +203,13 @@ impl Life {
 
     /// On a network that others use too.
     pub(crate) async fn start_on(disks: Vec<SimDisk>, network: Network) -> Option<Self> {
-        let Network(services) = network;
-        let calls = |role, id| Arc::new(Calls { from: identity(role, id), services: Arc::clone(&services) });
         let mut storage: Vec<Arc<dyn Serve>> = Vec::new();
         for id in STORAGE_SERVERS {
             let disk = Arc::new(disks[id as usize].clone());
-            let service = start_storage(disk, id, calls(Role::Storage, id))?;
-            services.lock().insert(NodeName { role: Role::Storage, id }, Arc::downgrade(&service));
+            let service: Arc<dyn Serve> = start_storage(disk, id, network.of(Role::Storage, id))?;
+            network.attach(Role::Storage, id, &service);
             storage.push(service);
         }
-        let disk: Arc<dyn Disk> = Arc::new(disks[0].clone());
         let options = Options {
             cluster: CLUSTER,
             cache_bytes: 1 << 20,
@@ -140,22 +224,10 @@ impl Life {
             replace_after: Duration::from_secs(300),
             garbage_grace: Duration::from_secs(3600),
             compare_every: Duration::from_secs(3600),
+            backup_every: Duration::ZERO,
         };
-        let clock: Arc<dyn Clock> = Arc::new(SystemClock::default());
-        // As a data directory does, which is opened before.
-        for path in ["/", "/meta"] {
-            disk.create_directory(Path::new(path)).and_then(|()| disk.sync_directory(Path::new("/"))).ok()?;
-        }
-        let core = match recover(&disk, Path::new("/meta"), clock, &options) {
-            Ok(core) => core,
-            Err(_) if disks[0].has_struck() => return None,
-            Err(error) => panic!("the metadata does not recover: {error}"),
-        };
-        let authority = Authority { ca: None, ca_fingerprint: Fingerprint([0; 32]), secrets: Box::new(rand::random) };
-        let meta = Running::start(core, calls(Role::Meta, 1), authority, &options);
-        let service: Arc<dyn Serve> = Arc::clone(&meta.service) as Arc<dyn Serve>;
-        services.lock().insert(NodeName { role: Role::Meta, id: 1 }, Arc::downgrade(&service));
-        let life = Self { disk: disks[0].clone(), services, _meta: meta, _storage: storage };
+        let meta = start_meta(&disks[0], &network, &options)?;
+        let life = Self { disk: disks[0].clone(), network, _meta: meta, _storage: storage };
         life.introduce().await.then_some(life)
     }
 
@@ -179,7 +251,7 @@ impl Life {
 
     /// `None`: the power went before an answer came.
     async fn call(&self, from: PeerIdentity, to: Endpoint, frame: Frame) -> Option<Frame> {
-        let calls = Calls { from, services: Arc::clone(&self.services) };
+        let calls = Calls { from, network: self.network.clone() };
         let answer = calls.call(to, frame, Duration::from_secs(20));
         tokio::select! {
             answer = answer => answer.ok(),
@@ -226,7 +298,26 @@ impl Life {
 }
 
 /// `None`: the power is gone.
-fn start_storage(disk: Arc<dyn Disk>, id: u32, peers: Arc<dyn Peers>) -> Option<Arc<dyn Serve>> {
+pub(crate) fn start_meta(disk: &SimDisk, network: &Network, options: &Options) -> Option<Running> {
+    let (seam, clock): (Arc<dyn Disk>, Arc<dyn Clock>) = (Arc::new(disk.clone()), Arc::new(SystemClock::default()));
+    // As a data directory does, which is opened before.
+    for path in ["/", "/meta"] {
+        seam.create_directory(Path::new(path)).and_then(|()| seam.sync_directory(Path::new("/"))).ok()?;
+    }
+    let core = match recover(&seam, Path::new("/meta"), clock, options) {
+        Ok(core) => core,
+        Err(_) if disk.has_struck() => return None,
+        Err(error) => panic!("the metadata does not recover: {error}"),
+    };
+    let authority = Authority { ca: None, ca_fingerprint: Fingerprint([0; 32]), secrets: Box::new(rand::random) };
+    let meta = Running::start(core, network.of(Role::Meta, 1), authority, options);
+    let service: Arc<dyn Serve> = Arc::clone(&meta.service) as Arc<dyn Serve>;
+    network.attach(Role::Meta, 1, &service);
+    Some(meta)
+}
+
+/// `None`: the power is gone.
+pub(crate) fn start_storage(disk: Arc<dyn Disk>, id: u32, peers: Arc<dyn Peers>) -> Option<Arc<StorageService>> {
     let options = StoreOptions {
         segment_bytes: 64 << 10,
         reserve_bytes: 0,
@@ -234,6 +325,7 @@ fn start_storage(disk: Arc<dyn Disk>, id: u32, peers: Arc<dyn Peers>) -> Option<
         flushes_per_checkpoint: 3,
         ..StoreOptions::default()
     };
-    let store = Store::open(disk, Path::new("/storage"), options).ok()?;
-    Some(start_service(Arc::new(store), peers, id).expect("threads can be started"))
+    let store = Store::open(Arc::clone(&disk), Path::new("/storage"), options).ok()?;
+    let backups = Backups::new(disk, Path::new("/storage"));
+    Some(start_service(Arc::new(store), peers, id, backups).expect("threads can be started"))
 }

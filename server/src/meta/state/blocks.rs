@@ -2,6 +2,7 @@
 
 use std::{collections::BTreeMap, ops::ControlFlow};
 
+use holdfast_common::planted::{Bug, is_planted};
 use holdfast_common::{
     BlockHash, Epoch, Piece, Refusal, ServerId, Time,
     limits::{BLOCK_SIZE_MAX, REPLICAS, REPLICAS_MIN},
@@ -67,6 +68,9 @@ impl Changes {
     }
 
     pub(super) fn unname(&mut self, pieces: &[Piece]) {
+        if is_planted(Bug::ReferencesLeak) {
+            return;
+        }
         pieces.iter().for_each(|piece| *self.references.entry(piece.block).or_default() -= 1);
     }
 
@@ -102,7 +106,7 @@ fn known(tables: &Tables<'_>, hash: BlockHash) -> Result<BlockRow> {
     block(tables, hash)?.ok_or_else(|| StorageError::Damaged(format!("a piece names block {hash}, which has no row")))
 }
 
-fn add_holder(row: &mut BlockRow, holder: ServerId) {
+pub(super) fn add_holder(row: &mut BlockRow, holder: ServerId) {
     if let Err(place) = row.holders.binary_search(&holder)
         && row.holders.len() < HOLDERS_MAX
     {
@@ -176,7 +180,8 @@ fn index(
     mark(tables, &key::owed(hash), old.is_some_and(is_owed), new.is_some_and(is_owed), &[])?;
     mark(tables, &key::unnamed(hash), old.is_some_and(is_unnamed), new.is_some_and(is_unnamed), &encode_time(now))?;
     let condemned = |row: Option<&BlockRow>| {
-        row.filter(|row| row.condemned).map_or(Vec::new(), |row| key::condemned(row.epoch, hash))
+        let list = |row: &BlockRow| if row.holders.is_empty() { key::DELETED } else { key::CONDEMNED };
+        row.filter(|row| row.condemned).map_or(Vec::new(), |row| key::condemned(list(row), row.epoch, hash))
     };
     let (was, is) = (condemned(old), condemned(new));
     if was != is {

@@ -7,7 +7,8 @@
 
 use std::ops::ControlFlow;
 
-use holdfast_common::{BlockHash, Epoch, Refusal, ServerId, Time};
+use holdfast_common::planted::{Bug, is_planted};
+use holdfast_common::{BlockHash, Epoch, Refusal, ServerId, Time, limits::REPLICAS};
 
 use super::{
     Reply, Rows, Tables,
@@ -20,6 +21,11 @@ use super::{
 /// The row to which a commit adds the holders that it names for a block, whose copies are stamped with `epoch` or later.
 /// `forgotten` is the latest epoch under which a block was forgotten.
 pub fn admitted(old: Option<&BlockRow>, length: u32, epoch: Epoch, forgotten: Epoch) -> Result<BlockRow, Refusal> {
+    if is_planted(Bug::CondemnedAdmitted) {
+        return Ok(
+            old.map_or_else(|| BlockRow::new(length, forgotten), |row| BlockRow { condemned: false, ..row.clone() })
+        );
+    }
     match old {
         // It may be one of those.
         None if epoch < forgotten => Err(Refusal::BlockGone),
@@ -50,7 +56,8 @@ pub(super) fn condemn(tables: &mut Tables<'_>, hashes: &[BlockHash], unnamed_bef
 }
 
 /// Condemns copies of blocks that are not known, on the one server that turned out to have them; and has copies there of blocks that
-/// it is not on record for count no more.
+/// it is not on record for count no more, unless these are short of copies. Answers with those whose copies there may be deleted at
+/// this epoch: nothing else may.
 pub(super) fn condemn_strays(
     tables: &mut Tables<'_>,
     server: ServerId,
@@ -58,27 +65,81 @@ pub(super) fn condemn_strays(
     now: Time,
 ) -> Result<Reply> {
     let epoch = Epoch(tables.counters.epoch.0 + 1);
+    let mut condemned = Vec::new();
     if !servers::is_registered(tables, server)? {
-        return Ok(Reply::Condemned(None));
+        return Ok(Reply::Strays { epoch, condemned });
     }
     for hash in hashes {
         let old = block(tables, *hash)?;
         let new = match &old {
             // Nobody has said how long it is.
             None => BlockRow { condemned: true, holders: vec![server], ..BlockRow::new(0, epoch) },
-            Some(row) if row.condemned || row.holders.contains(&server) => continue,
+            Some(row) if row.holders.contains(&server) || blocks::is_owed(row) => continue,
+            // It goes with the others, at the epoch at which these were condemned, and at no later one.
+            Some(row) if row.condemned => {
+                let mut new = row.clone();
+                blocks::add_holder(&mut new, server);
+                blocks::store(tables, *hash, Some(row), &new, now)?;
+                continue;
+            }
             Some(row) => BlockRow { epoch, ..row.clone() },
         };
         blocks::store(tables, *hash, old.as_ref(), &new, now)?;
         tables.counters.epoch = epoch;
+        condemned.push(*hash);
     }
-    Ok(Reply::Condemned(Some(epoch).filter(|epoch| tables.counters.epoch == *epoch)))
+    Ok(Reply::Strays { epoch, condemned })
 }
 
-/// Every copy of `hashes` that was condemned at `epoch` is deleted.
+/// Takes a server off the record of those of `hashes` of which `REPLICAS` others of `counting` have copies, and has its own count no
+/// more. Answers with those whose copies there may be deleted. Decided here, because somebody else may just have taken another off.
+pub(super) fn retire(
+    tables: &mut Tables<'_>,
+    server: ServerId,
+    hashes: &[BlockHash],
+    counting: &[ServerId],
+    now: Time,
+) -> Result<Reply> {
+    let epoch = Epoch(tables.counters.epoch.0 + 1);
+    let mut condemned = Vec::new();
+    for hash in hashes {
+        let Some(old) = block(tables, *hash)?.filter(|row| row.refs > 0 && row.holders.contains(&server)) else {
+            continue;
+        };
+        let others = old.holders.iter().filter(|holder| **holder != server && counting.contains(holder)).count();
+        if others < REPLICAS {
+            continue;
+        }
+        let mut new = BlockRow { epoch, ..old.clone() };
+        new.holders.retain(|holder| *holder != server);
+        blocks::store(tables, *hash, Some(&old), &new, now)?;
+        tables.counters.epoch = epoch;
+        condemned.push(*hash);
+    }
+    Ok(Reply::Strays { epoch, condemned })
+}
+
+/// A server has deleted what was condemned at `epoch`. What has been put and named again since is not concerned.
+pub(super) fn deleted(
+    tables: &mut Tables<'_>,
+    server: ServerId,
+    hashes: &[BlockHash],
+    epoch: Epoch,
+    now: Time,
+) -> Result<Reply> {
+    for hash in hashes {
+        if block(tables, *hash)?.is_some_and(|row| row.condemned && row.epoch == epoch) {
+            blocks::unhold(tables, *hash, server, now)?;
+        }
+    }
+    Ok(Reply::Done)
+}
+
+/// Every copy of `hashes` that was condemned at `epoch` is deleted, and nobody who had begun to put one before is still at it.
 pub(super) fn forget(tables: &mut Tables<'_>, hashes: &[BlockHash], epoch: Epoch, now: Time) -> Result<Reply> {
     for hash in hashes {
-        let Some(row) = block(tables, *hash)?.filter(|row| row.condemned && row.epoch == epoch) else { continue };
+        let is_deleted = |row: &BlockRow| row.condemned && row.epoch == epoch && row.holders.is_empty();
+        let Some(row) = block(tables, *hash)?.filter(is_deleted) else { continue };
         blocks::remove(tables, *hash, &row, now)?;
         tables.counters.forgotten = tables.counters.forgotten.max(epoch);
         tables.counters.collected += 1;
@@ -112,15 +173,29 @@ pub fn unnamed_after(
     Ok((found, last.filter(|_| looked == count)))
 }
 
-/// Up to `count` condemned blocks after `after`, in the order of their epochs.
+/// Up to `count` condemned blocks that somebody has after `after`, in the order of their epochs.
 pub fn condemned_after(
     rows: &impl Rows,
     after: Option<(Epoch, BlockHash)>,
     count: usize,
 ) -> Result<Vec<(Epoch, BlockHash)>> {
-    let start = after.map_or(vec![key::CONDEMNED], |(epoch, hash)| past(&key::condemned(epoch, hash)));
+    listed_after(rows, key::CONDEMNED, after, count)
+}
+
+/// Up to `count` condemned blocks that are deleted everywhere, in the order of their epochs.
+pub fn deleted_first(rows: &impl Rows, count: usize) -> Result<Vec<(Epoch, BlockHash)>> {
+    listed_after(rows, key::DELETED, None, count)
+}
+
+fn listed_after(
+    rows: &impl Rows,
+    list: u8,
+    after: Option<(Epoch, BlockHash)>,
+    count: usize,
+) -> Result<Vec<(Epoch, BlockHash)>> {
+    let start = after.map_or(vec![list], |(epoch, hash)| past(&key::condemned(list, epoch, hash)));
     let mut found = Vec::new();
-    scan(rows.blocks(), &start, &past(&[key::CONDEMNED]), |key, _| {
+    scan(rows.blocks(), &start, &past(&[list]), |key, _| {
         if found.len() == count {
             return Ok(ControlFlow::Break(()));
         }

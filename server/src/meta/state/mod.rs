@@ -25,6 +25,7 @@ pub(crate) mod tests;
 
 use holdfast_common::{
     BlockHash, Epoch, Ino, Position, Refusal, Sequence, ServerId, SessionId, Time,
+    cluster::Standing,
     net::identity::{NodeName, Role},
     wire::meta::{CopyFault, Mutated, NewBlock, Op},
 };
@@ -128,6 +129,23 @@ pub enum Command {
         blocks: Vec<BlockHash>,
         epoch: Epoch,
     },
+    /// What the operator wants of a storage server.
+    Stand {
+        server: ServerId,
+        standing: Standing,
+    },
+    /// Takes a server off the record of those blocks that are on record for enough of the servers that count, and condemns its copies.
+    Retire {
+        server: ServerId,
+        blocks: Vec<BlockHash>,
+        counting: Vec<ServerId>,
+    },
+    /// A server has deleted its copies of what was condemned at `epoch`.
+    Deleted {
+        server: ServerId,
+        blocks: Vec<BlockHash>,
+        epoch: Epoch,
+    },
 }
 
 impl Command {
@@ -163,6 +181,11 @@ pub enum Reply {
     Lost(usize),
     /// `None`: there was nothing to condemn any more.
     Condemned(Option<Epoch>),
+    /// Whose copies on that server may be deleted at that epoch.
+    Strays {
+        epoch: Epoch,
+        condemned: Vec<BlockHash>,
+    },
     Done,
 }
 
@@ -242,6 +265,7 @@ pub fn apply(tables: &mut Tables<'_>, entry: &Entry) -> Result<Applied, StorageE
         Command::RegisterServer { server, address, zone } => {
             settled(servers::register(tables, *server, *address, zone))?
         }
+        Command::Stand { server, standing } => settled(servers::stand(tables, *server, *standing))?,
         Command::HolderAdded { server, blocks, epoch } => {
             Ok(servers::holder_added(tables, *server, blocks, *epoch, entry.time)?)
         }
@@ -253,6 +277,12 @@ pub fn apply(tables: &mut Tables<'_>, entry: &Entry) -> Result<Applied, StorageE
             Ok(garbage::condemn(tables, blocks, *unnamed_before, entry.time)?)
         }
         Command::CondemnStrays { server, blocks } => Ok(garbage::condemn_strays(tables, *server, blocks, entry.time)?),
+        Command::Retire { server, blocks, counting } => {
+            Ok(garbage::retire(tables, *server, blocks, counting, entry.time)?)
+        }
+        Command::Deleted { server, blocks, epoch } => {
+            Ok(garbage::deleted(tables, *server, blocks, *epoch, entry.time)?)
+        }
         Command::Forget { blocks, epoch } => Ok(garbage::forget(tables, blocks, *epoch, entry.time)?),
         Command::IssueToken { secret_hash, role, expires } => {
             settled(tokens::issue(tables, secret_hash, *role, *expires, entry.time))?

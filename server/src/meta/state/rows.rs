@@ -4,6 +4,7 @@ use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 
 use holdfast_common::{
     Attr, BlockHash, Epoch, Ino, Kind, Piece, Position, Sequence, ServerId, Time,
+    cluster::Standing,
     net::identity::{NodeName, Role},
 };
 
@@ -12,6 +13,8 @@ use super::tables::{Result, StorageError, key};
 const VERSION: u8 = 1;
 /// Of the row of a block that has an epoch.
 const BLOCK_VERSION: u8 = 2;
+/// Of the row of a storage server that has a standing.
+const SERVER_VERSION: u8 = 2;
 
 /// What `inodes` knows of one.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -248,6 +251,8 @@ impl SessionRow {
 pub struct ServerRow {
     pub address: SocketAddr,
     pub zone: String,
+    /// Never `Removed`: such a server has no row.
+    pub standing: Standing,
 }
 
 impl ServerRow {
@@ -265,20 +270,45 @@ impl ServerRow {
         }
         out.u32(u32::from(self.address.port()));
         out.text(&self.zone);
+        if self.standing != Standing::Serving {
+            out.0[0] = SERVER_VERSION;
+            out.u8(standing_byte(self.standing));
+            if let Standing::Maintenance { until } = self.standing {
+                out.time(until);
+            }
+        }
         out.0
     }
 
     pub fn decode(bytes: &[u8]) -> Result<Self> {
-        let mut row = In::new("server", bytes)?;
+        let (mut row, version) = In::versioned("server", bytes, SERVER_VERSION)?;
         let ip: IpAddr = match row.u8()? {
             4 => Ipv4Addr::from(row.array::<4>()?).into(),
             6 => Ipv6Addr::from(row.array::<16>()?).into(),
             _ => return Err(row.damaged("address family")),
         };
         let port = u16::try_from(row.u32()?).map_err(|_| row.damaged("port"))?;
-        let server = Self { address: (ip, port).into(), zone: row.text()? };
+        let mut server = Self { address: (ip, port).into(), zone: row.text()?, standing: Standing::Serving };
+        if version >= SERVER_VERSION {
+            server.standing = match row.u8()? {
+                1 => Standing::Draining,
+                2 => Standing::Maintenance { until: row.time()? },
+                3 => Standing::Leaving,
+                _ => return Err(row.damaged("standing")),
+            };
+        }
         row.end()?;
         Ok(server)
+    }
+}
+
+/// Of one that a row can have.
+fn standing_byte(standing: Standing) -> u8 {
+    match standing {
+        Standing::Serving | Standing::Removed => 0,
+        Standing::Draining => 1,
+        Standing::Maintenance { .. } => 2,
+        Standing::Leaving => 3,
     }
 }
 

@@ -2,7 +2,9 @@
 
 use std::{net::SocketAddr, ops::ControlFlow};
 
-use holdfast_common::{BlockHash, Epoch, Refusal, ServerId, Time, limits::STORAGE_SERVERS_MAX, wire::meta::CopyFault};
+use holdfast_common::{
+    BlockHash, Epoch, Refusal, ServerId, Time, cluster::Standing, limits::STORAGE_SERVERS_MAX, wire::meta::CopyFault,
+};
 
 use super::{
     Reply, Rows, Step, StorageError, Tables, blocks,
@@ -17,11 +19,39 @@ pub(super) fn register(tables: &mut Tables<'_>, id: ServerId, address: SocketAdd
     if zone.len() > ZONE_LENGTH_MAX {
         return Err(Refusal::NameTooLong.into());
     }
-    if !is_registered(tables, id)? && servers(tables)?.len() >= STORAGE_SERVERS_MAX {
+    if is_removed(tables, id)? {
+        return Err(Refusal::NotPermitted.into());
+    }
+    let known = server(tables, id)?;
+    if known.is_none() && servers(tables)?.len() >= STORAGE_SERVERS_MAX {
         return Err(Refusal::NoSpace.into());
     }
-    tables.put_state(&key::server(id), &ServerRow { address, zone: zone.to_owned() }.encode())?;
+    let standing = known.map_or(Standing::Serving, |row| row.standing);
+    tables.put_state(&key::server(id), &ServerRow { address, zone: zone.to_owned(), standing }.encode())?;
     Ok(Reply::Done)
+}
+
+/// Says what is wanted of a server. Refused `Busy` for the removal of one that is on record for blocks.
+pub(super) fn stand(tables: &mut Tables<'_>, id: ServerId, standing: Standing) -> Step<Reply> {
+    let row = server(tables, id)?.ok_or(Refusal::NotFound)?;
+    if standing != Standing::Removed {
+        tables.put_state(&key::server(id), &ServerRow { standing, ..row }.encode())?;
+        return Ok(Reply::Done);
+    }
+    if !blocks::held_after(tables, id, None, 1)?.is_empty() {
+        return Err(Refusal::Busy.into());
+    }
+    tables.remove_state(&key::server(id))?;
+    tables.put_state(&key::removed(id), &[])?;
+    Ok(Reply::Done)
+}
+
+fn server(rows: &impl Rows, id: ServerId) -> Result<Option<ServerRow>> {
+    fetch(rows.state(), &key::server(id), ServerRow::decode)
+}
+
+fn is_removed(rows: &impl Rows, id: ServerId) -> Result<bool> {
+    Ok(fetch(rows.state(), &key::removed(id), |_| Ok(()))?.is_some())
 }
 
 pub(super) fn holder_added(

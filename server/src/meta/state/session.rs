@@ -2,6 +2,7 @@
 
 use std::ops::ControlFlow;
 
+use holdfast_common::planted::{Bug, is_planted};
 use holdfast_common::{
     Position, Refusal, Sequence, SessionId,
     limits::REPLIES_KEPT_PER_SESSION,
@@ -122,7 +123,9 @@ fn perform(
     let position = advance(tables);
     let kept: Kept = (position, outcome);
     let bytes = codec::encode(&kept).map_err(|e| StorageError::Damaged(format!("a reply does not encode: {e}")))?;
-    tables.put_state(&key::reply(id, sequence), &bytes)?;
+    if !is_planted(Bug::AnswerForgotten) {
+        tables.put_state(&key::reply(id, sequence), &bytes)?;
+    }
     Ok(Applied { position, changed: true, outcome: kept.1.map(Reply::Mutated) })
 }
 

@@ -15,7 +15,8 @@
 //! |          | 1, server, hash            | (a holder's block) |
 //! |          | 2, hash                    | (owed a copy) |
 //! |          | 3, hash                    | when the last piece that named it went |
-//! |          | 4, epoch, hash             | (condemned) |
+//! |          | 4, epoch, hash             | (condemned, to be deleted) |
+//! |          | 5, epoch, hash             | (condemned, deleted everywhere) |
 //! | `state`  | 0                          | counters |
 //! |          | 1, session                 | session |
 //! |          | 2, role, node, instance    | session that this mount opened |
@@ -25,6 +26,7 @@
 //! |          | 6, hash of the secret      | token |
 //! |          | 7                          | what was lost, while everybody waits for mounts to say it again |
 //! |          | 8, session                 | what this mount has to say again |
+//! |          | 9, server                  | (removed storage server) |
 
 use std::{collections::BTreeMap, ops::ControlFlow};
 
@@ -78,7 +80,7 @@ pub struct Tables<'t> {
     tree: Table<'t, Raw, Raw>,
     blocks: Table<'t, Raw, Raw>,
     state: Table<'t, Raw, Raw>,
-    pub(super) counters: Counters,
+    pub(in crate::meta) counters: Counters,
     counters_were: Counters,
     inodes: BTreeMap<Ino, Option<Inode>>,
     /// First sequence of a session whose reply may still be asked for, where this transaction moved it.
@@ -190,7 +192,7 @@ impl<'t> Tables<'t> {
         self.inodes.insert(ino, None);
     }
 
-    pub(super) fn put_tree(&mut self, key: &[u8], row: &[u8]) -> Result<()> {
+    pub(in crate::meta) fn put_tree(&mut self, key: &[u8], row: &[u8]) -> Result<()> {
         put(&mut self.tree, key, row)
     }
 
@@ -199,7 +201,7 @@ impl<'t> Tables<'t> {
         Ok(())
     }
 
-    pub(super) fn put_blocks(&mut self, key: &[u8], row: &[u8]) -> Result<()> {
+    pub(in crate::meta) fn put_blocks(&mut self, key: &[u8], row: &[u8]) -> Result<()> {
         put(&mut self.blocks, key, row)
     }
 
@@ -208,7 +210,7 @@ impl<'t> Tables<'t> {
         Ok(())
     }
 
-    pub(super) fn put_state(&mut self, key: &[u8], row: &[u8]) -> Result<()> {
+    pub(in crate::meta) fn put_state(&mut self, key: &[u8], row: &[u8]) -> Result<()> {
         put(&mut self.state, key, row)
     }
 
@@ -286,6 +288,7 @@ pub mod key {
     pub const OWED: u8 = 2;
     pub const UNNAMED: u8 = 3;
     pub const CONDEMNED: u8 = 4;
+    pub const DELETED: u8 = 5;
 
     pub const COUNTERS: u8 = 0;
     pub const SESSION: u8 = 1;
@@ -296,6 +299,7 @@ pub mod key {
     pub const TOKEN: u8 = 6;
     pub const RECOVERY: u8 = 7;
     pub const OWED_BY: u8 = 8;
+    pub const REMOVED: u8 = 9;
 
     /// All rows of a family of an inode: `ino, tag`.
     pub fn family(ino: Ino, tag: u8) -> Vec<u8> {
@@ -354,8 +358,9 @@ pub mod key {
     pub fn unnamed(hash: BlockHash) -> Vec<u8> {
         tagged(UNNAMED, &[&hash.0])
     }
-    pub fn condemned(epoch: Epoch, hash: BlockHash) -> Vec<u8> {
-        tagged(CONDEMNED, &[&epoch.0.to_be_bytes(), &hash.0])
+    /// Of a condemned block: in the list `CONDEMNED` or `DELETED`.
+    pub fn condemned(list: u8, epoch: Epoch, hash: BlockHash) -> Vec<u8> {
+        tagged(list, &[&epoch.0.to_be_bytes(), &hash.0])
     }
 
     pub fn counters() -> Vec<u8> {
@@ -378,6 +383,9 @@ pub mod key {
     }
     pub fn server(id: ServerId) -> Vec<u8> {
         tagged(SERVER, &[&id.0.to_be_bytes()])
+    }
+    pub fn removed(id: ServerId) -> Vec<u8> {
+        tagged(REMOVED, &[&id.0.to_be_bytes()])
     }
     pub fn token(secret_hash: &[u8; 32]) -> Vec<u8> {
         tagged(TOKEN, &[secret_hash])

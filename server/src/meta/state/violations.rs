@@ -34,7 +34,8 @@ struct Facts {
     held: BTreeSet<(ServerId, BlockHash)>,
     owed: BTreeSet<BlockHash>,
     unnamed: BTreeSet<BlockHash>,
-    condemned: BTreeSet<(Epoch, BlockHash)>,
+    /// With whether they are deleted everywhere.
+    condemned: BTreeSet<(Epoch, BlockHash, bool)>,
     orphans: BTreeSet<Ino>,
     servers: BTreeSet<ServerId>,
 }
@@ -105,9 +106,9 @@ impl Facts {
             }
             key::OWED => drop(self.owed.insert(hash)),
             key::UNNAMED => drop(self.unnamed.insert(hash)),
-            key::CONDEMNED => {
+            list @ (key::CONDEMNED | key::DELETED) => {
                 let epoch = key[1..].first_chunk::<8>().ok_or_else(damaged)?;
-                self.condemned.insert((Epoch(u64::from_be_bytes(*epoch)), hash));
+                self.condemned.insert((Epoch(u64::from_be_bytes(*epoch)), hash, list == key::DELETED));
             }
             _ => return Err(damaged()),
         }
@@ -319,7 +320,7 @@ fn nothing_condemned_is_named(facts: &Facts, rows: &impl Rows, found: &mut Vec<S
     let mut condemned = BTreeSet::new();
     for (hash, row) in &facts.blocks {
         if row.condemned {
-            condemned.insert((row.epoch, *hash));
+            condemned.insert((row.epoch, *hash, row.holders.is_empty()));
         }
         if row.condemned && row.refs > 0 {
             found.push(format!("block {hash} is condemned, and {} pieces name it", row.refs));
@@ -328,7 +329,7 @@ fn nothing_condemned_is_named(facts: &Facts, rows: &impl Rows, found: &mut Vec<S
             found.push(format!("block {hash} is of epoch {}, the newest is {newest}", row.epoch));
         }
     }
-    for (epoch, hash) in condemned.symmetric_difference(&facts.condemned) {
+    for (epoch, hash, _) in condemned.symmetric_difference(&facts.condemned) {
         found.push(format!("block {hash} and the list of condemned blocks disagree, at epoch {epoch}"));
     }
     if forgotten > newest {

@@ -19,6 +19,8 @@ use super::{
 
 /// Bytes that are read and appended at a time.
 const BATCH_BYTES: u64 = 4 << 20;
+/// Bytes by which the last batch may make a segment longer than it should be.
+const PAST_THE_END: u64 = 16 << 20;
 /// Bytes of the filesystem that have to stay free while segments are rewritten: less, and space is made by deleting alone.
 const FREE_MIN: u64 = 64 << 20;
 
@@ -36,6 +38,11 @@ impl Compaction {
     pub(super) fn is_done(&self) -> bool {
         self.segments.is_empty()
     }
+
+    fn next_segment(&mut self) {
+        self.segments.pop_front();
+        self.offset = SEGMENT_HEADER_LENGTH;
+    }
 }
 
 /// A living record that was read and checked.
@@ -52,8 +59,11 @@ impl Inner {
         compaction.segments.clear();
         compaction.offset = SEGMENT_HEADER_LENGTH;
         for number in numbers.into_iter().filter(|number| *number < newest && !compaction.stuck.contains(number)) {
-            let taken = self.segments.file(number)?.allocated()?;
-            if is_wasteful(self.index.usage_of(number), taken, self.options.waste_bytes) {
+            let living = self.index.usage_of(number);
+            // Most are full of what lives, and need not be opened to see that.
+            let longest = self.options.segment_bytes.saturating_add(PAST_THE_END);
+            let may_be = is_wasteful(living, longest, self.options.waste_bytes);
+            if may_be && is_wasteful(living, self.segments.file(number)?.allocated()?, self.options.waste_bytes) {
                 compaction.segments.push_back(number);
             }
         }
@@ -71,8 +81,16 @@ impl Inner {
                 compaction.segments.clear();
                 return Ok(());
             }
+            // Nothing lives in it any more: it goes, or is gone already, without being rewritten.
+            if self.index.usage_of(number).blocks == 0 {
+                compaction.next_segment();
+                continue;
+            }
             let from = Place { segment: number, offset: compaction.offset };
-            let Step { next, bytes, stuck } = self.compact_from(from)?;
+            let Step { next, bytes, stuck } = self.compact_from(from).inspect_err(|_| {
+                compaction.stuck.insert(number);
+                compaction.next_segment();
+            })?;
             moved += bytes;
             if stuck {
                 compaction.stuck.insert(number);
@@ -80,9 +98,12 @@ impl Inner {
             match next {
                 Some(offset) => compaction.offset = offset,
                 None => {
+                    // A record that the scan could not read, say: it would be found wasteful again at once.
+                    if self.index.usage_of(number).blocks > 0 {
+                        compaction.stuck.insert(number);
+                    }
                     tracing::info!(segment = number, "rewrote what lived in a segment that was mostly dead");
-                    compaction.segments.pop_front();
-                    compaction.offset = SEGMENT_HEADER_LENGTH;
+                    compaction.next_segment();
                 }
             }
         }

@@ -38,6 +38,7 @@ use bao_tree::{
     io::{outboard::PreOrderMemOutboard, round_up_to_chunks_groups, sync::encode_ranges},
 };
 use bytes::Bytes;
+use holdfast_common::planted::{Bug, is_planted};
 use holdfast_common::{
     BlockHash, BootId, Epoch, Refusal,
     disk::{Disk, Space},
@@ -70,6 +71,8 @@ const COMPACT_BYTES: u64 = 16 << 20;
 /// Tells the next start that redb's file cannot be trusted.
 const INDEX_DAMAGED_FILE: &str = "index.damaged";
 const PAGE: u64 = 4096;
+/// Blocks deleted while puts wait.
+const DELETED_AT_ONCE: usize = 64;
 
 #[derive(Clone, Debug)]
 pub struct StoreOptions {
@@ -291,6 +294,9 @@ impl Store {
 
     /// As `wait_durable`, for async code.
     pub async fn durable(&self, ticket: Ticket) -> Result<(), StoreError> {
+        if is_planted(Bug::SyncSkipped) {
+            return Ok(());
+        }
         let mut durable = self.inner.gate.subscribe();
         self.inner.gate.request(ticket);
         let state = durable.wait_for(|durable| durable.through >= ticket.0 || durable.failure.is_some()).await;
@@ -366,12 +372,6 @@ impl Store {
     /// quarantine. `None`: that copy is not what is here any more, and nothing was done.
     pub fn replace(&self, good: &CheckedBlock, bad: BadCopy) -> Result<Option<Ticket>, StoreError> {
         self.inner.replace_bad(good, bad)
-    }
-
-    /// Moves a copy that was found bad into quarantine: it is not served again. `false`: that copy is not what is here
-    /// any more, and nothing was done.
-    pub fn quarantine(&self, bad: BadCopy) -> Result<bool, StoreError> {
-        self.inner.quarantine_bad(bad)
     }
 
     /// Counts a copy that was missing and is here again.
@@ -603,7 +603,7 @@ impl Inner {
         let Some(entry) = self.index.get(&hash).map_err(|error| self.index_failed(&error))? else {
             return Ok(Some(NewBlock { block, epoch: block.epoch(), before: None }));
         };
-        let epoch = entry.epoch.max(block.epoch());
+        let epoch = if is_planted(Bug::StampsNotRaised) { entry.epoch } else { entry.epoch.max(block.epoch()) };
         let is_good =
             entry.epoch == epoch && !self.suspects.lock().contains(&hash) && self.header_of(&hash, &entry).is_some();
         Ok((!is_good).then_some(NewBlock { block, epoch, before: Some(entry) }))
@@ -650,7 +650,8 @@ impl Inner {
             bytes => bytes?,
         };
         let damaged = |error: holdfast_common::HashMismatch| StoreError::Damaged(error.to_string());
-        let block = CheckedBlock::verify(*hash, bytes, epoch).map_err(damaged)?;
+        let checked = CheckedBlock::verify(*hash, bytes, epoch).map_err(damaged);
+        let block = checked.inspect_err(|damage| self.suspect(*hash, damage))?;
         self.put(self.tail.lock(), &[block]).map(Some)
     }
 
@@ -680,14 +681,27 @@ impl Inner {
 
     fn delete(&self, hashes: &[BlockHash], epoch: Epoch) -> Result<u32, StoreError> {
         self.check_running()?;
-        let mut tail = self.tail.lock();
-        let mut dead = Vec::new();
-        for hash in hashes.iter().collect::<BTreeSet<_>>() {
-            let entry = self.index.get(hash).map_err(|error| self.index_failed(&error))?;
-            dead.extend(entry.filter(|entry| entry.epoch < epoch).map(|entry| (*hash, entry)));
+        let mut count = 0;
+        // In small parts: whoever puts goes in between.
+        for hashes in hashes.iter().collect::<BTreeSet<_>>().into_iter().collect::<Vec<_>>().chunks(DELETED_AT_ONCE) {
+            // What the index has to read for it, it reads here, and not while it holds up the puts.
+            self.dead_among(hashes, epoch)?;
+            let mut tail = self.tail.lock();
+            let dead = self.dead_among(hashes, epoch)?;
+            self.forget(&mut tail, &dead, epoch)?;
+            count += dead.len();
         }
-        self.forget(&mut tail, &dead, epoch)?;
-        Ok(u32::try_from(dead.len()).unwrap_or(u32::MAX))
+        Ok(u32::try_from(count).unwrap_or(u32::MAX))
+    }
+
+    fn dead_among(&self, hashes: &[&BlockHash], epoch: Epoch) -> Result<Vec<(BlockHash, Entry)>, StoreError> {
+        let mut dead = Vec::with_capacity(hashes.len());
+        for hash in hashes {
+            let entry = self.index.get(hash).map_err(|error| self.index_failed(&error))?;
+            let goes = |entry: &Entry| entry.epoch < epoch || is_planted(Bug::StampsIgnored);
+            dead.extend(entry.filter(goes).map(|entry| (**hash, entry)));
+        }
+        Ok(dead)
     }
 
     fn forget(&self, tail: &mut Tail, dead: &[(BlockHash, Entry)], epoch: Epoch) -> Result<(), StoreError> {
@@ -756,7 +770,8 @@ impl Inner {
             return Ok(None);
         }
         let epoch = bad.entry.epoch.max(good.epoch());
-        self.append_blocks(&mut tail, &[NewBlock { block: good, epoch, before: Some(bad.entry) }])?;
+        // Not a byte more is stored by it: a server that is full can be mended too.
+        self.append_records(&mut tail, &[NewBlock { block: good, epoch, before: Some(bad.entry) }])?;
         let ticket = Ticket(tail.sequence());
         drop(tail);
         self.counters.corrupt_found.fetch_add(1, Relaxed);
@@ -765,24 +780,6 @@ impl Inner {
             tracing::error!(block = %bad.hash, %error, "cannot keep a bad copy that a good one replaced");
         }
         Ok(Some(ticket))
-    }
-
-    fn quarantine_bad(&self, bad: BadCopy) -> Result<bool, StoreError> {
-        self.check_running()?;
-        if !self.is_current(bad)? {
-            return Ok(false);
-        }
-        // It may be the last copy of which anything is left: not forgotten before it is kept elsewhere.
-        self.keep_bad_copy(bad, self.bytes_of(bad)).map_err(write_error)?;
-        let mut tail = self.tail.lock();
-        if !self.is_current(bad)? {
-            return Ok(false);
-        }
-        self.forget(&mut tail, &[(bad.hash, bad.entry)], bad.entry.epoch)?;
-        drop(tail);
-        self.suspects.lock().remove(&bad.hash);
-        self.counters.corrupt_found.fetch_add(1, Relaxed);
-        Ok(true)
     }
 
     fn bytes_of(&self, bad: BadCopy) -> io::Result<Vec<u8>> {

@@ -1,6 +1,8 @@
 //! The bytes of the rows are frozen.
 
-use holdfast_common::{Epoch, Ino, Kind, Piece, Position, Sequence, ServerId, Time, net::identity::Role};
+use holdfast_common::{
+    Epoch, Ino, Kind, Piece, Position, Sequence, ServerId, Time, cluster::Standing, net::identity::Role,
+};
 
 use super::super::rows::{
     BlockRow, Counters, Dentry, Inode, ServerRow, SessionRow, TokenRow, decode_pieces, encode_pieces,
@@ -76,9 +78,20 @@ fn rows_have_their_golden_bytes_and_come_back() {
     assert_eq!(hex(&session.encode()), expected);
     assert_eq!(SessionRow::decode(&session.encode()).unwrap(), session);
 
-    let server = ServerRow { address: ([10, 0, 0, 1], 7000).into(), zone: "z".into() };
+    let standing = Standing::Serving;
+    let server = ServerRow { address: ([10, 0, 0, 1], 7000).into(), zone: "z".into(), standing };
     assert_eq!(hex(&server.encode()), "01040a000001581b000001007a");
     assert_eq!(ServerRow::decode(&server.encode()).unwrap(), server);
+    let until = time(5);
+    for (standing, bytes) in [
+        (Standing::Draining, "01"),
+        (Standing::Maintenance { until }, "02050000000000000007000000"),
+        (Standing::Leaving, "03"),
+    ] {
+        let server = ServerRow { standing, ..server.clone() };
+        assert_eq!(hex(&server.encode()), format!("02040a000001581b000001007a{bytes}"));
+        assert_eq!(ServerRow::decode(&server.encode()).unwrap(), server);
+    }
 
     let token = TokenRow { role: Role::Storage, expires: time(5), used: Some(([0xef; 32], 6)) };
     assert_eq!(hex(&token.encode()), format!("0101050000000000000007000000{}06000000", "ef".repeat(32)));

@@ -1,0 +1,73 @@
+//! Bugs that are planted on purpose, one at a time, to show that the simulation can fail. Without the feature `planted` there are none,
+//! and nothing of this is in a program.
+
+/// What is done wrong.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[repr(u8)]
+pub enum Bug {
+    /// A storage server says that it has synced, and has not.
+    SyncSkipped = 1,
+    /// The metadata server says that a change is durable before it is.
+    DurableTooEarly,
+    /// A barrier takes it that every storage server has synced.
+    BarrierSyncsNothing,
+    /// A change that is asked for again is made again.
+    AnswerForgotten,
+    /// A commit may count on copies that are being deleted.
+    CondemnedAdmitted,
+    /// A storage server deletes whatever it is told to.
+    StampsIgnored,
+    /// A put of a block that is there leaves its stamp as it is.
+    StampsNotRaised,
+    /// A mount believes what servers send.
+    ReadsUnverified,
+    /// A mount does not say again what a metadata server has lost.
+    ReplaySkipped,
+    /// A metadata server that has lost its power goes on as if it had not.
+    PowerCutUnnoticed,
+    /// What is overwritten or deleted stays counted.
+    ReferencesLeak,
+    /// Copies that are owed are not made.
+    CopierIdle,
+    /// What is condemned is not deleted.
+    GarbageKept,
+}
+
+impl Bug {
+    pub const ALL: [Self; 13] = [
+        Self::SyncSkipped,
+        Self::DurableTooEarly,
+        Self::BarrierSyncsNothing,
+        Self::AnswerForgotten,
+        Self::CondemnedAdmitted,
+        Self::StampsIgnored,
+        Self::StampsNotRaised,
+        Self::ReadsUnverified,
+        Self::ReplaySkipped,
+        Self::PowerCutUnnoticed,
+        Self::ReferencesLeak,
+        Self::CopierIdle,
+        Self::GarbageKept,
+    ];
+}
+
+#[cfg(feature = "planted")]
+static CHOSEN: std::sync::atomic::AtomicU8 = std::sync::atomic::AtomicU8::new(0);
+
+/// From now on this process does that wrong, and nothing else.
+#[cfg(feature = "planted")]
+pub fn plant(bug: Bug) {
+    CHOSEN.store(bug as u8, std::sync::atomic::Ordering::SeqCst);
+}
+
+/// Is that to be done wrong?
+#[cfg(feature = "planted")]
+pub fn is_planted(bug: Bug) -> bool {
+    CHOSEN.load(std::sync::atomic::Ordering::Relaxed) == bug as u8
+}
+
+/// Is that to be done wrong? No.
+#[cfg(not(feature = "planted"))]
+pub const fn is_planted(_: Bug) -> bool {
+    false
+}

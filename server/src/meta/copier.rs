@@ -1,0 +1,172 @@
+//! Has copies made: of blocks that have too few, and for whoever else wants a block somewhere.
+
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    sync::Arc,
+    time::Duration,
+};
+
+use holdfast_common::planted::{Bug, is_planted};
+use holdfast_common::{
+    BlockHash, BootId, Epoch, ServerId,
+    limits::REPLICAS,
+    net::Peers,
+    placement::candidates,
+    wire::storage::{Source, StorageAnswer, StorageRequest},
+};
+use tokio::task::JoinSet;
+
+use super::{
+    committer::Proposer,
+    core::{Core, Fault, ask},
+    state::{Command, blocks},
+};
+
+/// Wait before owed blocks are looked at again of which none could be paid.
+const OWED_INTERVAL: Duration = Duration::from_secs(1);
+/// Owed blocks looked at in one round.
+const OWED_ROUND: usize = 1024;
+const OBTAIN_DEADLINE: Duration = Duration::from_secs(30);
+
+/// One copy to be made.
+#[derive(Debug)]
+pub struct Order {
+    pub block: BlockHash,
+    pub target: ServerId,
+    pub sources: Vec<Source>,
+    /// What the copy is to be stamped with.
+    pub epoch: Epoch,
+}
+
+/// Pays what is owed.
+pub struct Copier {
+    core: Arc<Core>,
+    proposer: Proposer,
+    peers: Arc<dyn Peers>,
+}
+
+impl std::fmt::Debug for Copier {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Copier").finish_non_exhaustive()
+    }
+}
+
+impl Copier {
+    pub fn new(core: Arc<Core>, proposer: Proposer, peers: Arc<dyn Peers>) -> Self {
+        Self { core, proposer, peers }
+    }
+
+    pub async fn run(self) -> Result<(), Fault> {
+        let mut after = None;
+        loop {
+            let (made, next) = self.round(after).await?;
+            after = next;
+            if made == 0 && after.is_none() {
+                tokio::select! {
+                    () = self.core.copies_wanted.notified() => {}
+                    () = tokio::time::sleep(OWED_INTERVAL) => {}
+                }
+            }
+        }
+    }
+
+    /// Looks at one page of what is owed. Returns how many copies were made, and where the next page begins.
+    pub async fn round(&self, after: Option<BlockHash>) -> Result<(usize, Option<BlockHash>), Fault> {
+        let (orders, next) = self.orders(after)?;
+        let count = make(&self.core, &self.proposer, &self.peers, orders).await?;
+        if count > 0 {
+            tracing::info!(copies = count, "owed copies were made");
+        }
+        Ok((count, next))
+    }
+
+    /// Blocks with one copy left go first, within a page.
+    fn orders(&self, after: Option<BlockHash>) -> Result<(Vec<Order>, Option<BlockHash>), Fault> {
+        let view = self.core.store.view()?;
+        let owed = blocks::owed_after(&*view, after, OWED_ROUND)?;
+        let next = if owed.len() == OWED_ROUND { owed.last().copied() } else { None };
+        let thin: BTreeSet<BlockHash> = self.core.thin.lock().iter().take(OWED_ROUND).copied().collect();
+        let cluster = self.core.cluster.lock();
+        let map = cluster.map();
+        let mut orders = Vec::new();
+        for block in owed.into_iter().chain(thin).collect::<BTreeSet<_>>() {
+            let Some(row) = blocks::block(&*view, block)? else { continue };
+            let sources = cluster.sources(&row.holders);
+            let good = row.holders.iter().filter(|holder| cluster.counts(**holder)).count();
+            let target = candidates(&map, block).into_iter().find(|server| !row.holders.contains(server));
+            if let Some(target) = target
+                && row.refs > 0
+                && good < REPLICAS
+                && row.holders.len() < blocks::HOLDERS_MAX
+                && !sources.is_empty()
+            {
+                orders.push((good, Order { block, target, sources, epoch: row.epoch }));
+            }
+        }
+        orders.sort_by_key(|(good, _)| *good);
+        Ok((orders.into_iter().map(|(_, order)| order).collect(), next))
+    }
+}
+
+/// Carries out orders, as many at once as the budget allows, and puts the copies on record. Returns how many were made.
+pub async fn make(
+    core: &Arc<Core>,
+    proposer: &Proposer,
+    peers: &Arc<dyn Peers>,
+    orders: Vec<Order>,
+) -> Result<usize, Fault> {
+    let mut count = 0;
+    if is_planted(Bug::CopierIdle) {
+        return Ok(0);
+    }
+    for ((server, boot, epoch), blocks) in carry_out(core, peers, orders).await? {
+        count += blocks.len();
+        // Made copies are durable; noting them costs a sync at most, and trusts nobody.
+        blocks.iter().for_each(|hash| core.unsynced.lock().add(server, boot, *hash));
+        if let Err(refusal) = proposer.propose(Command::HolderAdded { server, blocks, epoch }).await {
+            tracing::debug!(%server, %refusal, "copies could not be recorded yet");
+        }
+    }
+    Ok(count)
+}
+
+type Made = BTreeMap<(ServerId, BootId, Epoch), Vec<BlockHash>>;
+
+/// Returns who now has which, under which boot, and stamped with what.
+async fn carry_out(core: &Arc<Core>, peers: &Arc<dyn Peers>, orders: Vec<Order>) -> Result<Made, Fault> {
+    let mut made = Made::new();
+    let mut running = JoinSet::new();
+    let mut orders = orders.into_iter();
+    loop {
+        while running.len() < core.budget.lock().copies_at_once()
+            && let Some(order) = orders.next()
+        {
+            let (core, peers) = (Arc::clone(core), Arc::clone(peers));
+            running.spawn(async move { obtain(&core, &*peers, order).await });
+        }
+        let Some(outcome) = running.join_next().await else { return Ok(made) };
+        if let Some((server, boot, epoch, block)) = outcome.map_err(|_| Fault::Thread)? {
+            made.entry((server, boot, epoch)).or_default().push(block);
+        }
+    }
+}
+
+async fn obtain(core: &Core, peers: &dyn Peers, order: Order) -> Option<(ServerId, BootId, Epoch, BlockHash)> {
+    let Order { block, target, sources, epoch } = order;
+    let to = core.cluster.lock().endpoint(target)?;
+    match ask(peers, to, &StorageRequest::Obtain { block, sources, epoch }, OBTAIN_DEADLINE).await {
+        Ok(Ok(StorageAnswer::Obtained { boot })) => Some((target, boot, epoch, block)),
+        Ok(Ok(other)) => {
+            tracing::warn!(%block, server = %target, ?other, "an answer that does not fit an order for a copy");
+            None
+        }
+        Ok(Err(refusal)) => {
+            tracing::warn!(%block, server = %target, %refusal, "an owed copy could not be made");
+            None
+        }
+        Err(error) => {
+            tracing::debug!(%block, server = %target, %error, "an owed copy could not be made");
+            None
+        }
+    }
+}

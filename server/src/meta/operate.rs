@@ -1,0 +1,133 @@
+//! What an operator wants of storage servers: what speaks against it, and what is to be said about it.
+
+use holdfast_common::{
+    ServerId,
+    cluster::{ServerState, Standing},
+    limits::REPLICAS,
+    wire::meta::{ServerStatus, Severity},
+};
+use std::time::Duration;
+
+use super::{
+    cluster::Cluster,
+    journal::Note,
+    state::{Rows, StorageError, blocks},
+};
+
+/// Why a server should not have this standing now: in sentences for the operator; empty if nothing speaks against it.
+pub fn objections(
+    cluster: &Cluster,
+    rows: &impl Rows,
+    server: ServerId,
+    standing: Standing,
+) -> Result<Vec<String>, StorageError> {
+    let all = cluster.status(Duration::MAX);
+    let Some(this) = all.iter().find(|status| status.id == server) else {
+        return Ok(vec![format!("there is no storage server {server}")]);
+    };
+    let others: Vec<&ServerStatus> = all.iter().filter(|status| status.id != server).collect();
+    Ok(match standing {
+        Standing::Serving => Vec::new(),
+        Standing::Draining | Standing::Leaving => against_emptying(this, &others),
+        Standing::Maintenance { .. } => against_absence(&others),
+        Standing::Removed if blocks::held_after(rows, server, None, 1)?.is_empty() => Vec::new(),
+        Standing::Removed => {
+            vec![format!("storage server {server} is on record for blocks: `holdfast remove` empties it first")]
+        }
+    })
+}
+
+fn against_emptying(this: &ServerStatus, others: &[&ServerStatus]) -> Vec<String> {
+    let takers: Vec<_> =
+        others.iter().filter(|it| it.state == ServerState::Up && it.standing == Standing::Serving).collect();
+    if takers.len() < REPLICAS {
+        return vec![format!(
+            "{REPLICAS} copies need {REPLICAS} other storage servers that are up and take blocks: there are {}",
+            takers.len()
+        )];
+    }
+    let free: u64 = takers.iter().map(|it| it.load.free_bytes).sum();
+    if free < this.load.stored_bytes {
+        let stored = this.load.stored_bytes;
+        return vec![format!("it stores {stored} bytes, and the others have room for {free}")];
+    }
+    Vec::new()
+}
+
+fn against_absence(others: &[&ServerStatus]) -> Vec<String> {
+    let away = |it: &&&ServerStatus| it.state != ServerState::Up || matches!(it.standing, Standing::Maintenance { .. });
+    let gone: Vec<String> = others.iter().filter(away).map(|it| it.id.to_string()).collect();
+    let left = others.len() - gone.len();
+    let mut reasons = Vec::new();
+    if !gone.is_empty() {
+        let gone = gone.join(", ");
+        reasons.push(format!("storage server {gone} is away already: of some blocks there might be one copy left"));
+    }
+    if left < 2 {
+        reasons.push(format!("{left} other storage servers are up: nothing could be written"));
+    }
+    reasons
+}
+
+pub fn note(server: ServerId, standing: Standing) -> Note {
+    let place = format!("storage server {server}");
+    match standing {
+        Standing::Serving => Note::new(Severity::Info, place, "serves as any other, as the operator wants"),
+        Standing::Draining => Note::new(Severity::Info, place, "is to be emptied, as the operator wants")
+            .doing("each of its blocks gets copies elsewhere, and is deleted here then"),
+        Standing::Leaving => Note::new(Severity::Info, place, "is to leave, as the operator wants")
+            .doing("each of its blocks gets copies elsewhere; when it is empty it is removed"),
+        Standing::Maintenance { until } => Note::new(
+            Severity::Info,
+            place,
+            format!("may be away until {} s after 1970, as the operator wants", until.secs),
+        )
+        .meaning("what is written meanwhile has copies elsewhere")
+        .doing("nothing is copied for its absence"),
+        Standing::Removed => Note::new(Severity::Info, place, "is removed, as the operator wants"),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use holdfast_common::{BootId, wire::meta::StorageLoad};
+
+    fn server(id: u32, state: ServerState, standing: Standing, free_bytes: u64) -> ServerStatus {
+        ServerStatus {
+            id: ServerId(id),
+            address: ([127, 0, 0, 1], 7).into(),
+            zone: String::new(),
+            state,
+            weight: 1,
+            silent_ms: 0,
+            boot: BootId(1),
+            standing,
+            left: None,
+            load: StorageLoad { free_bytes, stored_bytes: 100, ..StorageLoad::default() },
+        }
+    }
+
+    #[test]
+    fn a_server_is_emptied_only_if_its_copies_have_somewhere_to_go() {
+        let up = |id, free| server(id, ServerState::Up, Standing::Serving, free);
+        let this = up(1, 0);
+        let against = |others: &[ServerStatus]| against_emptying(&this, &others.iter().collect::<Vec<_>>());
+        assert!(against(&[up(2, 50), up(3, 50), up(4, 50)]).is_empty());
+        assert!(against(&[up(2, 50), up(3, 50)])[0].contains("there are 2"));
+        assert!(against(&[up(2, 33), up(3, 33), up(4, 33)])[0].contains("room for 99"));
+        let away = server(4, ServerState::Down, Standing::Serving, 50);
+        let draining = server(5, ServerState::Up, Standing::Draining, 50);
+        assert!(against(&[up(2, 50), up(3, 50), away, draining])[0].contains("there are 2"));
+    }
+
+    #[test]
+    fn one_server_at_a_time_may_be_away() {
+        let up = |id| server(id, ServerState::Up, Standing::Serving, 1);
+        let against = |others: &[ServerStatus]| against_absence(&others.iter().collect::<Vec<_>>());
+        assert!(against(&[up(2), up(3)]).is_empty());
+        let suspect = server(4, ServerState::Suspect, Standing::Serving, 1);
+        assert!(against(&[up(2), up(3), suspect])[0].contains("storage server 4 is away already"));
+        assert_eq!(against(&[up(2)]), ["1 other storage servers are up: nothing could be written"]);
+    }
+}
