@@ -176,7 +176,8 @@ pub struct MetaOptions {
     /// [default: a tenth of session_timeout_secs]
     #[arg(long, value_name = "SECONDS")]
     pub recovery_window_secs: Option<u64>,
-    /// Silence after which a storage server is suspect, in milliseconds [default: 2000]
+    /// Silence after which a storage server is suspect, in milliseconds; longer for one that is heard irregularly, up to half of
+    /// down_after_ms [default: 2000]
     #[arg(long, value_name = "MS")]
     pub suspect_after_ms: Option<u64>,
     /// Silence after which a storage server is down, in milliseconds [default: 10000]

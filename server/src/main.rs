@@ -36,6 +36,9 @@ enum Role {
         /// The backup, as `holdfast meta backup` makes it and storage servers keep it
         #[arg(value_name = "FILE")]
         backup: PathBuf,
+        /// Do not check whether its rows go together: for very much metadata, for which that takes much memory
+        #[arg(long)]
+        unchecked: bool,
         #[command(flatten)]
         daemon: Box<Daemon<MetaOptions>>,
     },
@@ -88,9 +91,9 @@ fn run(role: Role) -> anyhow::Result<()> {
                 Ok(meta::run(config, disk, clock, notify_ready, stop_signal()?).await?)
             })
         }
-        Role::Restore { backup, daemon } => {
+        Role::Restore { backup, unchecked, daemon } => {
             let config = MetaConfig::load(daemon.config.as_deref(), daemon.options)?;
-            let found = meta::restore_from(&backup, &config, &RealDisk)?;
+            let found = meta::restore_from(&backup, &config, &RealDisk, !unchecked)?;
             let said = format!(
                 "{}: {} rows, as they were after change {} ({} s after 1970).\n",
                 config.data_dir.display(),

@@ -118,6 +118,7 @@ pub(super) fn rebalance(args: &RebalanceArgs) -> CliResult {
     let config = args.target.load()?;
     match ask(&config, AdminRequest::Rebalance)? {
         MetaAnswer::Done => {}
+        MetaAnswer::Declined(reasons) => return Err(CliError::new(format!("not now: {}", reasons.join("; ")))),
         _ => return Err(AskError::Unexpected.into()),
     }
     if !args.no_wait {

@@ -4,7 +4,7 @@
 //! 1970, i64) of the moment; each row as table (u8), length of its key (u16) and of its value (u32), key, value, in order; a table
 //! number of 255 with the count of rows (u64); and the BLAKE3 hash of everything before it (32 bytes).
 //!
-//! Sessions and what is kept for them are left out: whoever finds a metadata server that was restored opens a new one.
+//! Sessions, what is kept for them, and tokens are left out: whoever finds a metadata server that was restored opens a new one.
 
 use std::{ops::ControlFlow, sync::Arc};
 
@@ -129,6 +129,7 @@ impl Backup {
 }
 
 fn is_kept(table: u8, row: &[u8]) -> bool {
-    let of_sessions = [key::SESSION, key::INSTANCE, key::REPLY, key::RECOVERY, key::OWED_BY];
-    table != STATE || !row.first().is_some_and(|family| of_sessions.contains(family))
+    // A token that is used after the backup was taken must not be good again.
+    let left_out = [key::SESSION, key::INSTANCE, key::REPLY, key::RECOVERY, key::OWED_BY, key::TOKEN];
+    table != STATE || !row.first().is_some_and(|family| left_out.contains(family))
 }

@@ -5,7 +5,11 @@
 //! operator asks, and go on until none is by more than [`END_PERCENT`]. Each goes from a server that is above its aim to one that is
 //! below, never past either aim, so that nothing is moved twice.
 
-use std::{collections::BTreeMap, sync::Arc, time::Duration};
+use std::{
+    collections::BTreeMap,
+    sync::{Arc, atomic::Ordering},
+    time::Duration,
+};
 
 use holdfast_common::{
     BlockHash, ServerId,
@@ -29,6 +33,8 @@ use super::{
     },
 };
 
+/// Where this happens, for people.
+const PLACE: &str = "storage servers";
 /// Percent of a server's space by which it is off its aim.
 const BEGIN_PERCENT: u64 = 10;
 const END_PERCENT: u64 = 2;
@@ -36,6 +42,8 @@ const TICK: Duration = Duration::from_secs(1);
 /// Bytes that are moved between two looks at what the servers say, and blocks that are looked at for them.
 const ROUND_BYTES: u64 = 256 << 20;
 const PAGE: usize = 256;
+/// When nothing of what should move can (its copies would be in fewer zones), it is tried again after so long, or when it is asked for.
+const REST: Duration = Duration::from_secs(600);
 /// A difference of less is not worth a move.
 const LITTLE: u64 = 64 << 20;
 
@@ -124,6 +132,8 @@ pub struct Balancer {
     balancing: bool,
     /// Where the look through what a server has goes on.
     cursors: BTreeMap<ServerId, BlockHash>,
+    /// Nothing could be moved: not before then.
+    resting_until: Duration,
 }
 
 impl std::fmt::Debug for Balancer {
@@ -134,7 +144,7 @@ impl std::fmt::Debug for Balancer {
 
 impl Balancer {
     pub fn new(core: Arc<Core>, proposer: Proposer, peers: Arc<dyn Peers>) -> Self {
-        Self { core, proposer, peers, balancing: false, cursors: BTreeMap::new() }
+        Self { core, proposer, peers, balancing: false, cursors: BTreeMap::new(), resting_until: Duration::ZERO }
     }
 
     pub async fn run(mut self) -> Result<(), Fault> {
@@ -149,17 +159,30 @@ impl Balancer {
     async fn round(&mut self) -> Result<(), Fault> {
         // Who is short of copies goes first.
         if self.core.store.view()?.counters().owed > 0 {
+            if self.core.balance_wanted.swap(false, Ordering::Relaxed) {
+                let note = Note::new(Severity::Warning, PLACE, "are not balanced now, as the operator wants");
+                self.core.tell(note.doing("blocks that are owed a copy go first"));
+            }
+            self.core.balance_left.store(0, Ordering::Relaxed);
             return Ok(());
         }
-        let asked = self.core.balance_wanted.swap(false, std::sync::atomic::Ordering::Relaxed);
+        let asked = self.core.balance_wanted.swap(false, Ordering::Relaxed);
+        if !asked && self.core.clock.monotonic() < self.resting_until {
+            return Ok(());
+        }
         let fillings = self.core.cluster.lock().fillings();
         let percent = if self.balancing || asked { END_PERCENT } else { BEGIN_PERCENT };
         let found = plan(&fillings, percent);
         self.show(found.as_ref(), asked);
         let Some(mut plan) = found else { return Ok(()) };
         let began = self.core.clock.monotonic();
+        let mut moved = 0;
         for (from, surplus) in std::mem::take(&mut plan.from) {
-            self.unload(from, surplus.min(ROUND_BYTES), &mut plan.to).await?;
+            moved += self.unload(from, surplus.min(ROUND_BYTES), &mut plan.to).await?;
+        }
+        if moved == 0 {
+            self.rest();
+            return Ok(());
         }
         // The next plan is made of what the servers say after this one.
         while !self.core.cluster.lock().all_heard_since(began) {
@@ -168,29 +191,36 @@ impl Balancer {
         Ok(())
     }
 
+    fn rest(&mut self) {
+        self.balancing = false;
+        self.resting_until = self.core.clock.monotonic() + REST;
+        self.core.balance_left.store(0, Ordering::Relaxed);
+        let note = Note::new(Severity::Warning, PLACE, "cannot be made equally full: nothing of what should move can");
+        self.core.tell(note.doing("zones come first: it is tried again in ten minutes"));
+    }
+
     fn show(&mut self, found: Option<&Plan>, asked: bool) {
         let left = found.map_or(0, |plan| plan.from.iter().map(|(_, surplus)| *surplus).sum());
-        self.core.balance_left.store(left, std::sync::atomic::Ordering::Relaxed);
-        let place = "storage servers";
+        self.core.balance_left.store(left, Ordering::Relaxed);
         match (self.balancing, found.is_some()) {
             (false, true) => {
                 let why = if asked { "as the operator wants" } else { "they are unequally full" };
                 let what = format!("are balanced, {why}: {} MiB are to be moved", left >> 20);
                 self.core.tell(
-                    Note::new(Severity::Info, place, what)
+                    Note::new(Severity::Info, PLACE, what)
                         .doing("blocks are copied to where there is room, and deleted where there is not"),
                 );
             }
             (true, false) => {
-                self.core.tell(Note::new(Severity::Info, place, "are balanced: each is nearly as full as the others"))
+                self.core.tell(Note::new(Severity::Info, PLACE, "are balanced: each is nearly as full as the others"))
             }
             _ => {}
         }
         self.balancing = found.is_some();
     }
 
-    /// Moves about `bytes` away from a server.
-    async fn unload(&mut self, from: ServerId, bytes: u64, room: &mut BTreeMap<ServerId, u64>) -> Result<(), Fault> {
+    /// Moves about `bytes` away from a server. Returns how many.
+    async fn unload(&mut self, from: ServerId, bytes: u64, room: &mut BTreeMap<ServerId, u64>) -> Result<u64, Fault> {
         let (mut moved, mut ends) = (0, 0);
         while moved < bytes && ends < 2 {
             let page = blocks::held_after(&*self.core.store.view()?, from, self.cursors.get(&from).copied(), PAGE)?;
@@ -208,10 +238,11 @@ impl Balancer {
                 continue;
             }
             copier::make(&self.core, &self.proposer, &self.peers, orders).await?;
-            relocate::retire(&self.core, &self.proposer, &*self.peers, from, &chosen).await?;
-            moved += length;
+            let retired = relocate::retire(&self.core, &self.proposer, &*self.peers, from, &chosen).await?;
+            // Some may have to wait for servers that are busy: the next round takes them up.
+            moved += if retired == 0 { 0 } else { length };
         }
-        Ok(())
+        Ok(moved)
     }
 
     /// What of a page goes where, and how long it is.

@@ -16,7 +16,7 @@ use holdfast_common::{
     },
 };
 
-use super::{budget::Foreground, state::rows::ServerRow};
+use super::{budget::Foreground, rhythm::Rhythm, state::rows::ServerRow};
 
 /// Bytes of free space that count as one unit of weight.
 const WEIGHT_UNIT: u64 = 64 << 20;
@@ -41,6 +41,7 @@ struct Member {
     /// While it is being emptied.
     left: Option<u64>,
     pace: Pace,
+    rhythm: Rhythm,
     boot: BootId,
     load: StorageLoad,
     heard: Duration,
@@ -67,10 +68,11 @@ impl Cluster {
     ) -> Self {
         let member = |(id, row): (ServerId, ServerRow)| {
             let (state, standing) = (ServerState::Suspect, row.standing);
-            let shown = shown(state, standing);
+            let shown = shown(state, standing, true);
             let info = ServerInfo { id, address: row.address, zone: row.zone, state: shown, weight: 0 };
-            let (boot, load, pace) = (BootId(0), StorageLoad::default(), Pace::default());
-            (id, Member { info, state, standing, left: None, pace, boot, load, heard: now })
+            let (boot, load) = (BootId(0), StorageLoad::default());
+            let (pace, rhythm) = (Pace::default(), Rhythm::default());
+            (id, Member { info, state, standing, left: None, pace, rhythm, boot, load, heard: now })
         };
         Self { members: registered.into_iter().map(member).collect(), version, suspect_after, down_after }
     }
@@ -87,13 +89,21 @@ impl Cluster {
         let pace = old.map_or(Pace::default(), |member| member.pace).after(&beat.load);
         let weight = pace.weight(weight(beat.load.free_bytes, old.map_or(0, |member| member.pace.full_weight)));
         let (pace, weight) = (Pace { full_weight: weight.0, ..pace }, weight.1);
+        let mut rhythm = old.map_or(Rhythm::default(), |member| member.rhythm);
+        match old {
+            Some(old) if old.state == ServerState::Up => rhythm.heard(now.saturating_sub(old.heard)),
+            // It has been up before in this life of the metadata server.
+            Some(old) if old.boot != BootId(0) => rhythm.returned(now),
+            _ => {}
+        }
         let state = ServerState::Up;
-        let info = ServerInfo { id, address: beat.address, zone: beat.zone, state: shown(state, standing), weight };
+        let shown = shown(state, standing, rhythm.is_steady(now));
+        let info = ServerInfo { id, address: beat.address, zone: beat.zone, state: shown, weight };
         if old.map(|member| &member.info) != Some(&info) {
             self.version += 1;
         }
-        self.members
-            .insert(id, Member { info, state, standing, left, pace, boot: beat.boot, load: beat.load, heard: now });
+        let Heartbeat { boot, load, .. } = beat;
+        self.members.insert(id, Member { info, state, standing, left, pace, rhythm, boot, load, heard: now });
     }
 
     /// Compares how long requests take on the servers. Returns those that have become slow, or are no longer: with how many times as
@@ -128,7 +138,7 @@ impl Cluster {
         } else if let Some(member) = self.members.get_mut(&id) {
             member.standing = standing;
             member.left = None;
-            member.info.state = shown(member.state, standing);
+            member.info.state = shown(member.state, standing, member.rhythm.is_steady(member.heard));
         }
     }
 
@@ -190,12 +200,16 @@ impl Cluster {
             let silent = now.saturating_sub(member.heard);
             let state = match member.state {
                 _ if silent >= self.down_after => ServerState::Down,
-                ServerState::Up if silent >= self.suspect_after => ServerState::Suspect,
+                ServerState::Up
+                    if silent >= member.rhythm.suspicious_after(self.suspect_after, self.down_after / 2) =>
+                {
+                    ServerState::Suspect
+                }
                 state => state,
             };
             if state != member.state {
                 member.state = state;
-                member.info.state = shown(state, member.standing);
+                member.info.state = shown(state, member.standing, member.rhythm.is_steady(now));
                 changed.push((*id, state));
             }
         }
@@ -363,10 +377,12 @@ impl Pace {
 }
 
 /// What mounts have to know of both.
-fn shown(state: ServerState, standing: Standing) -> ServerState {
+fn shown(state: ServerState, standing: Standing, steady: bool) -> ServerState {
     match standing {
         Standing::Maintenance { .. } => ServerState::Maintenance,
         Standing::Draining | Standing::Leaving if state == ServerState::Up => ServerState::Draining,
+        // Read from, and not given new blocks if there are others.
+        _ if state == ServerState::Up && !steady => ServerState::Suspect,
         _ => state,
     }
 }
@@ -443,6 +459,24 @@ mod tests {
         assert_eq!(cluster.overdue(until), [ServerId(2)]);
         cluster.stand(ServerId(2), Standing::Removed);
         assert_eq!(cluster.map().servers.len(), 2);
+    }
+
+    #[test]
+    fn a_server_that_comes_and_goes_gets_no_new_blocks_for_a_while() {
+        let mut cluster = cluster();
+        let mut now = SECOND;
+        cluster.heard(ServerId(1), beat(1 << 40), now);
+        let mut come_back = |cluster: &mut Cluster| {
+            now += 3 * SECOND;
+            assert_eq!(cluster.tick(now), [(ServerId(1), ServerState::Suspect)]);
+            cluster.heard(ServerId(1), beat(1 << 40), now);
+            (cluster.is_up(ServerId(1)), cluster.takes_blocks(ServerId(1)))
+        };
+        assert_eq!(come_back(&mut cluster), (true, true), "once is nothing");
+        assert_eq!(come_back(&mut cluster), (true, false));
+        assert_eq!(come_back(&mut cluster), (true, false));
+        (1..=3).for_each(|secs| cluster.heard(ServerId(1), beat(1 << 40), now + secs * SECOND));
+        assert!(cluster.takes_blocks(ServerId(1)), "it has stayed");
     }
 
     #[test]

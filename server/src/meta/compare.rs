@@ -13,7 +13,7 @@ use std::{
 use holdfast_common::{
     BlockHash, BootId, Epoch, ServerId,
     inventory::{self, BUCKETS, BucketDigest},
-    limits::{HASH_LIST_MAX, LOST_MAX},
+    limits::{HASH_LIST_MAX, LOST_MAX, REPLICAS},
     net::Peers,
     wire::{
         meta::Severity,
@@ -215,6 +215,9 @@ impl Comparer {
     async fn compare_if_due(&mut self, server: ServerId) -> Result<(), Fault> {
         let Some(life) = self.core.cluster.lock().life(server) else { return Ok(()) };
         let now = self.core.clock.monotonic();
+        if self.core.compare_soon.lock().remove(&server) {
+            self.due.remove(&server);
+        }
         if self.due.get(&server).is_some_and(|(compared, due)| *compared == life && now < *due) {
             return Ok(());
         }
@@ -266,6 +269,7 @@ impl Comparer {
         let (mut wanted, mut unwanted): (BTreeMap<Epoch, Vec<BlockHash>>, Vec<BlockHash>) = Default::default();
         // Short of copies, and stamped too early to count: stamped anew, which needs no other copy.
         let mut early = Vec::new();
+        let counting = self.core.cluster.lock().counting();
         {
             let view = self.core.store.view()?;
             for (hash, epoch) in extra {
@@ -283,6 +287,10 @@ impl Comparer {
                     }
                     Some(row) if blocks::is_owed(&row) => {
                         early.push(Order { block: hash, target: server, sources: Vec::new(), epoch: row.epoch });
+                    }
+                    // Its holders may be away for good: then this copy counts.
+                    Some(row)
+                        if row.refs > 0 && row.holders.iter().filter(|it| counting.contains(it)).count() < REPLICAS => {
                     }
                     _ => unwanted.push(hash),
                 }

@@ -82,6 +82,8 @@ pub struct Core {
     pub lock_grace: Duration,
     pub recent: Mutex<Recent>,
     pub unsynced: Mutex<Unsynced>,
+    /// Servers on which something was left that should be deleted.
+    pub compare_soon: Mutex<BTreeSet<ServerId>>,
     /// The operator wants all servers equally full.
     pub balance_wanted: AtomicBool,
     /// Bytes that are still to be moved for that.
@@ -183,6 +185,7 @@ impl Core {
             lock_grace,
             recent,
             unsynced: Mutex::new(unsynced),
+            compare_soon: Mutex::default(),
             balance_wanted: AtomicBool::new(false),
             balance_left: AtomicU64::new(0),
             backed_up: Mutex::default(),

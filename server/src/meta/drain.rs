@@ -3,7 +3,11 @@
 //! What is done is on record after each page, so that it can be interrupted anywhere: an emptied server is one that is on record for
 //! nothing. One that is to leave is removed then.
 
-use std::{collections::BTreeSet, sync::Arc, time::Duration};
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    sync::Arc,
+    time::Duration,
+};
 
 use holdfast_common::{
     BlockHash, ServerId, cluster::Standing, limits::REPLICAS, net::Peers, placement::candidates, wire::meta::Severity,
@@ -15,10 +19,12 @@ use super::{
     core::{Core, Fault},
     journal::Note,
     relocate,
-    state::blocks,
+    state::{Command, Reply, blocks},
 };
 
 const TICK: Duration = Duration::from_millis(500);
+/// Before a server is looked at again of which nothing could be moved.
+const STUCK_INTERVAL: Duration = Duration::from_secs(5);
 /// Blocks that are looked at in one step.
 const PAGE: usize = 256;
 
@@ -41,14 +47,20 @@ impl Drainer {
 
     pub async fn run(self) -> Result<(), Fault> {
         let mut were_leaving = BTreeSet::new();
+        // Of which nothing could be moved: looked at again later.
+        let mut stuck: BTreeMap<ServerId, Duration> = BTreeMap::new();
         loop {
             tokio::time::sleep(TICK).await;
             if !self.core.may_collect() {
                 continue;
             }
             let leaving = self.core.cluster.lock().leaving();
+            let now = self.core.clock.monotonic();
+            stuck.retain(|_, until| *until > now);
             for (server, standing) in &leaving {
-                self.empty(*server, *standing).await?;
+                if !stuck.contains_key(server) && !self.empty(*server, *standing).await? {
+                    stuck.insert(*server, now + STUCK_INTERVAL);
+                }
             }
             let are_leaving = leaving.into_iter().map(|(server, _)| server).collect();
             for server in were_leaving.difference(&are_leaving).copied().collect::<Vec<ServerId>>() {
@@ -58,16 +70,18 @@ impl Drainer {
         }
     }
 
-    /// Looks at all that a server is on record for, once.
-    async fn empty(&self, server: ServerId, standing: Standing) -> Result<(), Fault> {
-        let (mut after, mut left) = (None, 0);
+    /// Looks at all that a server is on record for, once. `false`: nothing could be done.
+    async fn empty(&self, server: ServerId, standing: Standing) -> Result<bool, Fault> {
+        let (mut after, mut left, mut off) = (None, 0, 0);
         loop {
             let page = blocks::held_after(&*self.core.store.view()?, server, after, PAGE)?;
             let Some(last) = page.last().copied() else { break };
             after = Some(last);
-            left += (page.len() - self.move_off(server, &page).await?) as u64;
+            let moved = self.move_off(server, &page).await?;
+            left += page.len().saturating_sub(moved) as u64;
+            off += moved;
             if self.core.cluster.lock().standing(server) != Some(standing) {
-                return Ok(());
+                return Ok(true);
             }
         }
         let knew = self.core.cluster.lock().note_left(server, left);
@@ -78,14 +92,41 @@ impl Drainer {
                 Note::new(Severity::Info, format!("storage server {server}"), "is drained: it has no block any more");
             self.core.tell(note.doing("it stays empty until `holdfast undrain`"));
         }
-        Ok(())
+        Ok(off > 0)
     }
 
     /// Returns how many blocks the server is no longer on record for.
     async fn move_off(&self, server: ServerId, page: &[BlockHash]) -> Result<usize, Fault> {
         let orders = self.orders(page)?;
         copier::make(&self.core, &self.proposer, &self.peers, orders).await?;
-        relocate::retire(&self.core, &self.proposer, &*self.peers, server, page).await
+        let retired = relocate::retire(&self.core, &self.proposer, &*self.peers, server, page).await?;
+        Ok(retired + self.give_up_unnamed(server, page).await?)
+    }
+
+    /// What no file names is deleted as garbage, but not by a server that is away: it is taken off the record of that.
+    async fn give_up_unnamed(&self, server: ServerId, page: &[BlockHash]) -> Result<usize, Fault> {
+        if self.core.cluster.lock().is_up(server) {
+            return Ok(0);
+        }
+        let view = self.core.store.view()?;
+        let mut unnamed = Vec::new();
+        for block in page {
+            if blocks::block(&*view, *block)?.is_some_and(|row| row.refs == 0) {
+                unnamed.push(*block);
+            }
+        }
+        drop(view);
+        if unnamed.is_empty() {
+            return Ok(0);
+        }
+        match self.proposer.propose(Command::HolderLost { server, blocks: unnamed }).await {
+            Ok((_, Ok(Reply::Lost(count)))) => Ok(count),
+            Ok(_) => Ok(0),
+            Err(refusal) => {
+                tracing::debug!(%server, %refusal, "copies could not be taken off the record yet");
+                Ok(0)
+            }
+        }
     }
 
     /// Copies of those that have too few on servers that stay.

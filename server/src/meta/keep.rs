@@ -3,7 +3,7 @@
 use std::{sync::Arc, time::Duration};
 
 use holdfast_common::{
-    Position, ServerId,
+    Position, ServerId, Time,
     limits::REPLICAS,
     net::{Frame, Peers},
     wire::{
@@ -68,9 +68,8 @@ impl Keeper {
     }
 
     async fn keep(&mut self) -> Result<(), Fault> {
-        let mut to = self.core.cluster.lock().up();
-        to.truncate(REPLICAS);
         let now = self.core.clock.now();
+        let mut to = self.targets(now);
         let backup = Backup::new(self.core.store.view()?, self.core.cluster_id, now);
         let position = backup.position();
         let backup = Arc::new(Mutex::new(backup));
@@ -81,7 +80,10 @@ impl Keeper {
             let part = part.map_err(|_| Fault::Thread)??;
             let end = part.is_empty();
             // Only what is durable is worth coming back to.
-            if to.is_empty() || (end && self.core.until_durable(position, DEADLINE).await.is_err()) {
+            if end && self.core.until_durable(position, DEADLINE).await.is_err() {
+                to.clear();
+            }
+            if to.is_empty() {
                 break;
             }
             let request = StorageRequest::KeepBackup { number: u64::try_from(now.secs).unwrap_or(0), offset, end };
@@ -97,6 +99,19 @@ impl Keeper {
             *self.core.backed_up.lock() = Some(now);
         }
         Ok(())
+    }
+
+    /// Other servers each time, so that one that cannot take it is not all there is.
+    fn targets(&self, now: Time) -> Vec<ServerId> {
+        let cluster = self.core.cluster.lock();
+        let mut up = cluster.up();
+        if !up.is_empty() {
+            let first = usize::try_from(now.secs.unsigned_abs()).unwrap_or(0) % up.len();
+            up.rotate_left(first);
+        }
+        up.sort_by_key(|server| !cluster.takes_blocks(*server));
+        up.truncate(REPLICAS);
+        up
     }
 
     /// Those that have taken this part.

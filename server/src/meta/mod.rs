@@ -26,6 +26,7 @@ pub mod recovery;
 pub mod relocate;
 pub mod replace;
 pub mod restore;
+pub mod rhythm;
 pub mod server;
 pub mod service;
 pub mod sessions;

@@ -44,7 +44,7 @@ use super::{
     mend::Mender,
     recovery::{self, Recovery},
     replace::Replacer,
-    restore::{Contents, RestoreError, restore},
+    restore::{self, Contents, RestoreError},
     service::{Secrets, Service},
     sessions::Sessions,
     state::{self, Command, Entry, Rows, StorageError, apply, servers, session},
@@ -371,10 +371,12 @@ pub async fn run(
 }
 
 /// Makes the metadata of the server that `config` is of from the backup `path`.
-pub fn restore_from(path: &Path, config: &MetaConfig, disk: &dyn Disk) -> Result<Contents, RunError> {
+/// `check`: whether its rows go together, which takes memory for all of them.
+pub fn restore_from(path: &Path, config: &MetaConfig, disk: &dyn Disk, check: bool) -> Result<Contents, RunError> {
     let credentials = load_credentials(config)?;
     let data = DataDir::open(disk, &config.data_dir, credentials.identity())?;
-    Ok(restore(path, disk, data.path(), credentials.cluster, config.cache_bytes)?)
+    let options = restore::Options { cache_bytes: config.cache_bytes, check };
+    Ok(restore::restore(path, disk, data.path(), credentials.cluster, options)?)
 }
 
 fn load_credentials(config: &MetaConfig) -> Result<Credentials, RunError> {

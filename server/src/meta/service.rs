@@ -481,6 +481,7 @@ impl Service {
             tracing::info!(%server, %address, zone, "a storage server is registered");
             self.proposer.propose(Command::RegisterServer { server, address, zone }).await?.1?;
         }
+        self.expire_backups();
         let now = self.core.clock.monotonic();
         let mut cluster = self.core.cluster.lock();
         let was_up = cluster.is_up(server);
@@ -513,11 +514,17 @@ impl Service {
             AdminRequest::Journal { after } => Ok(MetaAnswer::Journal(self.core.told_after(after))),
             AdminRequest::Names { blocks } => self.names(blocks).await,
             AdminRequest::Backup { backup, part } => self.backup(backup, part).await,
-            AdminRequest::Rebalance => {
-                self.core.balance_wanted.store(true, Ordering::Relaxed);
-                Ok(MetaAnswer::Done)
-            }
+            AdminRequest::Rebalance => self.rebalance(),
         }
+    }
+
+    fn rebalance(&self) -> Answer {
+        let owed = self.view()?.counters().owed;
+        if owed > 0 {
+            return Ok(MetaAnswer::Declined(vec![format!("{owed} blocks are owed a copy, which go first")]));
+        }
+        self.core.balance_wanted.store(true, Ordering::Relaxed);
+        Ok(MetaAnswer::Done)
     }
 
     async fn stand(&self, server: ServerId, standing: Standing) -> Answer {
@@ -557,6 +564,7 @@ impl Service {
         let reading = read.await.map_err(|_| Refusal::Fault)?.map_err(|fault| self.fault(fault))?;
         if reading.last.is_empty() {
             self.core.until_durable(reading.backup.position(), DURABLE_DEADLINE).await?;
+            self.backups.lock().remove(&reading.number);
         }
         Ok(MetaAnswer::BackupPart { backup: reading.number, bytes: reading.last.clone() })
     }
@@ -565,8 +573,6 @@ impl Service {
         let now = self.core.clock.monotonic();
         let backup = Backup::new(self.view()?, self.core.cluster_id, self.core.clock.now());
         let mut backups = self.backups.lock();
-        // One that is being read is used.
-        backups.retain(|_, reading| reading.try_lock().is_ok_and(|it| now.saturating_sub(it.asked) < BACKUP_PATIENCE));
         if backups.len() >= BACKUPS_MAX {
             return Err(Refusal::Unavailable);
         }
@@ -574,6 +580,14 @@ impl Service {
         let number = u64::from_le_bytes([a, b, c, d, e, f, g, h]).max(1);
         let reading = Reading { number, backup, part: 0, last: Vec::new(), asked: now };
         Ok(Arc::clone(backups.entry(number).or_insert(Arc::new(tokio::sync::Mutex::new(reading)))))
+    }
+
+    /// Gives up backups of which nobody asks the next part: each keeps the tables of its moment from being reused.
+    fn expire_backups(&self) {
+        let now = self.core.clock.monotonic();
+        // One that is being read is used.
+        let is_used = |reading: &Reading| now.saturating_sub(reading.asked) < BACKUP_PATIENCE;
+        self.backups.lock().retain(|_, reading| reading.try_lock().map_or(true, |reading| is_used(&reading)));
     }
 
     async fn names(&self, blocks: Vec<BlockHash>) -> Answer {

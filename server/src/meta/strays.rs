@@ -20,10 +20,12 @@ const BATCH: usize = 1024;
 /// Past it the rest is left to the next comparison.
 const DURABLE_DEADLINE: Duration = Duration::from_secs(30);
 const DELETE_DEADLINE: Duration = Duration::from_secs(30);
+/// Questions to a server that does not answer.
+const TRIES: usize = 3;
 const _: () = assert!(BATCH <= HASH_LIST_MAX);
 
 /// Condemns copies on `server`, and has them deleted there when that is durable. Those that are not known go as garbage; those that
-/// are only here too many, at once. What cannot be done now is met again by the next comparison. Returns how many are deleted.
+/// are only here too many, at once. What cannot be done now is met again by a comparison, which comes soon then. Returns how many are deleted.
 pub async fn delete(
     core: &Core,
     proposer: &Proposer,
@@ -60,14 +62,21 @@ pub async fn delete_condemned(
     if core.until_durable(position, DURABLE_DEADLINE).await.is_err() {
         return 0;
     }
-    match ask(peers, to, &StorageRequest::Delete { blocks, epoch }, DELETE_DEADLINE).await {
-        Ok(Ok(StorageAnswer::Deleted { .. })) => {
-            tracing::info!(%server, blocks = count, "copies that nobody needs are deleted");
-            count
-        }
-        other => {
-            tracing::debug!(%server, ?other, "copies that nobody needs could not be deleted yet");
-            0
+    let request = StorageRequest::Delete { blocks, epoch };
+    for _ in 0..TRIES {
+        match ask(peers, to, &request, DELETE_DEADLINE).await {
+            Ok(Ok(StorageAnswer::Deleted { .. })) => {
+                tracing::info!(%server, blocks = count, "copies that nobody needs are deleted");
+                return count;
+            }
+            // A server that has just been started anew, say.
+            Err(error) => tracing::debug!(%server, %error, "copies that nobody needs could not be deleted yet"),
+            Ok(other) => {
+                tracing::warn!(%server, ?other, "copies that nobody needs could not be deleted yet");
+                break;
+            }
         }
     }
+    core.compare_soon.lock().insert(server);
+    0
 }

@@ -18,14 +18,16 @@ const KEPT: usize = 3;
 pub struct Backups {
     disk: Arc<dyn Disk>,
     directory: PathBuf,
+    /// Bytes of the disk that are left free.
+    reserve_bytes: u64,
     /// One part at a time.
     busy: Mutex<()>,
 }
 
 impl Backups {
-    /// `data`: the data directory.
-    pub fn new(disk: Arc<dyn Disk>, data: &Path) -> Self {
-        Self { disk, directory: data.join(DIRECTORY), busy: Mutex::new(()) }
+    /// `data`: the data directory. `reserve_bytes`: of its disk, left free.
+    pub fn new(disk: Arc<dyn Disk>, data: &Path, reserve_bytes: u64) -> Self {
+        Self { disk, directory: data.join(DIRECTORY), reserve_bytes, busy: Mutex::new(()) }
     }
 
     /// Adds a part at `offset` of the backup `number`; with `end` it is complete, and durable when this returns. Refused `Invalid`
@@ -51,6 +53,9 @@ impl Backups {
         if offset == 0 {
             file.set_length(0)?;
         }
+        if self.disk.space(&self.directory)?.free < self.reserve_bytes.saturating_add(part.len() as u64) {
+            return Err(io::ErrorKind::StorageFull.into());
+        }
         if file.length()? != offset {
             return Err(io::Error::new(io::ErrorKind::InvalidInput, "a part does not follow the one before"));
         }
@@ -59,14 +64,17 @@ impl Backups {
             return Ok(());
         }
         file.sync_data()?;
-        self.disk.rename(&draft, &self.directory.join(format!("meta-{number:012}.backup")))?;
-        self.prune()?;
-        self.disk.sync_directory(&self.directory)
+        let new = self.directory.join(format!("meta-{number:012}.backup"));
+        self.disk.rename(&draft, &new)?;
+        self.disk.sync_directory(&self.directory)?;
+        self.prune(&new)
     }
 
-    fn prune(&self) -> io::Result<()> {
+    /// Those that seem to be newer than `new` are from a time in which the clock was wrong, and go first.
+    fn prune(&self, new: &Path) -> io::Result<()> {
         let is_complete = |path: &PathBuf| path.extension().is_some_and(|extension| extension == "backup");
-        let complete: Vec<PathBuf> = self.disk.list(&self.directory)?.into_iter().filter(is_complete).collect();
+        let mut complete: Vec<PathBuf> = self.disk.list(&self.directory)?.into_iter().filter(is_complete).collect();
+        complete.sort_by_key(|path| (path.as_path() <= new, path.clone()));
         complete.iter().take(complete.len().saturating_sub(KEPT)).try_for_each(|old| self.disk.remove(old))
     }
 }
@@ -80,12 +88,14 @@ mod tests {
     #[test]
     fn the_newest_complete_ones_are_kept() {
         let directory = tempfile::tempdir().unwrap();
-        let backups = Backups::new(Arc::new(RealDisk), directory.path());
-        for number in 1..=5 {
+        let backups = Backups::new(Arc::new(RealDisk), directory.path(), 0);
+        for number in [9, 1, 2, 3, 4, 5] {
             backups.keep(number, 0, b"ab", false).unwrap();
             backups.keep(number, 2, &[u8::try_from(number).unwrap()], false).unwrap();
             backups.keep(number, 3, b"", true).unwrap();
         }
+        let full = Backups::new(Arc::new(RealDisk), directory.path(), u64::MAX);
+        assert_eq!(full.keep(6, 0, b"ab", false), Err(Refusal::ServerFull));
         // One that is broken off takes nothing away.
         backups.keep(6, 0, b"ab", false).unwrap();
         assert_eq!(backups.keep(6, 3, b"c", false), Err(Refusal::Invalid));

@@ -79,11 +79,11 @@ pub async fn run(
     let name = credentials.node;
     let data = DataDir::open(&*disk, &config.data_dir, credentials.identity())?;
     let options = store_options(&config, disk.as_ref()).map_err(RunError::Start)?;
+    let backups = Backups::new(Arc::clone(&disk), data.path(), options.reserve_bytes);
     let store = Arc::new(Store::open(Arc::clone(&disk), data.path(), options)?);
     let node = Node::bind(config.listen, credentials, NetOptions::default())?;
     let address = node.local_address().map_err(RunError::Start)?;
     let peers: Arc<dyn Peers> = Arc::clone(&node) as Arc<dyn Peers>;
-    let backups = Backups::new(Arc::clone(&disk), data.path());
     let service = start_service(Arc::clone(&store), Arc::clone(&peers), name.id, backups).map_err(RunError::Start)?;
     let serving = tokio::spawn(node.serve(Arc::clone(&service) as Arc<dyn Serve>, None).map_err(RunError::Tls)?);
     let reporter = Reporter {

@@ -326,6 +326,6 @@ pub(crate) fn start_storage(disk: Arc<dyn Disk>, id: u32, peers: Arc<dyn Peers>)
         ..StoreOptions::default()
     };
     let store = Store::open(Arc::clone(&disk), Path::new("/storage"), options).ok()?;
-    let backups = Backups::new(disk, Path::new("/storage"));
+    let backups = Backups::new(disk, Path::new("/storage"), 0);
     Some(start_service(Arc::new(store), peers, id, backups).expect("threads can be started"))
 }

@@ -36,7 +36,18 @@ impl Owed {
     }
 
     fn decode(bytes: &[u8]) -> Result<Self> {
-        let row: [u8; 24] = bytes.try_into().map_err(|_| StorageError::Damaged("recovery: row".into()))?;
+        // Before the end was kept, there was one range.
+        let widened = |old: &[u8; 16]| {
+            let first = old[8..].iter().rev().fold(0, |sum: u64, byte| sum << 8 | u64::from(*byte));
+            let mut row = [0; 24];
+            row[..16].copy_from_slice(old);
+            row[16..].copy_from_slice(&(first + NUMBERS_LOST).to_le_bytes());
+            row
+        };
+        let row = match <[u8; 16]>::try_from(bytes) {
+            Ok(old) => widened(&old),
+            Err(_) => bytes.try_into().map_err(|_| StorageError::Damaged("recovery: row".into()))?,
+        };
         let number =
             |field: usize| row[8 * field..8 * field + 8].iter().rev().fold(0, |sum, byte| sum << 8 | u64::from(*byte));
         Ok(Self { after: Position(number(0)), lost: (Ino(number(1)), Ino(number(2))) })

@@ -662,6 +662,31 @@ fn small_dead_blocks_give_their_space_back_and_their_neighbours_live_on() {
 }
 
 #[test]
+fn compaction_goes_on_when_a_segment_of_its_plan_has_died_meanwhile() {
+    let disk = TestDisk::new();
+    let store = open(&disk);
+    let blocks: Vec<_> = (0..300).map(|n| block(n, 3000)).collect();
+    blocks.iter().for_each(|block| put_durable(&store, block));
+    let hashes: Vec<_> = blocks.iter().map(CheckedBlock::hash).collect();
+    let (most, rest): (Vec<_>, Vec<_>) = hashes.iter().enumerate().partition(|(n, _)| n % 4 != 0);
+    let most: Vec<_> = most.into_iter().map(|(_, hash)| *hash).collect();
+    store.delete(&most, Epoch(9)).unwrap();
+    store.checkpoint().unwrap();
+    let mut compaction = super::compact::Compaction::default();
+    store.inner.plan_compaction(&mut compaction).unwrap();
+    assert!(!compaction.is_done());
+    // All that lives in the first of them goes, and its file with it.
+    let dying: Vec<_> = rest.iter().take(20).map(|(_, hash)| **hash).collect();
+    store.delete(&dying, Epoch(9)).unwrap();
+    (0..2).for_each(|_| store.checkpoint().unwrap());
+    assert!(disk.paths("0000000000000001.seg").is_empty());
+    store.inner.compact(&mut compaction, u64::MAX).unwrap();
+    assert!(compaction.is_done());
+    assert_eq!(store.statistics().blocks, 55);
+    blocks.iter().skip(80).step_by(4).for_each(|block| assert_here(&store, block));
+}
+
+#[test]
 fn a_stamp_is_raised_with_the_block_as_it_is() {
     let store = open(&TestDisk::new());
     let block = block_at(1, 3000, Epoch(2));
