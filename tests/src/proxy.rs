@@ -9,7 +9,7 @@ use std::{
         atomic::{AtomicBool, Ordering},
     },
     thread,
-    time::Duration,
+    time::{Duration, Instant},
 };
 
 use crate::sys;
@@ -85,26 +85,42 @@ impl Shared {
 
 /// Each peer gets a socket of its own towards the target, which so can tell them apart.
 fn forward(shared: &Arc<Shared>) {
-    let mut peers: BTreeMap<SocketAddr, UdpSocket> = BTreeMap::new();
+    let mut peers: BTreeMap<SocketAddr, Peer> = BTreeMap::new();
     let mut datagram = vec![0; 1 << 16];
     while !shared.is_over() {
         let Ok((length, from)) = shared.socket.recv_from(&mut datagram) else { continue };
-        let upstream = peers.entry(from).or_insert_with(|| connect(shared, from));
+        // Whoever was restarted comes from another port: the old one is not heard again.
+        if peers.len() >= PEERS_MAX
+            && !peers.contains_key(&from)
+            && let Some(silent) = peers.iter().min_by_key(|(_, peer)| peer.heard).map(|(address, _)| *address)
+        {
+            peers.remove(&silent);
+        }
+        let peer = peers.entry(from).or_insert_with(|| connect(shared, from));
+        peer.heard = Instant::now();
         if shared.passes() {
             // A datagram that cannot be sent is a datagram that is lost: the network's good right.
-            upstream.send(&datagram[..length]).ok();
+            peer.upstream.send(&datagram[..length]).ok();
         }
-        assert!(peers.len() <= PEERS_MAX, "more than {PEERS_MAX} peers on one proxy");
     }
 }
 
-fn connect(shared: &Arc<Shared>, peer: SocketAddr) -> UdpSocket {
+struct Peer {
+    upstream: UdpSocket,
+    heard: Instant,
+    /// The thread that brings answers back ends with it.
+    _life: Arc<()>,
+}
+
+fn connect(shared: &Arc<Shared>, peer: SocketAddr) -> Peer {
     let upstream = socket(([127, 0, 0, 1], 0).into()).expect("a free port");
     upstream.connect(shared.target).expect("the target is an address");
     let (answers, shared) = (upstream.try_clone().expect("a socket can be duplicated"), Arc::clone(shared));
+    let life = Arc::new(());
+    let lives = Arc::downgrade(&life);
     thread::spawn(move || {
         let mut datagram = vec![0; 1 << 16];
-        while !shared.is_over() {
+        while !shared.is_over() && lives.strong_count() > 0 {
             if let Ok(length) = answers.recv(&mut datagram)
                 && shared.passes()
             {
@@ -112,7 +128,7 @@ fn connect(shared: &Arc<Shared>, peer: SocketAddr) -> UdpSocket {
             }
         }
     });
-    upstream
+    Peer { upstream, heard: Instant::now(), _life: life }
 }
 
 #[cfg(test)]

@@ -56,7 +56,7 @@ const STORAGE: std::ops::RangeInclusive<u32> = 1..=4;
 const MOUNTS: u32 = 2;
 /// Faults of one history.
 const FAULTS: u32 = 12;
-const SEEDS: u64 = 6;
+const SEEDS: u64 = 3;
 const FILES_MAX: usize = 8;
 
 /// What is wrong with a history.
@@ -67,7 +67,7 @@ fn options() -> Options {
         cluster: CLUSTER,
         cache_bytes: 1 << 20,
         checkpoint_log_bytes: 16 << 10,
-        session_timeout: Duration::from_secs(20),
+        session_timeout: Duration::from_secs(8),
         recovery_window: Duration::from_millis(2500),
         reserve_bytes: 0,
         suspect_after: Duration::from_millis(400),
