@@ -9,7 +9,6 @@ use std::{
     time::Duration,
 };
 
-use holdfast_common::planted::{Bug, is_planted};
 use holdfast_common::{
     BlockHash, BootId, Position, ServerId,
     limits::{HASH_LIST_MAX, REPLICAS_MIN},
@@ -192,9 +191,6 @@ impl Barrier {
     }
 
     async fn sync_once(&self, server: ServerId) -> Option<BootId> {
-        if is_planted(Bug::BarrierSyncsNothing) {
-            return self.core.cluster.lock().boot(server);
-        }
         match self.ask(server, &StorageRequest::Sync, SYNC_DEADLINE).await? {
             StorageAnswer::Sync { boot } => Some(boot),
             other => {

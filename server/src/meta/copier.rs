@@ -6,7 +6,6 @@ use std::{
     time::Duration,
 };
 
-use holdfast_common::planted::{Bug, is_planted};
 use holdfast_common::{
     BlockHash, BootId, Epoch, ServerId,
     limits::REPLICAS,
@@ -116,9 +115,6 @@ pub async fn make(
     orders: Vec<Order>,
 ) -> Result<usize, Fault> {
     let mut count = 0;
-    if is_planted(Bug::CopierIdle) {
-        return Ok(0);
-    }
     for ((server, boot, epoch), blocks) in carry_out(core, peers, orders).await? {
         count += blocks.len();
         // Made copies are durable; noting them costs a sync at most, and trusts nobody.

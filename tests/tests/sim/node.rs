@@ -38,6 +38,8 @@ use tokio::sync::watch;
 
 pub(crate) const STORAGE_SERVERS: RangeInclusive<u32> = 1..=3;
 pub(crate) const CLUSTER: ClusterId = ClusterId([7; 16]);
+/// A server that makes everything durable all the time shows nothing of one that forgets to.
+const FLUSH_EVERY: Duration = Duration::from_millis(if cfg!(feature = "planted") { 10_000 } else { 1 });
 /// How often a caller looks whether there still is power.
 const POWER_POLL: Duration = Duration::from_millis(2);
 
@@ -321,7 +323,7 @@ pub(crate) fn start_storage(disk: Arc<dyn Disk>, id: u32, peers: Arc<dyn Peers>)
     let options = StoreOptions {
         segment_bytes: 64 << 10,
         reserve_bytes: 0,
-        flush_every: Duration::from_millis(1),
+        flush_every: FLUSH_EVERY,
         flushes_per_checkpoint: 3,
         ..StoreOptions::default()
     };

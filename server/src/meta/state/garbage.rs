@@ -7,7 +7,6 @@
 
 use std::ops::ControlFlow;
 
-use holdfast_common::planted::{Bug, is_planted};
 use holdfast_common::{BlockHash, Epoch, Refusal, ServerId, Time, limits::REPLICAS};
 
 use super::{
@@ -21,11 +20,6 @@ use super::{
 /// The row to which a commit adds the holders that it names for a block, whose copies are stamped with `epoch` or later.
 /// `forgotten` is the latest epoch under which a block was forgotten.
 pub fn admitted(old: Option<&BlockRow>, length: u32, epoch: Epoch, forgotten: Epoch) -> Result<BlockRow, Refusal> {
-    if is_planted(Bug::CondemnedAdmitted) {
-        return Ok(
-            old.map_or_else(|| BlockRow::new(length, forgotten), |row| BlockRow { condemned: false, ..row.clone() })
-        );
-    }
     match old {
         // It may be one of those.
         None if epoch < forgotten => Err(Refusal::BlockGone),

@@ -603,7 +603,7 @@ impl Inner {
         let Some(entry) = self.index.get(&hash).map_err(|error| self.index_failed(&error))? else {
             return Ok(Some(NewBlock { block, epoch: block.epoch(), before: None }));
         };
-        let epoch = if is_planted(Bug::StampsNotRaised) { entry.epoch } else { entry.epoch.max(block.epoch()) };
+        let epoch = entry.epoch.max(block.epoch());
         let is_good =
             entry.epoch == epoch && !self.suspects.lock().contains(&hash) && self.header_of(&hash, &entry).is_some();
         Ok((!is_good).then_some(NewBlock { block, epoch, before: Some(entry) }))
@@ -698,8 +698,7 @@ impl Inner {
         let mut dead = Vec::with_capacity(hashes.len());
         for hash in hashes {
             let entry = self.index.get(hash).map_err(|error| self.index_failed(&error))?;
-            let goes = |entry: &Entry| entry.epoch < epoch || is_planted(Bug::StampsIgnored);
-            dead.extend(entry.filter(goes).map(|entry| (**hash, entry)));
+            dead.extend(entry.filter(|entry| entry.epoch < epoch).map(|entry| (**hash, entry)));
         }
         Ok(dead)
     }
