@@ -9,8 +9,9 @@ use std::{
 use clap::{Args, Subcommand};
 use holdfast_common::{
     ServerId, Time,
-    cluster::Standing,
+    cluster::{ServerState, Standing},
     config::ClientConfig,
+    limits::REPLICAS,
     wire::meta::{AdminRequest, MetaAnswer, ServerStatus},
 };
 use serde_json::json;
@@ -219,8 +220,10 @@ fn find(config: &ClientConfig, server: u32) -> CliResult<Option<ServerStatus>> {
 /// Waits until a server has no blocks any more. `before`: how many it had.
 fn until_empty(config: &ClientConfig, which: &Which, standing: Standing, before: u64) -> CliResult {
     let mut most = before.max(1);
+    let mut hindered = None;
     loop {
-        let Some(server) = find(config, which.server)? else {
+        let servers = ask_status(config)?.servers;
+        let Some(server) = servers.iter().find(|status| status.id == ServerId(which.server)) else {
             progress("", most, 0);
             return Ok(());
         };
@@ -229,6 +232,11 @@ fn until_empty(config: &ClientConfig, which: &Which, standing: Standing, before:
         }
         let left = server.left.unwrap_or(most);
         most = most.max(left);
+        let hindrance = hindrance(&servers, server.id);
+        if hindrance != hindered {
+            say(hindrance.as_deref().unwrap_or("going on"))?;
+            hindered = hindrance;
+        }
         progress(&format!("{left} blocks left"), most, left);
         // One that leaves is gone in a moment.
         if left == 0 && server.left.is_some() && standing == Standing::Draining {
@@ -236,6 +244,30 @@ fn until_empty(config: &ClientConfig, which: &Which, standing: Standing, before:
         }
         thread::sleep(LOOK_EVERY);
     }
+}
+
+/// Why nothing of `emptied` can be moved for now. It was not known yet when the order was given, or has come since.
+fn hindrance(servers: &[ServerStatus], emptied: ServerId) -> Option<String> {
+    let takes = |status: &&ServerStatus| {
+        status.id != emptied && status.standing == Standing::Serving && status.state == ServerState::Up
+    };
+    let takers = servers.iter().filter(takes).count();
+    (takers < REPLICAS).then(|| {
+        format!(
+            "waiting: {takers} other storage servers are up, and each block needs {REPLICAS}; \
+             `holdfast undrain {}` takes the order back",
+            emptied.0
+        )
+    })
+}
+
+/// For who waits, on a terminal or in a log.
+fn say(sentence: &str) -> CliResult {
+    let mut error = io::stderr();
+    let line = if error.is_terminal() { format!("\r\x1b[K{sentence}\n") } else { format!("{sentence}\n") };
+    error
+        .write_all(line.as_bytes())
+        .map_err(|source| CliError::new(format!("standard error cannot be written: {source}")))
 }
 
 /// A bar for who watches.
@@ -256,7 +288,40 @@ fn bar(all: u64, left: u64) -> String {
 
 #[cfg(test)]
 mod tests {
+    use holdfast_common::{BootId, wire::meta::StorageLoad};
+
     use super::*;
+
+    fn server(id: u32, state: ServerState, standing: Standing) -> ServerStatus {
+        ServerStatus {
+            id: ServerId(id),
+            address: ([127, 0, 0, 1], 1).into(),
+            zone: String::new(),
+            state,
+            weight: 1,
+            silent_ms: 0,
+            boot: BootId::default(),
+            standing,
+            left: None,
+            load: StorageLoad::default(),
+        }
+    }
+
+    #[test]
+    fn whoever_waits_hears_that_there_is_nobody_to_take_the_blocks() {
+        let up = |id| server(id, ServerState::Up, Standing::Serving);
+        let drained = server(1, ServerState::Draining, Standing::Draining);
+        assert_eq!(hindrance(&[drained.clone(), up(2), up(3), up(4)], ServerId(1)), None);
+        let others = [
+            server(4, ServerState::Suspect, Standing::Serving),
+            server(4, ServerState::Down, Standing::Serving),
+            server(4, ServerState::Draining, Standing::Leaving),
+        ];
+        for other in others {
+            let said = hindrance(&[drained.clone(), up(2), up(3), other], ServerId(1)).unwrap();
+            assert!(said.starts_with("waiting: 2 other") && said.contains("undrain 1`"), "{said}");
+        }
+    }
 
     #[test]
     fn the_bar_grows_with_what_is_done() {

@@ -243,7 +243,6 @@ impl Barrier {
         copies: BTreeMap<ServerId, Copies>,
         outcomes: BTreeMap<ServerId, Synced>,
     ) -> Result<Verdict, Fault> {
-        let view = self.core.store.view()?;
         let mut verdict = Verdict::default();
         let mut vanished = BTreeSet::new();
         for (server, of_server) in &copies {
@@ -252,7 +251,8 @@ impl Barrier {
                 if !is_bad(&copies, &outcomes, *server, hash) {
                     continue;
                 }
-                let holders = blocks::block(&*view, *hash)?.map_or(Vec::new(), |row| row.holders);
+                let row = self.core.store.ask(|rows| blocks::block(rows, *hash))?;
+                let holders = row.map_or(Vec::new(), |row| row.holders);
                 let good = holders.iter().filter(|holder| !is_bad(&copies, &outcomes, **holder, hash)).count();
                 let is_known = is_lost(&outcomes, *server, hash);
                 if !holders.contains(server) {
@@ -309,9 +309,8 @@ impl Barrier {
     /// Are there blocks without enough durable copies? Forgets those that have them by now.
     fn is_thin(&self) -> Result<bool, Fault> {
         let thin: Vec<BlockHash> = self.core.thin.lock().iter().copied().collect();
-        let view = self.core.store.view()?;
         for hash in thin {
-            let row = blocks::block(&*view, hash)?;
+            let row = self.core.store.ask(|rows| blocks::block(rows, hash))?;
             let waited_for = self.core.unsynced.lock().servers_of(hash);
             let enough = row.is_none_or(|row| {
                 row.refs == 0

@@ -6,7 +6,7 @@ use std::{
 };
 
 use holdfast_common::{
-    Ino, Position, Refusal, SessionId, Time,
+    Attr, Ino, Position, Refusal, SessionId, Time,
     wire::meta::{Mutated, Op},
 };
 use tokio::sync::{mpsc, oneshot};
@@ -15,7 +15,7 @@ use super::{
     core::{Core, Fault},
     log::{Log, RECORD_LENGTH_MAX},
     recent::changes_of,
-    state::{Applied, Command, Entry, Outcome, Reply, Rows, StorageError, apply},
+    state::{Applied, Command, Entry, Outcome, Reply, Rows, apply, query},
 };
 
 /// Proposals that wait; more make their senders wait.
@@ -30,6 +30,15 @@ const CHECKPOINT_RETRY_BYTES: u64 = 8 << 20;
 
 /// The position of an entry, and its answer.
 pub type Answer = (Position, Outcome);
+
+/// What came of a command.
+#[derive(Debug)]
+pub struct Changed {
+    pub position: Position,
+    pub outcome: Outcome,
+    /// The directories whose entries it changes, as they were right after it.
+    pub directories: Vec<Attr>,
+}
 
 struct Proposal {
     command: Command,
@@ -71,6 +80,11 @@ impl std::fmt::Debug for Message {
 impl Proposer {
     /// Applies `command` in order. `Unavailable`: the server is stopping, or cannot take it now; it was not applied.
     pub async fn propose(&self, command: Command) -> Result<Answer, Refusal> {
+        self.change(command).await.map(|changed| (changed.position, changed.outcome))
+    }
+
+    /// As [`Proposer::propose`], and says more.
+    pub async fn change(&self, command: Command) -> Result<Changed, Refusal> {
         self.propose_if(Condition::Always, command).await
     }
 
@@ -81,10 +95,11 @@ impl Proposer {
 
     /// Ends a session, if it has not been heard for `timeout` when it is this command's turn.
     pub async fn expire(&self, session: SessionId, timeout: Duration) -> Result<Answer, Refusal> {
-        self.propose_if(Condition::Silent(session, timeout), Command::EndSession { session }).await
+        let ended = self.propose_if(Condition::Silent(session, timeout), Command::EndSession { session }).await;
+        ended.map(|changed| (changed.position, changed.outcome))
     }
 
-    async fn propose_if(&self, condition: Condition, command: Command) -> Result<Answer, Refusal> {
+    async fn propose_if(&self, condition: Condition, command: Command) -> Result<Changed, Refusal> {
         let (answer, answered) = oneshot::channel();
         let proposal = Message::Propose(Proposal { command, condition, answer });
         self.0.send(proposal).await.map_err(|_| Refusal::Unavailable)?;
@@ -214,16 +229,20 @@ impl Committer {
         }
         let core = &self.core;
         let (applied, epoch) = core.store.write_visible(|tables| {
-            let applied: Vec<Applied> =
-                batch.proposed.iter().map(|(entry, ..)| apply(tables, entry)).collect::<Result<_, StorageError>>()?;
+            let mut applied = Vec::with_capacity(batch.proposed.len());
+            for (entry, ..) in &batch.proposed {
+                let result = apply(tables, entry)?;
+                applied.push((result, query::attrs(tables, &entry.command.directories())?));
+            }
             log_changes(core, &batch, &applied)?;
             Ok::<_, Fault>((applied, Rows::counters(tables).epoch))
         })?;
         core.set_applied(Position(core.log.lock().next().0 - 1), epoch);
-        for ((entry, _, answer), applied) in batch.proposed.into_iter().zip(applied) {
+        for ((entry, _, answer), (applied, directories)) in batch.proposed.into_iter().zip(applied) {
             self.remember(&entry.command, &applied);
+            let Applied { position, outcome, .. } = applied;
             // Whoever asked may have gone away; the entry stands.
-            let _gone = answer.send(Ok((applied.position, applied.outcome)));
+            let _gone = answer.send(Ok(Changed { position, outcome, directories }));
         }
         Ok(())
     }
@@ -305,7 +324,7 @@ impl Committer {
     }
 }
 
-type Answering = oneshot::Sender<Result<Answer, Refusal>>;
+type Answering = oneshot::Sender<Result<Changed, Refusal>>;
 
 #[derive(Default)]
 struct Batch {
@@ -319,9 +338,9 @@ fn refuse(answer: Answering, refusal: Refusal) {
 }
 
 /// Appends what changed the tables, in the order in which it did.
-fn log_changes(core: &Core, batch: &Batch, applied: &[Applied]) -> Result<(), Fault> {
-    let changed = || batch.proposed.iter().zip(applied).filter(|(_, applied)| applied.changed);
-    let Some((_, first)) = changed().next() else { return Ok(()) };
+fn log_changes(core: &Core, batch: &Batch, applied: &[(Applied, Vec<Attr>)]) -> Result<(), Fault> {
+    let changed = || batch.proposed.iter().zip(applied).filter(|(_, (applied, _))| applied.changed);
+    let Some((_, (first, _))) = changed().next() else { return Ok(()) };
     let entries: Vec<&[u8]> = changed().map(|((_, bytes, _), _)| bytes.as_slice()).collect();
     let position = core.log.lock().append(&entries)?;
     if position != first.position {

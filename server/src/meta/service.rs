@@ -7,7 +7,7 @@ use std::{
 };
 
 use holdfast_common::{
-    BlockHash, Ino, Position, Refusal, Sequence, ServerId, SessionId, Time,
+    BlockHash, ChunkIndex, Ino, Kind, Position, Refusal, Sequence, ServerId, SessionId, Time,
     cluster::Standing,
     limits::{HASH_LIST_MAX, HEADER_SIZE_MAX, LISTEN_PATIENCE},
     net::{
@@ -32,14 +32,14 @@ use tokio::sync::mpsc;
 use super::{
     backup::Backup,
     cluster::Heartbeat,
-    committer::Proposer,
+    committer::{Changed, Proposer},
     compare,
     core::{Core, ask},
     journal::Note,
     locking::{News, Outcome, Wish},
     names, operate,
     server::Authority,
-    state::{Command, Reply, Rows, Step, StorageError, View, query, settled, violations::violations},
+    state::{Command, Newest, Reply, Rows, Step, StorageError, View, query, settled, violations::violations},
 };
 
 /// How long a mutation or a barrier may wait to become durable.
@@ -289,25 +289,19 @@ impl Service {
         self.core.store.view().map_err(|fault| self.fault(fault))
     }
 
-    fn ask<T>(&self, question: impl FnOnce(&View) -> Step<T>) -> Result<T, Refusal> {
-        let view = self.view()?;
-        settled(question(&view)).unwrap_or_else(|fault| Err(self.fault(fault)))
+    fn ask<T>(&self, question: impl FnOnce(&Newest<'_>) -> Step<T>) -> Result<T, Refusal> {
+        self.core.store.ask(|rows| settled(question(rows))).unwrap_or_else(|fault| Err(self.fault(fault)))
     }
 
     async fn mutate(&self, command: Command, durable: bool) -> Answer {
-        let changed = match &command {
-            Command::Mutate { op, .. } => op.directories(),
-            _ => Vec::new(),
-        };
-        let (position, outcome) = self.proposer.propose(command).await?;
+        let Changed { position, outcome, directories } = self.proposer.change(command).await?;
         let Reply::Mutated(outcome) = outcome? else { return Err(Refusal::Fault) };
         if durable {
             self.core.until_durable(position, DURABLE_DEADLINE).await?;
         }
-        if changed.is_empty() {
+        if directories.is_empty() {
             return Ok(MetaAnswer::Mutated { position, outcome });
         }
-        let directories = changed.into_iter().filter_map(|ino| self.ask(|view| query::attr(view, ino)).ok()).collect();
         Ok(MetaAnswer::MutatedIn { position, outcome, directories })
     }
 
@@ -340,7 +334,7 @@ impl Service {
                 })
             }
             Query::StatFs => {
-                let inodes = self.view()?.counters().inodes;
+                let inodes = self.ask(|rows| Ok(rows.counters().inodes))?;
                 Ok(MetaAnswer::StatFs(self.core.cluster.lock().space(inodes)))
             }
             Query::ClusterMap { have: _ } => Ok(MetaAnswer::ClusterMap(self.core.cluster.lock().map())),
@@ -352,21 +346,19 @@ impl Service {
 
     fn open(&self, node: NodeName, session: SessionId, ino: Ino, chunks: u32) -> Answer {
         self.check_settled(session, node)?;
-        let view = self.view()?;
-        let ask = |step| settled(step).unwrap_or_else(|fault| Err(self.fault(fault)));
-        let attr = ask(query::attr(&*view, ino))?;
+        let (attr, map) = self.ask(|rows| {
+            let attr = query::attr(rows, ino)?;
+            let map = match chunks > 0 && attr.kind == Kind::File {
+                false => FileMap { data_version: attr.data_version, ..FileMap::default() },
+                true => query::file_map(rows, ino, ChunkIndex(0), chunks)?,
+            };
+            Ok((attr, map))
+        })?;
         let mut sessions = self.core.sessions.lock();
         if attr.nlink == 0 && !sessions.holds(session, ino) {
             return Err(Refusal::NotFound);
         }
         sessions.hold(session, &[ino])?;
-        drop(sessions);
-        let wants_map = chunks > 0 && attr.kind == holdfast_common::Kind::File;
-        let map = match wants_map {
-            false => FileMap { data_version: attr.data_version, ..FileMap::default() },
-            true => settled(query::file_map(&*view, ino, holdfast_common::ChunkIndex(0), chunks))
-                .unwrap_or_else(|fault| Err(self.fault(fault)))?,
-        };
         Ok(MetaAnswer::Opened { attr, map })
     }
 

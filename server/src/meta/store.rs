@@ -7,9 +7,9 @@ use holdfast_common::{
     disk::{Disk, DiskFile},
 };
 use parking_lot::Mutex;
-use redb::{Database, Durability, ReadableDatabase};
+use redb::{Database, Durability, ReadableDatabase, WriteTransaction};
 
-use super::state::{self, Rows, StorageError, Tables, View};
+use super::state::{self, Newest, Rows, StorageError, Tables, View};
 use crate::redb_file::RedbFile;
 
 #[derive(Debug, thiserror::Error)]
@@ -27,8 +27,32 @@ const DRAFT_CACHE_BYTES: u64 = 1 << 20;
 #[derive(Debug)]
 pub struct Store {
     database: ManuallyDrop<Database>,
-    /// A read transaction of the newest state, until the next commit.
-    view: Mutex<Option<Arc<View>>>,
+    newest: Mutex<State>,
+}
+
+/// Where the newest rows are. What is written stays in one transaction until somebody needs a view of all of it: committing costs
+/// several times what a small change does, and keeps nothing that the log does not.
+#[expect(clippy::large_enum_variant, reason = "there is one")]
+enum State {
+    Committed(Arc<View>),
+    /// Holds changes that no view shows yet.
+    Open(WriteTransaction),
+    /// Changes were under way when it failed, and are not whole.
+    Failed,
+}
+
+impl std::fmt::Debug for State {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str(match self {
+            Self::Committed(_) => "Committed",
+            Self::Open(_) => "Open",
+            Self::Failed => "Failed",
+        })
+    }
+}
+
+fn failed() -> StorageError {
+    StorageError::Damaged("a change of it failed half-way".into())
 }
 
 impl Store {
@@ -64,58 +88,96 @@ impl Store {
         if compact {
             database.compact()?;
         }
-        let store = Self { database: ManuallyDrop::new(database), view: Mutex::new(None) };
-        store.write(Durability::Immediate, state::initialize)?;
-        Ok(store)
+        commit_durably(&database, state::initialize)?;
+        let newest = Mutex::new(State::Committed(view_of(&database)?));
+        Ok(Self { database: ManuallyDrop::new(database), newest })
     }
 
-    /// Runs `work` in one transaction, which is visible to new views when this returns.
+    /// Runs `work` on the newest rows. What it changes is seen by all who ask after this returns. An error is the end: half of
+    /// the work may have been done, and nothing is answered any more.
     pub fn write_visible<T, E: From<StorageError>>(
         &self,
         work: impl FnOnce(&mut Tables<'_>) -> Result<T, E>,
     ) -> Result<T, E> {
-        self.write(Durability::None, work)
-    }
-
-    fn write<T, E: From<StorageError>>(
-        &self,
-        durability: Durability,
-        work: impl FnOnce(&mut Tables<'_>) -> Result<T, E>,
-    ) -> Result<T, E> {
-        let mut transaction = self.database.begin_write().map_err(StorageError::from)?;
-        transaction.set_durability(durability).map_err(StorageError::from)?;
-        if matches!(durability, Durability::Immediate) {
-            // Names and attributes are chosen by users: a torn commit must not be able to look whole.
-            transaction.set_two_phase_commit(true);
-            transaction.set_quick_repair(true);
-        }
+        let mut newest = self.newest.lock();
+        let transaction = match std::mem::replace(&mut *newest, State::Failed) {
+            State::Open(transaction) => transaction,
+            State::Committed(_) => self.begin()?,
+            State::Failed => return Err(failed().into()),
+        };
         let mut tables = Tables::open(&transaction)?;
         let value = work(&mut tables)?;
         tables.finish()?;
-        *self.view.lock() = None;
-        transaction.commit().map_err(StorageError::from)?;
-        *self.view.lock() = None;
+        *newest = State::Open(transaction);
         Ok(value)
     }
 
-    /// The newest state.
-    pub fn view(&self) -> Result<Arc<View>, StorageError> {
-        let mut view = self.view.lock();
-        if let Some(newest) = &*view {
-            return Ok(Arc::clone(newest));
+    fn begin(&self) -> Result<WriteTransaction, StorageError> {
+        let mut transaction = self.database.begin_write()?;
+        transaction.set_durability(Durability::None)?;
+        Ok(transaction)
+    }
+
+    /// Asks the newest rows one short question. Nothing is committed for it, and nobody else is served meanwhile: what takes longer
+    /// wants a [`Store::view`].
+    pub fn ask<T>(&self, question: impl FnOnce(&Newest<'_>) -> Result<T, StorageError>) -> Result<T, StorageError> {
+        let newest = self.newest.lock();
+        match &*newest {
+            State::Open(transaction) => question(&Newest::open(transaction)?),
+            State::Committed(view) => {
+                let view = Arc::clone(view);
+                // What is committed can be read beside a checkpoint, and beside anything else.
+                drop(newest);
+                question(&Newest::committed(&view))
+            }
+            State::Failed => Err(failed()),
         }
-        let newest = Arc::new(View::open(&self.database.begin_read()?)?);
-        *view = Some(Arc::clone(&newest));
-        Ok(newest)
+    }
+
+    /// The newest rows as they are now, for as long as they are needed. Commits what is open.
+    pub fn view(&self) -> Result<Arc<View>, StorageError> {
+        let mut newest = self.newest.lock();
+        let view = match std::mem::replace(&mut *newest, State::Failed) {
+            State::Committed(view) => view,
+            State::Open(transaction) => {
+                transaction.commit()?;
+                view_of(&self.database)?
+            }
+            State::Failed => return Err(failed()),
+        };
+        *newest = State::Committed(Arc::clone(&view));
+        Ok(view)
     }
 
     /// The position of the last entry that was applied.
     pub fn applied(&self) -> Result<Position, StorageError> {
-        Ok(self.view()?.counters().position)
+        self.ask(|rows| Ok(rows.counters().position))
     }
 
-    /// Puts the state on stable storage. Only when a barrier has covered all of it. Waits for the disk.
+    /// Puts the state on stable storage. Only when a barrier has covered all of it, and while nobody writes. Waits for the disk;
+    /// meanwhile questions are answered.
     pub fn checkpoint(&self) -> Result<(), StorageError> {
-        self.write(Durability::Immediate, |_| Ok(()))
+        let _committed = self.view()?;
+        commit_durably(&self.database, |_| Ok(()))
     }
+}
+
+fn view_of(database: &Database) -> Result<Arc<View>, StorageError> {
+    Ok(Arc::new(View::open(&database.begin_read()?)?))
+}
+
+fn commit_durably(
+    database: &Database,
+    work: impl FnOnce(&mut Tables<'_>) -> Result<(), StorageError>,
+) -> Result<(), StorageError> {
+    let mut transaction = database.begin_write()?;
+    transaction.set_durability(Durability::Immediate)?;
+    // Names and attributes are chosen by users: a torn commit must not be able to look whole.
+    transaction.set_two_phase_commit(true);
+    transaction.set_quick_repair(true);
+    let mut tables = Tables::open(&transaction)?;
+    work(&mut tables)?;
+    tables.finish()?;
+    transaction.commit()?;
+    Ok(())
 }

@@ -33,7 +33,7 @@ use serde::{Deserialize, Serialize};
 
 use namespace::Number;
 use rows::Inode;
-pub use tables::{Rows, StorageError, Tables, View};
+pub use tables::{Newest, Rows, StorageError, Tables, View};
 
 /// One step of the state machine, as the log keeps it.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -154,6 +154,14 @@ impl Command {
         match self {
             Self::Mutate { op, .. } | Self::Replay { op, .. } => op.new_blocks(),
             _ => &[],
+        }
+    }
+
+    /// The directories whose entries it changes for a mount that waits for their attributes.
+    pub fn directories(&self) -> Vec<Ino> {
+        match self {
+            Self::Mutate { op, .. } => op.directories(),
+            _ => Vec::new(),
         }
     }
 }

@@ -40,6 +40,12 @@ pub fn attr(rows: &impl Rows, ino: Ino) -> Step<Attr> {
     Ok(existing(rows, ino)?.attr(ino))
 }
 
+/// Of those that are still there.
+pub fn attrs(rows: &impl Rows, inos: &[Ino]) -> Result<Vec<Attr>> {
+    let found = inos.iter().filter_map(|ino| Some(rows.inode(*ino).transpose()?.map(|inode| inode.attr(*ino))));
+    found.collect()
+}
+
 pub fn read_link(rows: &impl Rows, ino: Ino) -> Step<Vec<u8>> {
     match existing(rows, ino)?.kind {
         Kind::Symlink => {

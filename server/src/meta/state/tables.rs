@@ -28,10 +28,17 @@
 //! |          | 8, session                 | what this mount has to say again |
 //! |          | 9, server                  | (removed storage server) |
 
-use std::{collections::BTreeMap, ops::ControlFlow};
+use std::{
+    borrow::Borrow,
+    collections::BTreeMap,
+    ops::{ControlFlow, RangeBounds},
+};
 
 use holdfast_common::{BlockHash, ChunkIndex, Epoch, Ino, Sequence, ServerId, SessionId};
-use redb::{ReadOnlyTable, ReadTransaction, ReadableTable, Table, TableDefinition, WriteTransaction};
+use redb::{
+    AccessGuard, Range, ReadOnlyTable, ReadTransaction, ReadableTable, ReadableTableMetadata, Table, TableDefinition,
+    TableStats, WriteTransaction,
+};
 
 use super::rows::{Counters, Inode};
 
@@ -64,7 +71,7 @@ from_redb!(redb::SetDurabilityError, redb::CompactionError);
 
 pub type Result<T, E = StorageError> = std::result::Result<T, E>;
 
-/// What both a read and a write transaction can be asked.
+/// What every kind of transaction can be asked.
 pub trait Rows {
     type Table: ReadableTable<Raw, Raw>;
     fn tree(&self) -> &Self::Table;
@@ -93,6 +100,98 @@ pub struct View {
     blocks: ReadOnlyTable<Raw, Raw>,
     state: ReadOnlyTable<Raw, Raw>,
     counters: Counters,
+}
+
+/// The newest rows, wherever they are: in a transaction that is still open, or committed.
+pub struct Newest<'t> {
+    tree: NewestTable<'t>,
+    blocks: NewestTable<'t>,
+    state: NewestTable<'t>,
+    counters: Counters,
+}
+
+/// A table of [`Newest`].
+pub enum NewestTable<'t> {
+    Open(Table<'t, Raw, Raw>),
+    Committed(&'t ReadOnlyTable<Raw, Raw>),
+}
+
+/// One expression about a table, of whichever kind it is.
+macro_rules! of_either {
+    ($newest:expr, $table:ident => $what:expr) => {
+        match $newest {
+            NewestTable::Open($table) => $what,
+            NewestTable::Committed(table) => {
+                let $table: &ReadOnlyTable<Raw, Raw> = table;
+                $what
+            }
+        }
+    };
+}
+
+type Row<'a> = (AccessGuard<'a, Raw>, AccessGuard<'a, Raw>);
+
+impl ReadableTableMetadata for NewestTable<'_> {
+    fn stats(&self) -> redb::Result<TableStats> {
+        of_either!(self, table => table.stats())
+    }
+    fn len(&self) -> redb::Result<u64> {
+        of_either!(self, table => table.len())
+    }
+}
+
+impl ReadableTable<Raw, Raw> for NewestTable<'_> {
+    fn get<'a>(&self, key: impl Borrow<&'a [u8]>) -> redb::Result<Option<AccessGuard<'_, Raw>>> {
+        of_either!(self, table => ReadableTable::get(table, key))
+    }
+    fn range<'a, K>(&self, range: impl RangeBounds<K> + 'a) -> redb::Result<Range<'_, Raw, Raw>>
+    where
+        K: Borrow<&'a [u8]> + 'a,
+    {
+        of_either!(self, table => ReadableTable::range(table, range))
+    }
+    fn first(&self) -> redb::Result<Option<Row<'_>>> {
+        of_either!(self, table => ReadableTable::first(table))
+    }
+    fn last(&self) -> redb::Result<Option<Row<'_>>> {
+        of_either!(self, table => ReadableTable::last(table))
+    }
+}
+
+impl<'t> Newest<'t> {
+    /// All that has been written in `transaction` so far.
+    pub fn open(transaction: &'t WriteTransaction) -> Result<Self> {
+        let state = transaction.open_table(STATE)?;
+        let counters = load_counters(&state)?;
+        let [tree, blocks] = [transaction.open_table(TREE)?, transaction.open_table(BLOCKS)?];
+        let [tree, blocks, state] = [tree, blocks, state].map(NewestTable::Open);
+        Ok(Self { tree, blocks, state, counters })
+    }
+
+    pub fn committed(view: &'t View) -> Self {
+        let [tree, blocks, state] = [&view.tree, &view.blocks, &view.state].map(NewestTable::Committed);
+        Self { tree, blocks, state, counters: view.counters.clone() }
+    }
+}
+
+impl<'t> Rows for Newest<'t> {
+    type Table = NewestTable<'t>;
+
+    fn tree(&self) -> &Self::Table {
+        &self.tree
+    }
+    fn blocks(&self) -> &Self::Table {
+        &self.blocks
+    }
+    fn state(&self) -> &Self::Table {
+        &self.state
+    }
+    fn inode(&self, ino: Ino) -> Result<Option<Inode>> {
+        fetch(&self.tree, &key::inode(ino), Inode::decode)
+    }
+    fn counters(&self) -> &Counters {
+        &self.counters
+    }
 }
 
 impl std::fmt::Debug for View {
