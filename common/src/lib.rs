@@ -12,6 +12,7 @@ pub mod net;
 pub mod pieces;
 pub mod placement;
 pub mod planted;
+pub mod processor;
 pub mod refusal;
 pub mod telemetry;
 pub mod types;

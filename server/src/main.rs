@@ -8,7 +8,7 @@ use holdfast_common::{
     clock::SystemClock,
     config::{MetaConfig, MetaOptions, StorageConfig, StorageOptions},
     disk::RealDisk,
-    telemetry,
+    processor, telemetry,
 };
 use holdfast_server::{meta, storage};
 use tokio::signal::unix::{SignalKind, signal};
@@ -81,12 +81,17 @@ fn abort_on_panic() {
 
 fn run(role: Role) -> anyhow::Result<()> {
     // One thread for all that is asynchronous: twice to four times faster here than handing work between threads.
-    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().context("start the runtime")?;
+    let runtime = tokio::runtime::Builder::new_current_thread()
+        .enable_all()
+        .on_thread_start(processor::roam)
+        .build()
+        .context("start the runtime")?;
     match role {
         Role::Meta(daemon) => {
             let config = MetaConfig::load(daemon.config.as_deref(), daemon.options)?;
             telemetry::init(config.log_level, config.log_format)?;
             runtime.block_on(async {
+                tokio::spawn(processor::stay_warm());
                 let (disk, clock) = (Arc::new(RealDisk), Arc::new(SystemClock::default()));
                 Ok(meta::run(config, disk, clock, notify_ready, stop_signal()?).await?)
             })
@@ -108,6 +113,7 @@ fn run(role: Role) -> anyhow::Result<()> {
             let config = StorageConfig::load(daemon.config.as_deref(), daemon.options)?;
             telemetry::init(config.log_level, config.log_format)?;
             runtime.block_on(async {
+                tokio::spawn(processor::stay_warm());
                 let (disk, clock) = (Arc::new(RealDisk), Arc::new(SystemClock::default()));
                 Ok(storage::run(config, disk, clock, notify_ready, stop_signal()?).await?)
             })

@@ -7,6 +7,7 @@ use std::{
     thread::{self, JoinHandle},
 };
 
+use holdfast_common::processor;
 use tokio::{runtime::Handle, sync::oneshot};
 
 /// Runs tasks until it is dropped. One thread beats several here: a request costs fewer wake-ups.
@@ -24,7 +25,9 @@ pub struct TaskFailed;
 
 impl NetworkThread {
     pub fn start() -> io::Result<Self> {
-        let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
+        let runtime =
+            tokio::runtime::Builder::new_current_thread().enable_all().on_thread_start(processor::roam).build()?;
+        drop(runtime.spawn(processor::stay_warm()));
         let handle = runtime.handle().clone();
         let (stop, stopped) = oneshot::channel::<()>();
         let thread = thread::Builder::new().name("network".to_owned()).spawn(move || {

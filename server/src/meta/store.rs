@@ -181,3 +181,67 @@ fn commit_durably(
     transaction.commit()?;
     Ok(())
 }
+
+#[cfg(test)]
+mod tests {
+    use super::{super::memory_disk::MemoryDisk, *};
+
+    const PATH: &str = "/meta.redb";
+
+    fn store(disk: &MemoryDisk) -> Store {
+        Store::open(disk, Path::new(PATH), 1 << 20, false).unwrap()
+    }
+
+    fn count_inodes(store: &Store, more: u64) {
+        let work = |tables: &mut Tables<'_>| {
+            tables.counters.inodes += more;
+            Ok::<(), StorageError>(())
+        };
+        store.write_visible(work).unwrap();
+    }
+
+    fn asked(store: &Store) -> u64 {
+        store.ask(|rows| Ok(rows.counters().inodes)).unwrap()
+    }
+
+    #[test]
+    fn a_question_sees_what_is_newest_and_a_view_holds_still() {
+        let disk = MemoryDisk::new();
+        let store = store(&disk);
+        let first = asked(&store);
+        count_inodes(&store, 1);
+        assert_eq!(asked(&store), first + 1, "in the open transaction");
+        let view = store.view().unwrap();
+        count_inodes(&store, 1);
+        assert_eq!((view.counters().inodes, asked(&store)), (first + 1, first + 2));
+        assert_eq!(store.view().unwrap().counters().inodes, first + 2);
+        assert_eq!(asked(&store), first + 2, "committed");
+    }
+
+    #[test]
+    fn what_no_checkpoint_has_covered_is_not_in_the_tables_after_a_kill() {
+        let disk = MemoryDisk::new();
+        let killed = store(&disk);
+        count_inodes(&killed, 5);
+        killed.checkpoint().unwrap();
+        let covered = asked(&killed);
+        count_inodes(&killed, 7);
+        let _committed = killed.view().unwrap();
+        count_inodes(&killed, 9);
+        assert_eq!(asked(&store(&disk.process_death())), covered);
+    }
+
+    #[test]
+    fn half_of_a_change_is_shown_to_nobody() {
+        let disk = MemoryDisk::new();
+        let store = store(&disk);
+        count_inodes(&store, 1);
+        let failed: Result<(), StorageError> = store.write_visible(|tables| {
+            tables.counters.inodes += 1;
+            Err(StorageError::Damaged("a row".into()))
+        });
+        assert!(failed.is_err());
+        assert!(store.ask(|_| Ok(())).is_err() && store.view().is_err() && store.checkpoint().is_err());
+        assert!(store.write_visible(|_| Ok::<(), StorageError>(())).is_err());
+    }
+}
