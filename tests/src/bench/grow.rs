@@ -79,6 +79,7 @@ pub fn run(steps: &[u64]) -> Result<Vec<Step>> {
             let (began, first) = (Instant::now(), made);
             while made < files {
                 if made.is_multiple_of(2 * DIRECTORY_SIZE) {
+                    client.renew().await?;
                     parent = client.directory(Ino::ROOT, &format!("dir-{made}")).await?;
                 }
                 let end = files.min(made + AT_ONCE as u64).min((made / (2 * DIRECTORY_SIZE) + 1) * 2 * DIRECTORY_SIZE);
@@ -149,6 +150,12 @@ impl Client {
         let frame = Frame { header: encode(request)?, payload: Vec::new() };
         let answer = self.node.call(self.to, frame, DEADLINE).await?;
         Ok(decode::<MetaReply>(&answer.header)?.result?)
+    }
+
+    /// A session that is not renewed ends.
+    async fn renew(&self) -> Result<()> {
+        let renewal = SessionRequest::Renew { session: self.session, dirty_bytes: 0, repairs: 0 };
+        self.ask(&MetaRequest::Session(renewal)).await.map(drop)
     }
 
     /// Carries out mutations, all at once.
