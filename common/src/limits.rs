@@ -60,6 +60,8 @@ pub const EVENTS_MAX: usize = 1;
 pub const FOREIGN_CHANGES_MAX: usize = 4096;
 /// Longer than any cache of names and attributes believes what it has.
 pub const FOREIGN_SPAN: std::time::Duration = std::time::Duration::from_millis(1200);
+/// How long a mount may answer for the names in a directory that it changes, from when it sent the change.
+pub const DIRECTORY_LEASE: std::time::Duration = std::time::Duration::from_secs(1);
 /// How long the metadata server waits for an event before it answers without one.
 pub const LISTEN_PATIENCE: std::time::Duration = std::time::Duration::from_secs(2);
 /// Entries of the journal in one message.

@@ -45,6 +45,7 @@ impl Fs {
 
     fn forget_attributes(&self, inos: &BTreeSet<Ino>, reach: Reach) {
         self.told.forget_all();
+        self.shared.meta.names().distrust_attrs();
         if reach != Reach::Complete {
             self.plain.forget_all();
         }

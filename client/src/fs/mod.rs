@@ -36,6 +36,7 @@ pub use self::{
     access::AccessTimes,
     duties::Duties,
     locks::{IsForeign, LockAsk},
+    namespace::Found,
     shared::ClockDebug,
 };
 use self::{

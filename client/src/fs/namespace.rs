@@ -1,5 +1,7 @@
 //! Names and attributes: one round trip each.
 
+use std::{sync::Arc, time::Duration};
+
 use holdfast_common::{
     Attr, Ino, Kind, Position,
     limits::FILE_SIZE_MAX,
@@ -8,7 +10,20 @@ use holdfast_common::{
 use tracing::error;
 
 use super::{Caller, Errno, FileHandle, Fs, FsResult, MakeRequest, plain};
-use crate::{fs::shared::Urgency, remote::meta::unexpected};
+use crate::{
+    cache::names::{Known, Listing},
+    fs::shared::Urgency,
+    remote::meta::unexpected,
+    sys::boot_time,
+};
+
+/// What a name stands for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Found {
+    pub attr: Attr,
+    /// How long the attributes may be believed.
+    pub valid_for: Duration,
+}
 
 /// What a create, mkdir, mknod or symlink made or found.
 pub(super) struct Made {
@@ -24,7 +39,28 @@ pub(super) fn new_inode(caller: Caller, request: MakeRequest) -> NewInode {
 }
 
 impl Fs {
-    pub async fn lookup(&self, parent: Ino, name: &[u8]) -> FsResult<Attr> {
+    /// What the name stands for. From memory, if this mount has a lease on the directory and knows.
+    pub async fn lookup(&self, parent: Ino, name: &[u8]) -> FsResult<Found> {
+        match self.shared.meta.names().look(parent, name, boot_time()) {
+            Known::Absent => return Err(Errno(libc::ENOENT)),
+            // Of an open file this mount may know more.
+            Known::Present(attr, age) if self.inode(attr.ino).is_none() => {
+                return Ok(Found { attr: self.learn(attr), valid_for: self.attribute_timeout().saturating_sub(age) });
+            }
+            Known::Present(..) | Known::Unknown => {}
+            Known::WorthListing(listing) => self.list_in_background(listing),
+        }
+        let attr = self.ask_for_name(parent, name).await?;
+        Ok(Found { attr, valid_for: self.attribute_timeout() })
+    }
+
+    /// So that it is known whole.
+    fn list_in_background(&self, listing: Listing) {
+        let meta = Arc::clone(&self.shared.meta);
+        drop(tokio::spawn(async move { meta.list(listing).await }));
+    }
+
+    async fn ask_for_name(&self, parent: Ino, name: &[u8]) -> FsResult<Attr> {
         match self.shared.meta.query(Query::Lookup { parent, name: name.to_vec() }).await? {
             MetaAnswer::Attr(attr) => Ok(self.learn(attr)),
             other => Err(unexpected(&other)),
@@ -301,7 +337,7 @@ impl Fs {
     }
 
     /// Stores what is dirty, and waits for it. `EIO` if it could not be stored.
-    pub(super) async fn settle(&self, inode: &std::sync::Arc<super::inode::Inode>) -> FsResult<()> {
+    pub(super) async fn settle(&self, inode: &Arc<super::inode::Inode>) -> FsResult<()> {
         if inode.lock().is_clean() {
             return Ok(());
         }

@@ -276,7 +276,11 @@ impl Filesystem for Adapter {
 
     fn lookup(&self, request: &Request, parent: INodeNo, name: &OsStr, reply: ReplyEntry) {
         let (fs, parent, name) = (self.fs.clone(), convert::ino(parent), owned(name));
-        self.entry(answer("lookup", request), async move { fs.lookup(parent, &name).await }, reply);
+        let work = async move { fs.lookup(parent, &name).await };
+        self.dispatcher.run(answer("lookup", request), work, move |result| match result {
+            Ok(found) => reply.entry(&found.valid_for, &convert::attr(&found.attr), GENERATION),
+            Err(errno) => reply.error(convert::errno(errno)),
+        });
     }
 
     fn forget(&self, _request: &Request, ino: INodeNo, _lookups: u64) {

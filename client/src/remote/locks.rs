@@ -220,6 +220,11 @@ impl Locks {
         parts
     }
 
+    /// There is something that the server may ask for.
+    pub(super) fn listen(&self) {
+        self.wanted.notify_one();
+    }
+
     /// What this mount had in its old session is lost. Returns the files of which it held something.
     pub(super) fn begin_session(&self, session: SessionId, instance: u64) -> Vec<Ino> {
         let mut state = self.state.lock();
@@ -671,7 +676,7 @@ impl MetaClient {
     async fn listen(self: &Arc<Self>) {
         let mut retry = Retry::endless();
         loop {
-            if !self.locks.state.lock().has_to_listen() {
+            if !self.locks.state.lock().has_to_listen() && !self.names().has_leases(boot_time()) {
                 self.locks.wanted.notified().await;
             }
             let (session, instance, heard) = {
@@ -720,6 +725,8 @@ impl MetaClient {
                 }
                 // Whose wait ends without a word asks anew.
                 Event::AskAgain { ticket } => drop(state.waiting.remove(&ticket.0)),
+                // Heard of, with the next question, it is given back.
+                Event::RecallLease(lease) => self.names().recall(lease, boot_time()),
                 Event::Recall { ino, number } => {
                     let client = Arc::clone(self);
                     drop(tokio::spawn(async move { client.answer_recall(ino, number).await }));

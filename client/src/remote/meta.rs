@@ -32,6 +32,7 @@ use super::{
     undurable::Undurable,
 };
 use crate::{
+    cache::names::{Asked, Listing, Names},
     fs::{Errno, FsResult},
     sys::boot_time,
 };
@@ -51,6 +52,10 @@ const _: () = assert!(SEQUENCE_SPAN_MAX * 2 <= REPLIES_KEPT_PER_SESSION);
 
 /// The blocks of a commit may have been deleted as garbage since they were put: the caller puts them again, and commits again.
 pub const PUT_AGAIN: Errno = Errno(libc::EREMCHG);
+
+/// Entries of a directory asked for at a time when it is to be known whole, and of how many it may have.
+const LISTED_PAGE: u32 = 1024;
+const LISTED_MAX: usize = 16 << 10;
 
 /// How this mount introduces itself.
 #[derive(Clone, Debug)]
@@ -83,6 +88,8 @@ pub struct MetaClient {
     entering: tokio::sync::Mutex<()>,
     pub(super) locks: Locks,
     locks_lost: OnceLock<LocksLost>,
+    /// In directories on which this mount has leases.
+    names: Names,
 }
 
 /// Is this mount telling a restarted server what that has to know before anything else?
@@ -170,6 +177,7 @@ impl MetaClient {
             entering: tokio::sync::Mutex::default(),
             locks: Locks::default(),
             locks_lost: OnceLock::new(),
+            names: Names::default(),
         });
         client.first_contact(patience).await?;
         client.await_service().await?;
@@ -209,6 +217,11 @@ impl MetaClient {
 
     pub fn session(&self) -> SessionId {
         self.session.lock().id
+    }
+
+    /// What is known of names without asking.
+    pub fn names(&self) -> &Names {
+        &self.names
     }
 
     pub fn renew_every(&self) -> Duration {
@@ -260,6 +273,26 @@ impl MetaClient {
 
     pub async fn query(self: &Arc<Self>, query: Query) -> FsResult<MetaAnswer> {
         self.ask(ATTEMPT, || MetaRequest::Query(query.clone())).await
+    }
+
+    /// Learns all names in a directory, unless they are too many.
+    pub async fn list(self: &Arc<Self>, listing: Listing) {
+        let (ino, asked) = (listing.directory, boot_time());
+        let (mut listed, mut cookie) = (Vec::new(), 0);
+        loop {
+            let page = Query::ReadDir { ino, cookie, entries_max: LISTED_PAGE, plus: true };
+            let Ok(MetaAnswer::Directory { entries, end }) = self.query(page).await else {
+                return self.names.give_up_listing(listing, false);
+            };
+            cookie = entries.last().map_or(cookie, |entry| entry.cookie);
+            listed.extend(entries);
+            if end {
+                return self.names.list(listing, listed, asked);
+            }
+            if listed.len() > LISTED_MAX {
+                return self.names.give_up_listing(listing, true);
+            }
+        }
     }
 
     /// Registers the open with the query, so that it is known again after the server restarted.
@@ -391,6 +424,9 @@ impl MetaClient {
     ) -> Result<Applied, Failure> {
         let attempt = if durable { self.io_timeout } else { ATTEMPT };
         let written = op.written_files();
+        let session = mutation.session;
+        let changing = self.names.begin_change(op, session, mutation.sequence);
+        let asked = Asked { at: boot_time(), session, answered_below: self.answered_below(session) };
         let request = || {
             if self.lost_lock_since(losses, &written) {
                 return Err(Errno(libc::ESTALE));
@@ -403,11 +439,25 @@ impl MetaClient {
                 op: op.clone(),
             })
         };
-        let (position, outcome, directories) = match self.ask_if(attempt, request).await? {
-            MetaAnswer::Mutated { position, outcome } => (position, outcome, Vec::new()),
-            MetaAnswer::MutatedIn { position, outcome, directories } => (position, outcome, directories),
-            other => return Err(Failure::Errno(unexpected(&other))),
+        let (position, outcome, directories, leases) = match self.ask_if(attempt, request).await {
+            Ok(MetaAnswer::Mutated { position, outcome }) => (position, outcome, Vec::new(), Vec::new()),
+            Ok(MetaAnswer::MutatedIn { position, outcome, directories, leases }) => {
+                (position, outcome, directories, leases)
+            }
+            Ok(other) => return Err(Failure::Errno(unexpected(&other))),
+            Err(failure) => {
+                // Refused, so nothing has changed. Who is not trusted may have been before, and not have heard of it.
+                if matches!(failure, Failure::Errno(Errno(errno)) if errno != libc::EACCES) {
+                    changing.settle();
+                }
+                return Err(failure);
+            }
         };
+        self.names.note_change(op, &outcome, position, &leases, asked);
+        changing.settle();
+        if !leases.is_empty() {
+            self.locks.listen();
+        }
         if !self.is_durable(position) {
             self.undurable.lock().note(position, mutation.sequence, op.clone(), &outcome);
         }
@@ -478,9 +528,13 @@ impl MetaClient {
         let header = codec::encode(request).map_err(|_| Trouble::Refused(Refusal::BadRequest))?;
         let frame = Frame { header, payload: Vec::new() };
         super::on_network_thread().await;
+        let asked = boot_time();
         let reply = self.peers.call(self.server, frame, deadline).await.map_err(Trouble::Call)?;
         let reply: MetaReply = codec::decode(&reply.header).map_err(malformed).map_err(Trouble::Call)?;
         self.note(&reply);
+        if let Ok(answer) = &reply.result {
+            self.names.note_attrs(&answer.attrs(), asked);
+        }
         reply.result.map_err(Trouble::Refused)
     }
 
@@ -489,6 +543,7 @@ impl MetaClient {
         let restarted = self.is_new_instance(reply.server_instance);
         if restarted {
             self.locks.forget_delegations();
+            self.names.distrust(boot_time());
             info!("the metadata server has restarted: telling it what it has to know");
             // It counts the versions of its map anew, perhaps from below.
             let old = Arc::clone(&self.map.read());
@@ -607,6 +662,7 @@ impl MetaClient {
     }
 
     fn roll_back(&self, after: Position, through: Position) {
+        self.names.distrust(boot_time());
         if let Some(rolled_back) = self.rolled_back.get() {
             rolled_back(after, through);
         }
@@ -676,6 +732,7 @@ impl MetaClient {
             return;
         }
         warn!(session = %expired, "the session expired: opening another");
+        self.names.distrust(boot_time());
         let undurable = std::mem::take(&mut *self.undurable.lock());
         if !undurable.is_empty() {
             // They are its own: in another session they might be made twice.

@@ -123,6 +123,16 @@ pub enum Event {
     Recall { ino: Ino, number: u64 },
     /// A lock is not waited for any more, and has to be asked for anew: the answer may be another now.
     AskAgain { ticket: Sequence },
+    /// Others want to change the directory. The mount gives the lease back by having heard of this.
+    RecallLease(Lease),
+}
+
+/// Nobody but this session changes names in the directory, until `DIRECTORY_LEASE` after the session sent what was answered with this, or
+/// until it has heard that the lease is recalled. A number that it had before means that nobody has since.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Lease {
+    pub directory: Ino,
+    pub number: u64,
 }
 
 /// Role: client (and admin).
@@ -334,6 +344,16 @@ impl Op {
             Self::Rename { from, to, .. } if from == to => vec![*from],
             Self::Rename { from, to, .. } => vec![*from, *to],
             _ => Vec::new(),
+        }
+    }
+
+    /// The new directory that it was answered with, if it made one.
+    pub fn made_directory(&self, outcome: &Mutated) -> Option<Ino> {
+        match (self, outcome) {
+            (Self::Make { .. }, Mutated::Inode { attr, created: true }) if attr.kind == Kind::Directory => {
+                Some(attr.ino)
+            }
+            _ => None,
         }
     }
 
@@ -657,6 +677,8 @@ pub enum MetaAnswer {
         position: Position,
         outcome: Mutated,
         directories: Vec<Attr>,
+        /// On those, and on one that it made.
+        leases: Vec<Lease>,
     },
     Lock(LockAnswer),
     /// Files of which some lock could not be given back: somebody else has it by now.
@@ -717,6 +739,30 @@ pub enum Mutated {
     Done,
     /// One for each file of the commit, in order.
     Committed(Vec<Result<Attr, Refusal>>),
+}
+
+impl MetaAnswer {
+    /// Attributes of inodes in it, as they were when it was made.
+    pub fn attrs(&self) -> Vec<&Attr> {
+        match self {
+            Self::Attr(attr) | Self::Opened { attr, .. } => vec![attr],
+            Self::Directory { entries, .. } => entries.iter().filter_map(|entry| entry.attr.as_ref()).collect(),
+            Self::Mutated { outcome, .. } => outcome.attrs(),
+            Self::MutatedIn { outcome, directories, .. } => outcome.attrs().into_iter().chain(directories).collect(),
+            _ => Vec::new(),
+        }
+    }
+}
+
+impl Mutated {
+    fn attrs(&self) -> Vec<&Attr> {
+        match self {
+            Self::Inode { attr, .. } | Self::Removed { attr } => vec![attr],
+            Self::Renamed { moved, replaced } => std::iter::once(moved).chain(replaced).collect(),
+            Self::Committed(files) => files.iter().filter_map(|file| file.as_ref().ok()).collect(),
+            Self::Done => Vec::new(),
+        }
+    }
 }
 
 /// Pieces of some chunks, and where their blocks are.

@@ -7,12 +7,13 @@ use std::{
 
 use holdfast_common::{
     Attr, Ino, Position, Refusal, SessionId, Time,
-    wire::meta::{Mutated, Op},
+    wire::meta::{Lease, Mutated, Op},
 };
 use tokio::sync::{mpsc, oneshot};
 
 use super::{
     core::{Core, Fault},
+    leases::Changing,
     log::{Log, RECORD_LENGTH_MAX},
     recent::changes_of,
     state::{Applied, Command, Entry, Outcome, Reply, Rows, apply, query},
@@ -38,12 +39,27 @@ pub struct Changed {
     pub outcome: Outcome,
     /// The directories whose entries it changes, as they were right after it.
     pub directories: Vec<Attr>,
+    /// That its session has by it.
+    pub leases: Vec<Lease>,
 }
 
 struct Proposal {
     command: Command,
     condition: Condition,
-    answer: Answering,
+    asker: Asker,
+}
+
+/// Who waits for what comes of a command.
+struct Asker {
+    answer: oneshot::Sender<Result<Changed, Refusal>>,
+    /// Until then, though whoever asked may have gone away.
+    changing: Option<Changing>,
+}
+
+impl Asker {
+    fn refuse(self, refusal: Refusal) {
+        let _gone = self.answer.send(Err(refusal));
+    }
 }
 
 /// What must still be so when it is a command's turn.
@@ -80,12 +96,12 @@ impl std::fmt::Debug for Message {
 impl Proposer {
     /// Applies `command` in order. `Unavailable`: the server is stopping, or cannot take it now; it was not applied.
     pub async fn propose(&self, command: Command) -> Result<Answer, Refusal> {
-        self.change(command).await.map(|changed| (changed.position, changed.outcome))
+        self.change(command, None).await.map(|changed| (changed.position, changed.outcome))
     }
 
-    /// As [`Proposer::propose`], and says more.
-    pub async fn change(&self, command: Command) -> Result<Changed, Refusal> {
-        self.propose_if(Condition::Always, command).await
+    /// As [`Proposer::propose`], of a command that changes names, if it is `changing` some, and says more.
+    pub async fn change(&self, command: Command, changing: Option<Changing>) -> Result<Changed, Refusal> {
+        self.propose_if(Condition::Always, command, changing).await
     }
 
     /// Will nothing be applied any more?
@@ -95,13 +111,18 @@ impl Proposer {
 
     /// Ends a session, if it has not been heard for `timeout` when it is this command's turn.
     pub async fn expire(&self, session: SessionId, timeout: Duration) -> Result<Answer, Refusal> {
-        let ended = self.propose_if(Condition::Silent(session, timeout), Command::EndSession { session }).await;
+        let ended = self.propose_if(Condition::Silent(session, timeout), Command::EndSession { session }, None).await;
         ended.map(|changed| (changed.position, changed.outcome))
     }
 
-    async fn propose_if(&self, condition: Condition, command: Command) -> Result<Changed, Refusal> {
+    async fn propose_if(
+        &self,
+        condition: Condition,
+        command: Command,
+        changing: Option<Changing>,
+    ) -> Result<Changed, Refusal> {
         let (answer, answered) = oneshot::channel();
-        let proposal = Message::Propose(Proposal { command, condition, answer });
+        let proposal = Message::Propose(Proposal { command, condition, asker: Asker { answer, changing } });
         self.0.send(proposal).await.map_err(|_| Refusal::Unavailable)?;
         answered.await.map_err(|_| Refusal::Unavailable)?
     }
@@ -169,21 +190,21 @@ impl Committer {
     }
 
     fn admit(&mut self, proposal: Proposal, batch: &mut Batch) -> Result<(), Fault> {
-        let Proposal { mut command, condition, answer } = proposal;
+        let Proposal { mut command, condition, asker } = proposal;
         if let Err(refusal) = self.hold_true(condition).and_then(|()| self.check(&mut command)) {
-            refuse(answer, refusal);
+            asker.refuse(refusal);
             return Ok(());
         }
         self.time = self.time.max(self.core.clock.now());
         let entry = Entry { time: self.time, command };
         match Log::encode(&entry) {
-            Err(_) => refuse(answer, Refusal::TooLarge),
+            Err(_) => asker.refuse(Refusal::TooLarge),
             Ok(bytes) => {
                 if batch.bytes + bytes.len() > BATCH_BYTES_MAX {
                     self.commit(std::mem::take(batch))?;
                 }
                 batch.bytes += bytes.len();
-                batch.proposed.push((entry, bytes, answer));
+                batch.proposed.push((entry, bytes, asker));
             }
         }
         Ok(())
@@ -238,11 +259,13 @@ impl Committer {
             Ok::<_, Fault>((applied, Rows::counters(tables).epoch))
         })?;
         core.set_applied(Position(core.log.lock().next().0 - 1), epoch);
-        for ((entry, _, answer), (applied, directories)) in batch.proposed.into_iter().zip(applied) {
+        for ((entry, _, asker), (applied, directories)) in batch.proposed.into_iter().zip(applied) {
             self.remember(&entry.command, &applied);
+            let leases = self.lease(&entry.command, &applied);
             let Applied { position, outcome, .. } = applied;
+            drop(asker.changing);
             // Whoever asked may have gone away; the entry stands.
-            let _gone = answer.send(Ok(Changed { position, outcome, directories }));
+            let _gone = asker.answer.send(Ok(Changed { position, outcome, directories, leases }));
         }
         Ok(())
     }
@@ -282,6 +305,20 @@ impl Committer {
             }
             _ => {}
         }
+    }
+
+    /// In the order of the changes: whoever makes a directory has a lease on it before anybody else can have changed it.
+    fn lease(&self, command: &Command, applied: &Applied) -> Vec<Lease> {
+        let (Command::Mutate { session, op, .. }, true, Ok(Reply::Mutated(outcome))) =
+            (command, applied.changed, &applied.outcome)
+        else {
+            return Vec::new();
+        };
+        let directories = op.directories();
+        if directories.is_empty() {
+            return Vec::new();
+        }
+        self.core.leases.applied(*session, &directories, op.made_directory(outcome), self.core.clock.monotonic())
     }
 
     fn hold_open(&self, session: SessionId, ino: Ino) {
@@ -324,17 +361,11 @@ impl Committer {
     }
 }
 
-type Answering = oneshot::Sender<Result<Changed, Refusal>>;
-
 #[derive(Default)]
 struct Batch {
     /// Each with its bytes for the log.
-    proposed: Vec<(Entry, Vec<u8>, Answering)>,
+    proposed: Vec<(Entry, Vec<u8>, Asker)>,
     bytes: usize,
-}
-
-fn refuse(answer: Answering, refusal: Refusal) {
-    let _gone = answer.send(Err(refusal));
 }
 
 /// Appends what changed the tables, in the order in which it did.

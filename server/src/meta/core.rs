@@ -31,6 +31,7 @@ use super::{
     cluster::Cluster,
     committer::Proposer,
     journal::{Journal, Note},
+    leases::Leases,
     locking::Locking,
     log::{Log, LogError},
     mend::BadCopies,
@@ -78,6 +79,7 @@ pub struct Core {
     journal: Mutex<Journal>,
     pub sessions: Mutex<Sessions>,
     pub locking: Locking,
+    pub leases: Arc<Leases>,
     /// How long a restarted server waits for mounts to say which locks they hold.
     pub lock_grace: Duration,
     pub recent: Mutex<Recent>,
@@ -167,6 +169,7 @@ impl Core {
         let judged = Mutex::new(clock.monotonic());
         let recent = Mutex::new(Recent::new(Position(applied), clock.monotonic()));
         let locking = Locking::new(clock.monotonic() + lock_grace);
+        let leases = Arc::new(Leases::new(clock.monotonic()));
         Arc::new(Self {
             disk,
             directory,
@@ -182,6 +185,7 @@ impl Core {
             journal,
             sessions: Mutex::new(sessions),
             locking,
+            leases,
             lock_grace,
             recent,
             unsynced: Mutex::new(unsynced),
@@ -243,6 +247,11 @@ impl Core {
     /// May locks be given to who did not have them before this server's start?
     pub fn gives_locks(&self) -> bool {
         self.locking.is_open(self.sessions.lock().all_confirmed(), self.clock.monotonic())
+    }
+
+    /// May names be changed? Not while a mount may answer for them by a lease that this life of the server knows nothing of.
+    pub fn changes_names(&self) -> bool {
+        !self.leases.may_be_old(self.clock.monotonic()) || self.sessions.lock().all_confirmed()
     }
 
     /// Do mounts still say again what was lost?

@@ -16,6 +16,7 @@ use holdfast_common::{
     Ino, Refusal, Sequence, SessionId,
     limits::{DELEGATED_LOCKS_MAX, EVENTS_MAX, RELOCK_MAX, REPLIES_KEPT_PER_SESSION},
     locks::{Lock, LockClass, LockKind, LockOwner, LockRange, LockTable, Ticket, Verdict},
+    wire::meta::Lease,
 };
 use parking_lot::Mutex;
 use tokio::sync::{Notify, watch};
@@ -68,6 +69,7 @@ pub enum News {
     Granted(Sequence),
     Recall { ino: Ino, number: u64 },
     AskAgain(Sequence),
+    RecallLease(Lease),
 }
 
 #[derive(Debug, Default)]
@@ -216,6 +218,21 @@ impl Locking {
             mount.news.notify_waiters();
         }
         state.tell_woken();
+    }
+
+    /// Has the mount told that it has to give a lease on a directory back.
+    pub fn recall_lease(&self, session: SessionId, lease: Lease) {
+        let mut state = self.state.lock();
+        state.mounts.entry(session).or_default();
+        state.tell(session, News::RecallLease(lease));
+    }
+
+    /// What the mount was told, through event `heard`, and has heard: it is not told again.
+    pub fn take_heard(&self, session: SessionId, heard: u64) -> Vec<News> {
+        let mut state = self.state.lock();
+        let Some(mount) = state.mounts.get_mut(&session) else { return Vec::new() };
+        let through = mount.events.partition_point(|(number, _)| *number <= heard);
+        mount.events.drain(..through).map(|(_, news)| news).collect()
     }
 
     /// What the mount has to be told after event `heard`, if anything within `patience`.

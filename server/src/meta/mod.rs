@@ -14,6 +14,7 @@ pub mod duties;
 pub mod garbage;
 pub mod journal;
 pub mod keep;
+pub mod leases;
 pub mod locking;
 pub mod log;
 #[cfg(test)]

@@ -36,6 +36,7 @@ use super::{
     compare,
     core::{Core, ask},
     journal::Note,
+    leases::Changing,
     locking::{News, Outcome, Wish},
     names, operate,
     server::Authority,
@@ -176,7 +177,12 @@ impl Service {
             MetaRequest::Query(query) => self.query(from.node, query).await,
             MetaRequest::Mutate { session, sequence, answered_below, durable, op } => {
                 self.check_settled(session, from.node)?;
-                self.mutate(Command::Mutate { session, sequence, answered_below, op }, durable).await
+                let directories = op.directories();
+                let changing = match directories.is_empty() {
+                    true => None,
+                    false => Some(self.begin_change(session, directories).await?),
+                };
+                self.mutate(Command::Mutate { session, sequence, answered_below, op }, changing, durable).await
             }
             MetaRequest::Session(request) => self.session(from.node, request, bytes).await,
             MetaRequest::Barrier { session } => {
@@ -247,11 +253,17 @@ impl Service {
     }
 
     async fn events(&self, session: SessionId, heard: u64, since: Position) -> Vec<(u64, Event)> {
+        for news in self.core.locking.take_heard(session, heard) {
+            if let News::RecallLease(lease) = news {
+                self.core.leases.give_back(session, lease);
+            }
+        }
         let events = self.core.locking.events(session, heard, LISTEN_PATIENCE).await;
         let told = |news| match news {
             News::Granted(ticket) => Event::Granted { ticket, foreign: self.foreign(session, since) },
             News::Recall { ino, number } => Event::Recall { ino, number },
             News::AskAgain(ticket) => Event::AskAgain { ticket },
+            News::RecallLease(lease) => Event::RecallLease(lease),
         };
         events.into_iter().map(|(number, news)| (number, told(news))).collect()
     }
@@ -293,8 +305,8 @@ impl Service {
         self.core.store.ask(|rows| settled(question(rows))).unwrap_or_else(|fault| Err(self.fault(fault)))
     }
 
-    async fn mutate(&self, command: Command, durable: bool) -> Answer {
-        let Changed { position, outcome, directories } = self.proposer.change(command).await?;
+    async fn mutate(&self, command: Command, changing: Option<Changing>, durable: bool) -> Answer {
+        let Changed { position, outcome, directories, leases } = self.proposer.change(command, changing).await?;
         let Reply::Mutated(outcome) = outcome? else { return Err(Refusal::Fault) };
         if durable {
             self.core.until_durable(position, DURABLE_DEADLINE).await?;
@@ -302,7 +314,23 @@ impl Service {
         if directories.is_empty() {
             return Ok(MetaAnswer::Mutated { position, outcome });
         }
-        Ok(MetaAnswer::MutatedIn { position, outcome, directories })
+        Ok(MetaAnswer::MutatedIn { position, outcome, directories, leases })
+    }
+
+    /// Nobody else answers for names in the directories until what this returns is dropped.
+    async fn begin_change(&self, session: SessionId, directories: Vec<Ino>) -> Result<Changing, Refusal> {
+        if !self.core.changes_names() {
+            return Err(Refusal::Unavailable);
+        }
+        let now = || self.core.clock.monotonic();
+        let recall = |holder, lease| {
+            let sessions = self.core.sessions.lock();
+            // Who has ended hears nothing any more.
+            if sessions.exists(holder) {
+                self.core.locking.recall_lease(holder, lease);
+            }
+        };
+        Ok(self.core.leases.change(session, directories, now, recall).await)
     }
 
     /// Proposes, and answers when the entry is durable.
@@ -413,6 +441,7 @@ impl Service {
             SessionRequest::Close { session } => {
                 self.check_session(session, node)?;
                 self.proposer.propose(Command::EndSession { session }).await?.1?;
+                self.core.leases.end(session);
                 tracing::info!(%session, peer = %node, "a mount closed its session");
             }
         }

@@ -117,7 +117,7 @@ impl DirectTree {
         let (directory, name) = path.rsplit_once('/').unwrap_or(("", path));
         let mut parent = self.root;
         for step in directory.split('/').filter(|step| !step.is_empty()) {
-            let attr = self.fs.lookup(parent, step.as_bytes()).await?;
+            let attr = self.fs.lookup(parent, step.as_bytes()).await?.attr;
             match attr.kind {
                 Kind::Directory => parent = attr.ino,
                 // Links point nowhere in this world.
@@ -126,7 +126,7 @@ impl DirectTree {
             }
         }
         let found = match self.fs.lookup(parent, name.as_bytes()).await {
-            Ok(attr) => Some(attr),
+            Ok(found) => Some(found.attr),
             Err(Errno(libc::ENOENT)) => None,
             Err(error) => return Err(error),
         };

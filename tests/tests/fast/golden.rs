@@ -17,7 +17,7 @@ use holdfast_common::{
         enrol::{EnrolReply, EnrolRequest, Enrolled},
         meta::{
             AdminRequest, BlockPlace, Change, ClusterStatus, Comparison, CopyFault, Event, FileCommit, FileMap,
-            Foreign, Holder, JournalEntry, LockAnswer, LockRequest, LostChange, LostPath, MetaAnswer, MetaReply,
+            Foreign, Holder, JournalEntry, Lease, LockAnswer, LockRequest, LostChange, LostPath, MetaAnswer, MetaReply,
             MetaRequest, MountStatus, Mutated, NewBlock, NewInode, Op, Query, Reach, RenameMode, Replayed,
             ServerStatus, SessionRequest, SetAttr, SetTime, Severity, StatFs, StorageLoad, StorageNotice, XattrMode,
         },
@@ -354,7 +354,12 @@ fn answers() -> Vec<MetaAnswer> {
         MetaAnswer::Status(Box::new(status())),
         MetaAnswer::Token { secret: [1; 32], ca_fingerprint: [2; 32] },
         MetaAnswer::Violations(vec!["a sentence".into()]),
-        MetaAnswer::MutatedIn { position: Position(6), outcome: Mutated::Done, directories: vec![attr()] },
+        MetaAnswer::MutatedIn {
+            position: Position(6),
+            outcome: Mutated::Done,
+            directories: vec![attr()],
+            leases: vec![Lease { directory: Ino(1), number: 9 }],
+        },
         MetaAnswer::Reopened { replay_after: Some(Position(10)) },
         MetaAnswer::Replayed(vec![
             Replayed { sequence: Sequence(4), result: Ok(Position(13)) },
@@ -366,6 +371,7 @@ fn answers() -> Vec<MetaAnswer> {
         MetaAnswer::Events(vec![(4, Event::Granted { ticket: Sequence(6), foreign: foreign() })]),
         MetaAnswer::Events(vec![(5, Event::Recall { ino: Ino(7), number: 8 })]),
         MetaAnswer::Events(vec![(6, Event::AskAgain { ticket: Sequence(6) })]),
+        MetaAnswer::Events(vec![(7, Event::RecallLease(Lease { directory: Ino(1), number: 9 }))]),
         MetaAnswer::Compared(Comparison { on_record: 5, missing: 3, mended: 2, extra: 1, named: vec![(hash(), 3)] }),
         MetaAnswer::Declined(vec!["a reason".into()]),
         MetaAnswer::Journal(vec![JournalEntry {

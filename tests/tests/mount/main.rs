@@ -9,6 +9,7 @@ mod dying;
 mod ends;
 mod garbage;
 mod identity;
+mod leases;
 mod locks;
 mod many;
 mod model;

@@ -67,7 +67,7 @@ async fn write_file(fs: &Fs, parent: Ino, name: &str, content: &[u8]) -> Attr {
 }
 
 async fn read_file(fs: &Fs, parent: Ino, name: &str) -> FsResult<Bytes> {
-    let attr = fs.lookup(parent, name.as_bytes()).await?;
+    let attr = fs.lookup(parent, name.as_bytes()).await?.attr;
     let opened = fs.open(CALLER, attr.ino, libc::O_RDONLY).await?;
     let bytes = fs.read(attr.ino, opened.handle, 0, 1 << 20).await;
     fs.release(attr.ino, opened.handle).await;
@@ -126,7 +126,7 @@ async fn check(meta: bool, storage: bool, seed: u64) {
         assert_reads(fs, directory, "from-a", &contents[1], &when).await;
         assert!(fs.lookup(directory, b"open").await.is_err(), "{when}: an unlinked file is there again");
     }
-    assert_eq!(a.lookup(directory, b"renamed").await.map(|attr| attr.ino), Ok(first.ino), "{when}");
+    assert_eq!(a.lookup(directory, b"renamed").await.map(|found| found.attr.ino), Ok(first.ino), "{when}");
     let mut expected = contents[2].clone();
     expected[..100].copy_from_slice(&contents[3][..100]);
     let found = a.read(open.ino, handle, 0, 1 << 20).await.expect("a file that is open");

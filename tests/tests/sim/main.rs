@@ -1,6 +1,7 @@
 //! Servers on simulated disks that lose, tear and fail.
 
 mod cluster;
+mod leases;
 mod live_mount;
 mod node;
 #[cfg(feature = "planted")]

@@ -296,7 +296,7 @@ impl User {
         let (new, sync) = (self.content(), self.random.random());
         let at = self.random.random_range(0..=self.files[&name].len());
         let written = async {
-            let attr = self.fs.lookup(self.directory, name.as_bytes()).await?;
+            let attr = self.fs.lookup(self.directory, name.as_bytes()).await?.attr;
             let opened = self.fs.open(CALLER, attr.ino, libc::O_RDWR).await?;
             self.written(attr, opened.handle, at as u64, &new, sync).await
         };
@@ -328,7 +328,7 @@ impl User {
         let Some(name) = self.pick() else { return Ok(()) };
         let length = self.random.random_range(0..=self.files[&name].len());
         let cut = async {
-            let attr = self.fs.lookup(self.directory, name.as_bytes()).await?;
+            let attr = self.fs.lookup(self.directory, name.as_bytes()).await?.attr;
             let set = SetAttr { size: Some(length as u64), ..SetAttr::default() };
             self.fs.setattr(CALLER, attr.ino, set).await
         };
@@ -348,7 +348,7 @@ impl User {
 
 async fn check_file(fs: &Fs, directory: Ino, name: &str, content: &[u8]) -> Result<(), Wrong> {
     let read = async {
-        let attr = fs.lookup(directory, name.as_bytes()).await?;
+        let attr = fs.lookup(directory, name.as_bytes()).await?.attr;
         let opened = fs.open(CALLER, attr.ino, libc::O_RDONLY).await?;
         let bytes = fs.read(attr.ino, opened.handle, 0, 1 << 20).await;
         fs.release(attr.ino, opened.handle).await;

@@ -1,0 +1,667 @@
+//! Names in directories that this mount has leases on (`server/meta/leases` has the other half): which there are, and in a directory that is known
+//! whole, that there are no others. Time comes in, by a clock that no suspension stops.
+//!
+//! What is known is what a lease's number stands for: nobody else has changed the directory since. So it outlives the lease, which says
+//! for how long it may be *used*; it ends when another number comes. The mount's own changes are entered in the order of their positions, however
+//! their answers overtake each other.
+//!
+//! Attributes are not leased. They come with the names and are as old as they are; whoever is told them hears how old.
+
+use std::{
+    collections::{HashMap, HashSet},
+    time::Duration,
+};
+
+use holdfast_common::{
+    Attr, DirEntry, Ino, Kind, Position, Sequence, SessionId,
+    limits::{DIRECTORY_LEASE, NAME_LENGTH_MAX},
+    wire::meta::{Lease, Mutated, Op, RenameMode},
+};
+use parking_lot::Mutex;
+
+/// Names of all directories together; past it, directories are forgotten.
+const NAMES_MAX: usize = 64 << 10;
+/// Names of one directory that is known whole.
+const DIRECTORY_NAMES_MAX: usize = 32 << 10;
+/// Directories, also those of which no name is known.
+const DIRECTORIES_MAX: usize = 8 << 10;
+/// Questions for unknown names of one directory that have to be asked before all its names are.
+const UNKNOWN_BEFORE_LISTING: u32 = 3;
+
+/// What is known of a name.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Known {
+    /// There is none such.
+    Absent,
+    /// With its attributes as they were so long ago.
+    Present(Attr, Duration),
+    /// The server knows.
+    Unknown,
+    /// As `Unknown`; and it is time to list the directory, see [`Names::list`].
+    WorthListing(Listing),
+}
+
+/// A directory that is being listed.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Listing {
+    pub directory: Ino,
+    /// Of what is known of it: if that begins anew meanwhile, what is listed says nothing.
+    beginning: u64,
+}
+
+#[derive(Debug, Default)]
+pub struct Names(Mutex<State>);
+
+#[derive(Debug, Default)]
+struct State {
+    directories: HashMap<Ino, Directory>,
+    /// Of inodes that have a name in `directories`; and when they were asked for.
+    attrs: HashMap<Ino, (Attr, Duration)>,
+    /// In all directories.
+    names: usize,
+    /// This mount's changes that are under way, by directory.
+    changing: HashMap<Ino, u32>,
+    /// What was asked for before this gives no lease: one that was taken back since may be meant.
+    not_before: Duration,
+    /// The last of this mount's changes of names that has been answered. What is known of a directory begins no earlier.
+    heard: Position,
+    /// Directories that a change of unknown outcome may still change: no lease is taken before the server has been told
+    /// that the change is given up.
+    doubted: HashMap<Ino, (SessionId, Sequence)>,
+    /// How often anything began to be known of a directory.
+    beginnings: u64,
+}
+
+/// How a change was asked for.
+#[derive(Clone, Copy, Debug)]
+pub struct Asked {
+    /// When it was first sent.
+    pub at: Duration,
+    pub session: SessionId,
+    /// The server was told then that all below this had been answered, or given up.
+    pub answered_below: Sequence,
+}
+
+#[derive(Debug)]
+struct Directory {
+    /// Of the lease, by the server; it counts anew in each of its lives.
+    number: u64,
+    beginning: u64,
+    /// Changes before this one may have been overtaken by others, of this mount or of another.
+    since: Position,
+    until: Duration,
+    /// There are no other names than those in `names`.
+    is_whole: bool,
+    is_too_large: bool,
+    is_being_listed: bool,
+    unknown_asked: u32,
+    /// Names with their inodes, and those that are gone for as long as an answer may come late that says otherwise. With
+    /// the change that was the last, or `Position(0)` if they were listed.
+    names: HashMap<Box<[u8]>, (Option<Ino>, Position)>,
+}
+
+/// A change that is under way. If it ends without a word of what came of it, its directories are not known any more.
+#[derive(Debug)]
+pub struct Changing<'a> {
+    names: &'a Names,
+    /// Sequences count anew in each session, and a later session has a higher number.
+    id: (SessionId, Sequence),
+    directories: Vec<Ino>,
+    is_settled: bool,
+}
+
+impl Changing<'_> {
+    /// What came of it is known: nothing, or what [`Names::note_change`] was told.
+    pub fn settle(mut self) {
+        self.is_settled = true;
+    }
+}
+
+impl Drop for Changing<'_> {
+    fn drop(&mut self) {
+        if self.directories.is_empty() {
+            return;
+        }
+        let mut state = self.names.0.lock();
+        if !self.is_settled {
+            // It may still be carried out, or have been.
+            for ino in &self.directories {
+                state.forget(*ino);
+                state.doubted.entry(*ino).and_modify(|last| *last = self.id.max(*last)).or_insert(self.id);
+            }
+        }
+        self.directories.iter().for_each(|ino| state.end_change(*ino));
+    }
+}
+
+impl Names {
+    /// What this mount may say of the name without asking.
+    pub fn look(&self, directory: Ino, name: &[u8], now: Duration) -> Known {
+        if name.len() > NAME_LENGTH_MAX {
+            return Known::Unknown;
+        }
+        let mut state = self.0.lock();
+        let State { directories, attrs, .. } = &mut *state;
+        let Some(known) = directories.get_mut(&directory).filter(|known| now < known.until) else {
+            return Known::Unknown;
+        };
+        match known.names.get(name) {
+            Some((None, _)) => Known::Absent,
+            Some((Some(ino), _)) => match attrs.get(ino) {
+                Some((attr, asked)) => Known::Present(*attr, now.saturating_sub(*asked)),
+                None => Known::Unknown,
+            },
+            None if known.is_whole => Known::Absent,
+            None => match known.is_worth_listing() {
+                true => Known::WorthListing(Listing { directory, beginning: known.beginning }),
+                false => Known::Unknown,
+            },
+        }
+    }
+
+    /// A change is about to be asked for.
+    pub fn begin_change(&self, op: &Op, session: SessionId, sequence: Sequence) -> Changing<'_> {
+        let directories = op.directories();
+        if !directories.is_empty() {
+            let mut state = self.0.lock();
+            directories.iter().for_each(|ino| *state.changing.entry(*ino).or_default() += 1);
+        }
+        Changing { names: self, id: (session, sequence), directories, is_settled: false }
+    }
+
+    /// A change of this mount was made at `position` and answered with these leases.
+    pub fn note_change(&self, op: &Op, outcome: &Mutated, position: Position, leases: &[Lease], asked: Asked) {
+        let mut state = self.0.lock();
+        let made = op.made_directory(outcome);
+        for lease in leases {
+            if asked.at > state.not_before && !state.is_doubted(lease.directory, asked) {
+                state.grant(*lease, position, asked.at, made == Some(lease.directory));
+            }
+        }
+        state.apply(op, outcome, position, asked.at);
+        if !op.directories().is_empty() {
+            state.heard = state.heard.max(position);
+        }
+    }
+
+    /// Attributes that the server was asked for at `asked`.
+    pub fn note_attrs(&self, attrs: &[&Attr], asked: Duration) {
+        let mut state = self.0.lock();
+        if !state.attrs.is_empty() {
+            attrs.iter().for_each(|attr| state.note_attr(attr, asked));
+        }
+    }
+
+    /// All entries of a directory, listed while nothing was known to have ended the lease.
+    pub fn list(&self, listing: Listing, entries: Vec<DirEntry>, asked: Duration) {
+        self.0.lock().list(listing, entries, asked);
+    }
+
+    /// The directory was not listed: it has too many entries, or the server did not say.
+    pub fn give_up_listing(&self, listing: Listing, is_too_large: bool) {
+        if let Some(known) = self.0.lock().listed(listing) {
+            (known.is_being_listed, known.unknown_asked) = (false, 0);
+            known.is_too_large |= is_too_large;
+        }
+    }
+
+    /// The lease is not relied on any more.
+    pub fn recall(&self, lease: Lease, now: Duration) {
+        let mut state = self.0.lock();
+        state.not_before = now;
+        if state.directories.get(&lease.directory).is_some_and(|known| known.number <= lease.number) {
+            state.forget(lease.directory);
+        }
+    }
+
+    /// Nothing is known any more, and what is still to be answered gives no lease.
+    pub fn distrust(&self, now: Duration) {
+        let mut state = self.0.lock();
+        let State { changing, doubted, beginnings, .. } = std::mem::take(&mut *state);
+        *state = State { changing, doubted, beginnings, not_before: now, ..State::default() };
+    }
+
+    /// Attributes that are known may not be those of now.
+    pub fn distrust_attrs(&self) {
+        self.0.lock().attrs.values_mut().for_each(|(_, asked)| *asked = Duration::ZERO);
+    }
+
+    /// Is there a lease that may be recalled?
+    pub fn has_leases(&self, now: Duration) -> bool {
+        self.0.lock().directories.values().any(|known| now < known.until)
+    }
+}
+
+impl Directory {
+    fn is_worth_listing(&mut self) -> bool {
+        self.unknown_asked += 1;
+        let is_worth_it = self.unknown_asked >= UNKNOWN_BEFORE_LISTING && !self.is_being_listed && !self.is_too_large;
+        self.is_being_listed |= is_worth_it;
+        is_worth_it
+    }
+}
+
+impl State {
+    fn is_doubted(&mut self, directory: Ino, asked: Asked) -> bool {
+        let told = (asked.session, asked.answered_below);
+        let is_doubted = self.doubted.get(&directory).is_some_and(|given_up| *given_up >= told);
+        if !is_doubted {
+            self.doubted.remove(&directory);
+        }
+        is_doubted
+    }
+
+    fn grant(&mut self, lease: Lease, position: Position, asked: Duration, is_empty: bool) {
+        let until = asked + DIRECTORY_LEASE;
+        match self.directories.get_mut(&lease.directory) {
+            Some(known) if known.number == lease.number => {
+                known.until = known.until.max(until);
+                return;
+            }
+            // It came late.
+            Some(known) if known.number > lease.number => return,
+            _ => self.forget(lease.directory),
+        }
+        self.make_room(asked);
+        let Lease { directory, number } = lease;
+        self.beginnings += 1;
+        let fresh = Directory {
+            number,
+            beginning: self.beginnings,
+            since: position.max(self.heard),
+            until,
+            // This mount may have been faster to find the new directory, and to change it, than to hear that it made it.
+            is_whole: is_empty && self.heard < position,
+            is_too_large: false,
+            is_being_listed: false,
+            unknown_asked: 0,
+            names: HashMap::new(),
+        };
+        self.directories.insert(directory, fresh);
+    }
+
+    fn apply(&mut self, op: &Op, outcome: &Mutated, position: Position, asked: Duration) {
+        match (op, outcome) {
+            (Op::Make { parent, name, .. } | Op::Link { parent, name, .. }, Mutated::Inode { attr, .. }) => {
+                self.enter(*parent, name, Some((attr, asked)), position);
+            }
+            (Op::Unlink { parent, name } | Op::Rmdir { parent, name }, Mutated::Removed { attr }) => {
+                self.enter(*parent, name, None, position);
+                if attr.kind == Kind::Directory {
+                    self.forget(attr.ino);
+                }
+            }
+            (Op::Rename { from, from_name, to, to_name, mode }, Mutated::Renamed { moved, replaced }) => {
+                let is_plain = matches!(mode, RenameMode::Replace | RenameMode::NoReplace);
+                // Two names of one inode stay as they are.
+                let may_have_stayed = moved.kind != Kind::Directory && moved.nlink > 1;
+                if !is_plain || may_have_stayed {
+                    [*from, *to].into_iter().for_each(|ino| self.forget(ino));
+                    return;
+                }
+                self.enter(*from, from_name, None, position);
+                self.enter(*to, to_name, Some((moved, asked)), position);
+                if let Some(replaced) = replaced.filter(|replaced| replaced.kind == Kind::Directory) {
+                    self.forget(replaced.ino);
+                }
+            }
+            // Their answers do not say what the attributes are now.
+            (Op::SetXattr { ino, .. } | Op::RemoveXattr { ino, .. }, _) => self.distrust_attr(*ino),
+            (Op::Accessed { files, .. }, _) => files.iter().for_each(|(ino, _)| self.distrust_attr(*ino)),
+            _ => {}
+        }
+    }
+
+    fn enter(&mut self, directory: Ino, name: &[u8], found: Option<(&Attr, Duration)>, position: Position) {
+        let Self { directories, attrs, names, .. } = self;
+        let Some(known) = directories.get_mut(&directory).filter(|known| known.since <= position) else { return };
+        if known.names.get(name).is_some_and(|(_, last)| *last > position) {
+            return;
+        }
+        let before = known.names.insert(name.into(), (found.map(|(attr, _)| attr.ino), position));
+        match before {
+            None => *names += 1,
+            Some((Some(ino), _)) => drop(attrs.remove(&ino)),
+            Some((None, _)) => {}
+        }
+        if let Some((attr, asked)) = found {
+            attrs.insert(attr.ino, (*attr, asked));
+        }
+        if known.names.len() > DIRECTORY_NAMES_MAX {
+            self.forget_names_of(directory);
+        } else if self.names > NAMES_MAX {
+            self.make_room_but_for(directory);
+        }
+    }
+
+    fn distrust_attr(&mut self, ino: Ino) {
+        if let Some((_, asked)) = self.attrs.get_mut(&ino) {
+            *asked = Duration::ZERO;
+        }
+    }
+
+    fn note_attr(&mut self, attr: &Attr, asked: Duration) {
+        if let Some((known, at)) = self.attrs.get_mut(&attr.ino)
+            && known.ctime <= attr.ctime
+        {
+            (*known, *at) = (*attr, asked.max(*at));
+        }
+    }
+
+    fn listed(&mut self, listing: Listing) -> Option<&mut Directory> {
+        self.directories.get_mut(&listing.directory).filter(|known| known.beginning == listing.beginning)
+    }
+
+    fn list(&mut self, listing: Listing, entries: Vec<DirEntry>, asked: Duration) {
+        let Self { directories, attrs, names, .. } = self;
+        let Listing { directory, beginning } = listing;
+        let Some(known) = directories.get_mut(&directory).filter(|known| known.beginning == beginning) else { return };
+        known.is_being_listed = false;
+        known.is_whole = true;
+        for entry in entries {
+            // What this mount has changed meanwhile is known better.
+            let name = entry.name.into_boxed_slice();
+            if known.names.contains_key(&name) {
+                continue;
+            }
+            known.names.insert(name, (Some(entry.ino), Position(0)));
+            *names += 1;
+            if let Some(attr) = entry.attr {
+                attrs.entry(attr.ino).or_insert((attr, asked));
+            }
+        }
+        if !self.changing.contains_key(&directory) {
+            self.forget_gone(directory);
+        }
+        if self.names > NAMES_MAX {
+            self.make_room_but_for(directory);
+        }
+    }
+
+    fn end_change(&mut self, directory: Ino) {
+        if let Some(count) = self.changing.get_mut(&directory) {
+            *count -= 1;
+            if *count == 0 {
+                self.changing.remove(&directory);
+                self.forget_gone(directory);
+            }
+        }
+    }
+
+    /// No answer is on its way that could say otherwise of what is gone.
+    fn forget_gone(&mut self, directory: Ino) {
+        let Some(known) = self.directories.get_mut(&directory) else { return };
+        if known.is_whole && !known.is_being_listed {
+            let before = known.names.len();
+            known.names.retain(|_, (ino, _)| ino.is_some());
+            self.names -= before - known.names.len();
+        }
+    }
+
+    fn forget(&mut self, directory: Ino) {
+        let Some(known) = self.directories.remove(&directory) else { return };
+        self.names -= known.names.len();
+        for ino in known.names.into_values().filter_map(|(ino, _)| ino) {
+            self.attrs.remove(&ino);
+        }
+    }
+
+    /// The lease stays, and what is known under it begins anew.
+    fn forget_names_of(&mut self, directory: Ino) {
+        let Some(known) = self.directories.get_mut(&directory) else { return };
+        (known.is_whole, known.is_too_large) = (false, true);
+        let gone = std::mem::take(&mut known.names);
+        self.names -= gone.len();
+        for ino in gone.into_values().filter_map(|(ino, _)| ino) {
+            self.attrs.remove(&ino);
+        }
+    }
+
+    fn make_room(&mut self, now: Duration) {
+        if self.directories.len() < DIRECTORIES_MAX {
+            return;
+        }
+        let old: Vec<Ino> =
+            self.directories.iter().filter(|(_, known)| known.until <= now).map(|(ino, _)| *ino).collect();
+        old.into_iter().for_each(|ino| self.forget(ino));
+        if self.directories.len() >= DIRECTORIES_MAX {
+            self.forget_oldest(DIRECTORIES_MAX / 2, None);
+        }
+    }
+
+    fn make_room_but_for(&mut self, directory: Ino) {
+        self.forget_oldest(self.directories.len() / 2, Some(directory));
+        while self.names > NAMES_MAX && self.directories.len() > 1 {
+            self.forget_oldest(1, Some(directory));
+        }
+    }
+
+    fn forget_oldest(&mut self, count: usize, kept: Option<Ino>) {
+        let mut by_age: Vec<(Duration, Ino)> =
+            self.directories.iter().map(|(ino, known)| (known.until, *ino)).collect();
+        by_age.sort_unstable();
+        let oldest: HashSet<Ino> =
+            by_age.into_iter().map(|(_, ino)| ino).filter(|ino| Some(*ino) != kept).take(count.max(1)).collect();
+        oldest.into_iter().for_each(|ino| self.forget(ino));
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use holdfast_common::wire::meta::NewInode;
+
+    use super::*;
+
+    const HOME: Ino = Ino(1);
+    const SESSION: SessionId = SessionId(1);
+
+    fn ms(ms: u64) -> Duration {
+        Duration::from_millis(ms)
+    }
+
+    fn attr(ino: u64, kind: Kind) -> Attr {
+        Attr {
+            ino: Ino(ino),
+            kind,
+            mode: 0o755,
+            uid: 0,
+            gid: 0,
+            nlink: 1,
+            size: 0,
+            stored: 0,
+            rdev: 0,
+            atime: Default::default(),
+            mtime: Default::default(),
+            ctime: Default::default(),
+            btime: Default::default(),
+            data_version: 0,
+        }
+    }
+
+    fn make(parent: Ino, name: &str, kind: Kind) -> Op {
+        let new = NewInode { kind, mode: 0o755, uid: 0, gid: 0, rdev: 0, target: Vec::new() };
+        Op::Make { parent, name: name.into(), new, exclusive: true, open: false }
+    }
+
+    fn asked(at: Duration) -> Asked {
+        Asked { at, session: SESSION, answered_below: Sequence(1) }
+    }
+
+    /// The mount makes `name` in `HOME` and has a lease by it.
+    fn note_made(names: &Names, name: &str, ino: u64, number: u64, position: u64, at: Duration) {
+        let outcome = Mutated::Inode { attr: attr(ino, Kind::File), created: true };
+        let lease = Lease { directory: HOME, number };
+        names.note_change(&make(HOME, name, Kind::File), &outcome, Position(position), &[lease], asked(at));
+    }
+
+    fn note_removed(names: &Names, name: &str, ino: u64, position: u64, at: Duration) {
+        let op = Op::Unlink { parent: HOME, name: name.into() };
+        let outcome = Mutated::Removed { attr: attr(ino, Kind::File) };
+        names.note_change(&op, &outcome, Position(position), &[], asked(at));
+    }
+
+    /// `HOME`, listed whole.
+    fn whole(entries: &[(&str, u64)]) -> Names {
+        let names = Names::default();
+        note_made(&names, "first", 10, 1, 1, ms(100));
+        let listing = worth_listing(&names, ms(100));
+        let entry = |(name, ino): &(&str, u64)| DirEntry {
+            cookie: *ino,
+            name: (*name).into(),
+            ino: Ino(*ino),
+            kind: Kind::File,
+            attr: Some(attr(*ino, Kind::File)),
+        };
+        names.list(listing, entries.iter().map(entry).collect(), ms(101));
+        names
+    }
+
+    fn worth_listing(names: &Names, now: Duration) -> Listing {
+        for _ in 1..UNKNOWN_BEFORE_LISTING {
+            assert_eq!(names.look(HOME, b"unknown", now), Known::Unknown);
+        }
+        match names.look(HOME, b"unknown", now) {
+            Known::WorthListing(listing) => listing,
+            other => panic!("{other:?}"),
+        }
+    }
+
+    #[test]
+    fn a_new_directory_is_known_whole_at_once() {
+        let names = Names::default();
+        let outcome = Mutated::Inode { attr: attr(7, Kind::Directory), created: true };
+        let lease = Lease { directory: Ino(7), number: 1 };
+        names.note_change(&make(HOME, "new", Kind::Directory), &outcome, Position(1), &[lease], asked(ms(100)));
+        assert_eq!(names.look(Ino(7), b"anything", ms(200)), Known::Absent);
+        assert_eq!(names.look(HOME, b"anything", ms(200)), Known::Unknown);
+        assert_eq!(names.look(Ino(7), &[b'x'; NAME_LENGTH_MAX + 1], ms(200)), Known::Unknown, "another error");
+    }
+
+    #[test]
+    fn what_is_known_counts_while_the_lease_lasts_and_again_under_the_same_number() {
+        let names = whole(&[("there", 11)]);
+        let end = ms(100) + DIRECTORY_LEASE;
+        assert_eq!(names.look(HOME, b"missing", end - ms(1)), Known::Absent);
+        assert_eq!(names.look(HOME, b"missing", end), Known::Unknown);
+        note_made(&names, "second", 12, 1, 2, end + ms(500));
+        assert_eq!(names.look(HOME, b"missing", end + ms(500)), Known::Absent);
+        assert_eq!(names.look(HOME, b"there", end + ms(501)), Known::Present(attr(11, Kind::File), end + ms(400)));
+        note_made(&names, "third", 13, 2, 5, end + ms(600));
+        assert_eq!(names.look(HOME, b"missing", end + ms(600)), Known::Unknown, "others have changed it");
+    }
+
+    #[test]
+    fn the_later_change_of_a_name_counts_whichever_answer_comes_first() {
+        let names = whole(&[]);
+        let op = make(HOME, "x", Kind::File);
+        let _making = names.begin_change(&op, SESSION, Sequence(2));
+        note_removed(&names, "x", 20, 9, ms(110));
+        note_made(&names, "x", 20, 1, 8, ms(105));
+        assert_eq!(names.look(HOME, b"x", ms(200)), Known::Absent);
+    }
+
+    #[test]
+    fn a_listing_does_not_undo_what_the_mount_did_meanwhile() {
+        let names = Names::default();
+        note_made(&names, "first", 10, 1, 1, ms(100));
+        let listing = worth_listing(&names, ms(100));
+        assert_eq!(names.look(HOME, b"unknown", ms(100)), Known::Unknown, "one listing at a time");
+        note_removed(&names, "first", 10, 2, ms(101));
+        let entry = DirEntry {
+            cookie: 1,
+            name: b"first".to_vec(),
+            ino: Ino(10),
+            kind: Kind::File,
+            attr: Some(attr(10, Kind::File)),
+        };
+        names.list(listing, vec![entry], ms(100));
+        assert_eq!(names.look(HOME, b"first", ms(200)), Known::Absent);
+    }
+
+    #[test]
+    fn a_recall_ends_what_is_known_and_what_was_asked_before_it_gives_no_lease() {
+        let names = whole(&[]);
+        names.recall(Lease { directory: HOME, number: 1 }, ms(150));
+        assert_eq!(names.look(HOME, b"missing", ms(151)), Known::Unknown);
+        note_made(&names, "late", 12, 1, 2, ms(149));
+        assert!(!names.has_leases(ms(151)), "the answer has overtaken the recall");
+        note_made(&names, "new", 13, 2, 4, ms(152));
+        assert!(names.has_leases(ms(153)));
+    }
+
+    #[test]
+    fn after_a_change_of_unknown_outcome_no_lease_is_taken_before_the_server_knows_that_it_is_given_up() {
+        let names = whole(&[]);
+        let op = make(HOME, "perhaps", Kind::File);
+        drop(names.begin_change(&op, SESSION, Sequence(5)));
+        assert_eq!(names.look(HOME, b"perhaps", ms(151)), Known::Unknown);
+        note_made(&names, "a", 12, 1, 2, ms(152));
+        assert!(!names.has_leases(ms(153)));
+        let outcome = Mutated::Inode { attr: attr(13, Kind::File), created: true };
+        let told = Asked { at: ms(154), session: SESSION, answered_below: Sequence(6) };
+        let lease = Lease { directory: HOME, number: 1 };
+        names.note_change(&make(HOME, "b", Kind::File), &outcome, Position(3), &[lease], told);
+        assert!(names.has_leases(ms(155)));
+    }
+
+    #[test]
+    fn a_rename_that_may_have_left_both_names_is_not_guessed_at() {
+        let names = whole(&[("there", 11)]);
+        let linked = Attr { nlink: 2, ..attr(11, Kind::File) };
+        let rename =
+            |mode| Op::Rename { from: HOME, from_name: b"there".to_vec(), to: HOME, to_name: b"other".to_vec(), mode };
+        let outcome = |moved| Mutated::Renamed { moved, replaced: None };
+        names.note_change(
+            &rename(RenameMode::Replace),
+            &outcome(attr(11, Kind::File)),
+            Position(2),
+            &[],
+            asked(ms(110)),
+        );
+        assert_eq!(names.look(HOME, b"there", ms(120)), Known::Absent);
+        assert_eq!(names.look(HOME, b"other", ms(120)), Known::Present(attr(11, Kind::File), ms(10)));
+        names.note_change(&rename(RenameMode::Replace), &outcome(linked), Position(3), &[], asked(ms(120)));
+        assert_eq!(names.look(HOME, b"there", ms(130)), Known::Unknown);
+        for mode in [RenameMode::Exchange, RenameMode::Whiteout] {
+            let names = whole(&[("there", 11)]);
+            names.note_change(&rename(mode), &outcome(attr(11, Kind::File)), Position(2), &[], asked(ms(110)));
+            assert_eq!(names.look(HOME, b"there", ms(120)), Known::Unknown);
+        }
+    }
+
+    #[test]
+    fn attributes_are_as_new_as_the_last_answer_that_told_them() {
+        let names = whole(&[("there", 11)]);
+        let newer = Attr { size: 5, ctime: holdfast_common::Time { secs: 1, nanos: 0 }, ..attr(11, Kind::File) };
+        names.note_attrs(&[&newer], ms(300));
+        assert_eq!(names.look(HOME, b"there", ms(310)), Known::Present(newer, ms(10)));
+        names.note_attrs(&[&attr(11, Kind::File)], ms(305));
+        assert_eq!(names.look(HOME, b"there", ms(310)), Known::Present(newer, ms(10)), "an older one came late");
+        let op = Op::RemoveXattr { ino: Ino(11), name: b"user.x".to_vec() };
+        names.note_change(&op, &Mutated::Done, Position(7), &[], asked(ms(320)));
+        assert_eq!(names.look(HOME, b"there", ms(330)), Known::Present(newer, ms(330)), "not to be believed");
+        names.note_attrs(&[&newer], ms(331));
+        names.distrust_attrs();
+        assert_eq!(names.look(HOME, b"there", ms(340)), Known::Present(newer, ms(340)));
+    }
+
+    #[test]
+    fn what_is_known_is_bounded() {
+        let names = whole(&[]);
+        for number in 0..3 * DIRECTORY_NAMES_MAX as u64 {
+            note_made(&names, &format!("n{number}"), 100 + number, 1, 10 + number, ms(200));
+            if number % 2 == 0 {
+                let op = make(HOME, "d", Kind::Directory);
+                let outcome = Mutated::Inode { attr: attr(1_000_000 + number, Kind::Directory), created: true };
+                let lease = Lease { directory: Ino(1_000_000 + number), number: 5 };
+                names.note_change(&op, &outcome, Position(10 + number), &[lease], asked(ms(200)));
+            }
+        }
+        let state = names.0.lock();
+        assert!(state.names <= NAMES_MAX && state.attrs.len() <= NAMES_MAX, "{} {}", state.names, state.attrs.len());
+        assert!(state.directories.len() <= DIRECTORIES_MAX);
+        assert_eq!(state.names, state.directories.values().map(|known| known.names.len()).sum::<usize>());
+        drop(state);
+        assert_eq!(names.look(HOME, b"missing", ms(300)), Known::Unknown, "too large to be known whole");
+    }
+}

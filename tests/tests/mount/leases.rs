@@ -1,0 +1,159 @@
+//! Mounts that answer for names in their directories by themselves, and others that change those.
+
+use std::{
+    fs, io,
+    path::{Path, PathBuf},
+    sync::mpsc,
+    thread,
+    time::{Duration, Instant},
+};
+
+use holdfast_tests::{
+    cluster::{Cluster, PATIENCE},
+    mount::Mount,
+    wait,
+};
+
+/// What a change waits for a mount that cannot be told any more.
+const STALL_MAX: Duration = Duration::from_secs(3);
+
+fn is_there(path: &Path) -> bool {
+    match fs::symlink_metadata(path) {
+        Ok(_) => true,
+        Err(error) if error.kind() == io::ErrorKind::NotFound => false,
+        Err(error) => panic!("{}: {error}", path.display()),
+    }
+}
+
+/// Does the mount know, while the metadata server cannot say anything, that there is no such name?
+fn knows_alone(cluster: &Cluster, missing: PathBuf) -> bool {
+    cluster.meta().freeze();
+    let (tell, told) = mpsc::channel();
+    let looking = thread::spawn(move || {
+        assert!(!is_there(&missing));
+        // Nobody listens any more if it took too long.
+        let _late = tell.send(());
+    });
+    let knew = told.recv_timeout(Duration::from_millis(300)).is_ok();
+    cluster.meta().thaw();
+    looking.join().expect("a look that ends");
+    knew
+}
+
+/// Two mounts, and a directory in which the first of them works and for which it answers by itself.
+struct Pair {
+    cluster: Cluster,
+    a: Mount,
+    b: Mount,
+}
+
+impl Pair {
+    fn start() -> Self {
+        let cluster = Cluster::start();
+        let (a, b) = (cluster.mount(), cluster.mount());
+        fs::create_dir(a.join("work")).expect("mkdir");
+        let pair = Self { cluster, a, b };
+        pair.work();
+        pair
+    }
+
+    /// Until the first mount answers for the directory.
+    fn work(&self) {
+        let mut number = 0;
+        wait::until("the mount answers by itself", PATIENCE, || {
+            number += 1;
+            fs::write(self.a.join(format!("work/own-{number}")), b"own").expect("write");
+            knows_alone(&self.cluster, self.a.join("work/missing"))
+        });
+    }
+}
+
+/// "Names in a directory that only one mount changes cost that mount no message to look up; whoever else changes it waits for no more than that mount's answer."
+#[test]
+fn a_mount_that_works_alone_knows_which_names_there_are_until_another_makes_one() {
+    let pair = Pair::start();
+    fs::remove_file(pair.a.join("work/own-1")).expect("unlink");
+    fs::rename(pair.a.join("work"), pair.a.join("moved")).expect("rename");
+    fs::rename(pair.a.join("moved"), pair.a.join("work")).expect("rename");
+    pair.work();
+    fs::write(pair.b.join("work/missing"), b"from b").expect("write");
+    assert_eq!(fs::read(pair.a.join("work/missing")).expect("read"), b"from b");
+    fs::remove_file(pair.b.join("work/missing")).expect("unlink");
+    // What is there may be believed for a second; what is not, never.
+    wait::until("the name is gone", PATIENCE, || !is_there(&pair.a.join("work/missing")));
+}
+
+/// "A name that another mount has made is found as soon as that mount was answered."
+#[test]
+fn what_one_mount_makes_the_other_finds_at_once_however_both_work_in_one_directory() {
+    let pair = Pair::start();
+    for round in 0..200 {
+        let name = |who: &str| format!("work/{who}-{round}");
+        // Rows of different lengths, so that the lease changes hands.
+        for own in 0..round % 5 {
+            fs::create_dir(pair.a.join(format!("work/row-{round}-{own}"))).expect("mkdir");
+        }
+        assert!(!is_there(&pair.a.join(name("b"))), "{round}");
+        fs::create_dir(pair.b.join(name("b"))).expect("mkdir");
+        assert!(is_there(&pair.a.join(name("b"))), "{round}");
+        assert!(!is_there(&pair.b.join(name("a"))), "{round}");
+        fs::rename(pair.a.join(name("b")), pair.a.join(name("a"))).expect("rename");
+        assert!(is_there(&pair.b.join(name("a"))), "{round}");
+    }
+}
+
+#[test]
+fn a_directory_that_was_full_before_is_known_whole_after_a_few_looks() {
+    let pair = Pair::start();
+    for number in 0..3000 {
+        fs::create_dir(pair.a.join(format!("work/before-{number}"))).expect("mkdir");
+    }
+    pair.a.remount();
+    let mut number = 0;
+    wait::until("the mount answers by itself", PATIENCE, || {
+        number += 1;
+        fs::create_dir(pair.a.join(format!("work/after-{number}"))).expect("mkdir");
+        (0..3).for_each(|missing| assert!(!is_there(&pair.a.join(format!("work/missing-{missing}")))));
+        knows_alone(&pair.cluster, pair.a.join("work/missing"))
+    });
+    for number in 0..3000 {
+        assert!(is_there(&pair.a.join(format!("work/before-{number}"))));
+        fs::remove_dir(pair.a.join(format!("work/before-{number}"))).expect("rmdir");
+        assert!(!is_there(&pair.a.join(format!("work/before-{number}"))));
+    }
+}
+
+#[test]
+fn a_mount_that_is_killed_keeps_others_out_of_its_directories_for_a_moment_only() {
+    let pair = Pair::start();
+    pair.a.kill();
+    let start = Instant::now();
+    fs::create_dir(pair.b.join("work/after")).expect("mkdir");
+    assert!(start.elapsed() < STALL_MAX, "{:?}", start.elapsed());
+}
+
+#[test]
+fn a_mount_that_was_stopped_meanwhile_does_not_answer_from_before() {
+    let pair = Pair::start();
+    for round in 0..3 {
+        pair.work();
+        pair.a.process().freeze();
+        let name = format!("work/while-stopped-{round}");
+        fs::create_dir(pair.b.join(&name)).expect("mkdir");
+        pair.a.process().thaw();
+        assert!(is_there(&pair.a.join(&name)), "{round}");
+    }
+}
+
+#[test]
+fn a_restart_of_the_metadata_server_ends_what_mounts_may_say_by_themselves() {
+    let pair = Pair::start();
+    for round in 0..3 {
+        pair.work();
+        pair.cluster.meta().kill();
+        pair.cluster.meta().start();
+        let name = format!("work/after-restart-{round}");
+        fs::create_dir(pair.b.join(&name)).expect("mkdir");
+        assert!(is_there(&pair.a.join(&name)), "{round}");
+    }
+}
