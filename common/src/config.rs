@@ -162,7 +162,7 @@ pub struct MetaOptions {
     /// Memory for the cache of the tables [default: 256MiB]
     #[arg(long, value_name = "BYTES")]
     pub cache_bytes: Option<ByteSize>,
-    /// Length of the log at which the tables are made durable and the log is dropped [default: 64MiB]
+    /// Length of the log at which the tables are made durable and the log is dropped [default: 16MiB]
     #[arg(long, value_name = "BYTES")]
     pub checkpoint_log_bytes: Option<ByteSize>,
     /// Space that is left free on the disk of data_dir, so that the tables can still be made durable and things be deleted: with
@@ -332,7 +332,7 @@ impl MetaConfig {
         let data_dir = required("data_dir", options.data_dir)?;
         let session_timeout = seconds("session_timeout_secs", options.session_timeout_secs, 60, 5)?;
         let window = session_timeout.as_secs() / 10;
-        let checkpoint_log_bytes = size("checkpoint_log_bytes", options.checkpoint_log_bytes, 64 * MIB, MIB)?;
+        let checkpoint_log_bytes = size("checkpoint_log_bytes", options.checkpoint_log_bytes, 16 * MIB, MIB)?;
         let config = Self {
             tls_dir: options.tls_dir.unwrap_or_else(|| data_dir.join("tls")),
             data_dir,

@@ -136,6 +136,8 @@ down() {
   local p
   umount_client
   for n in mds.a osd.0 osd.1 osd.2 mgr.x mon.a; do p=$(pf $n) && stop $p 30; done
+  # A metadata server that the monitor has missed for a while starts itself anew, and its file does not tell.
+  for p in $(pgrep -f -- "^[^ ]*ceph-[a-z]+ -c $CONF "); do stop $p 30; done
   rm -f $B/run/*.asok
   echo down
 }

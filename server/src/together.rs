@@ -266,7 +266,7 @@ async fn three_storage_servers_and_a_metadata_server_keep_a_file_through_restart
     assert_eq!((map.blocks.len(), map.blocks[0].holders.len()), (1, 3), "the second write covers the first");
     assert_eq!(mount.ask(MetaRequest::Admin(AdminRequest::Check)).await, Ok(MetaAnswer::Violations(Vec::new())));
     let session = mount.session;
-    let reopen = SessionRequest::Reopen { session, opens: vec![ino] };
+    let reopen = SessionRequest::Reopen { session, opens: vec![ino], instance: None };
     assert_eq!(mount.ask(MetaRequest::Session(reopen)).await, Ok(MetaAnswer::Reopened { replay_after: None }));
     mount.create("b").await;
     meta.stop().await;

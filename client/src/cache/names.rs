@@ -56,7 +56,9 @@ pub struct Names(Mutex<State>);
 struct State {
     directories: HashMap<Ino, Directory>,
     /// Of inodes that have a name in `directories`; and when they were asked for.
-    attrs: HashMap<Ino, (Attr, Duration)>,
+    attrs: HashMap<Ino, KnownAttr>,
+    /// Attributes that were asked for before this may not be those of now.
+    attrs_not_before: Duration,
     /// In all directories.
     names: usize,
     /// This mount's changes that are under way, by directory.
@@ -82,6 +84,15 @@ pub struct Asked {
     pub answered_below: Sequence,
 }
 
+#[derive(Clone, Copy, Debug)]
+struct KnownAttr {
+    attr: Attr,
+    /// `Duration::ZERO`: so long ago that it is not to be believed.
+    asked: Duration,
+    /// As `State::attrs_not_before`, of this one.
+    not_before: Duration,
+}
+
 #[derive(Debug)]
 struct Directory {
     /// Of the lease, by the server; it counts anew in each of its lives.
@@ -102,7 +113,7 @@ struct Directory {
 
 /// A change that is under way. If it ends without a word of what came of it, its directories are not known any more.
 #[derive(Debug)]
-pub struct Changing<'a> {
+pub struct Pending<'a> {
     names: &'a Names,
     /// Sequences count anew in each session, and a later session has a higher number.
     id: (SessionId, Sequence),
@@ -110,14 +121,14 @@ pub struct Changing<'a> {
     is_settled: bool,
 }
 
-impl Changing<'_> {
+impl Pending<'_> {
     /// What came of it is known: nothing, or what [`Names::note_change`] was told.
     pub fn settle(mut self) {
         self.is_settled = true;
     }
 }
 
-impl Drop for Changing<'_> {
+impl Drop for Pending<'_> {
     fn drop(&mut self) {
         if self.directories.is_empty() {
             return;
@@ -148,7 +159,7 @@ impl Names {
         match known.names.get(name) {
             Some((None, _)) => Known::Absent,
             Some((Some(ino), _)) => match attrs.get(ino) {
-                Some((attr, asked)) => Known::Present(*attr, now.saturating_sub(*asked)),
+                Some(known) => Known::Present(known.attr, now.saturating_sub(known.asked)),
                 None => Known::Unknown,
             },
             None if known.is_whole => Known::Absent,
@@ -160,13 +171,13 @@ impl Names {
     }
 
     /// A change is about to be asked for.
-    pub fn begin_change(&self, op: &Op, session: SessionId, sequence: Sequence) -> Changing<'_> {
+    pub fn begin_change(&self, op: &Op, session: SessionId, sequence: Sequence) -> Pending<'_> {
         let directories = op.directories();
         if !directories.is_empty() {
             let mut state = self.0.lock();
             directories.iter().for_each(|ino| *state.changing.entry(*ino).or_default() += 1);
         }
-        Changing { names: self, id: (session, sequence), directories, is_settled: false }
+        Pending { names: self, id: (session, sequence), directories, is_settled: false }
     }
 
     /// A change of this mount was made at `position` and answered with these leases.
@@ -178,7 +189,13 @@ impl Names {
                 state.grant(*lease, position, asked.at, made == Some(lease.directory));
             }
         }
+        // Of what it concerns there may have been later answers.
+        let later: Vec<KnownAttr> =
+            outcome.attrs().iter().filter_map(|attr| state.attrs.get(&attr.ino)).copied().collect();
         state.apply(op, outcome, position, asked.at);
+        later.iter().for_each(|known| state.merge_attr(known));
+        let told = (asked.session, asked.answered_below);
+        state.doubted.retain(|_, given_up| *given_up >= told);
         if !op.directories().is_empty() {
             state.heard = state.heard.max(position);
         }
@@ -221,14 +238,27 @@ impl Names {
         *state = State { changing, doubted, beginnings, not_before: now, ..State::default() };
     }
 
-    /// Attributes that are known may not be those of now.
-    pub fn distrust_attrs(&self) {
-        self.0.lock().attrs.values_mut().for_each(|(_, asked)| *asked = Duration::ZERO);
+    /// Attributes that were asked for before `now` may not be those of now.
+    pub fn distrust_attrs(&self, now: Duration) {
+        let mut state = self.0.lock();
+        state.attrs_not_before = now;
+        state.attrs.values_mut().for_each(|known| known.asked = Duration::ZERO);
+    }
+
+    /// As [`Names::distrust_attrs`], of one inode.
+    pub fn distrust_attr(&self, ino: Ino, now: Duration) {
+        self.0.lock().distrust_attr(ino, now);
     }
 
     /// Is there a lease that may be recalled?
     pub fn has_leases(&self, now: Duration) -> bool {
         self.0.lock().directories.values().any(|known| now < known.until)
+    }
+}
+
+impl KnownAttr {
+    fn new(attr: Attr, asked: Duration, not_before: Duration) -> Self {
+        Self { attr, asked: if asked > not_before { asked } else { Duration::ZERO }, not_before: Duration::ZERO }
     }
 }
 
@@ -242,13 +272,9 @@ impl Directory {
 }
 
 impl State {
-    fn is_doubted(&mut self, directory: Ino, asked: Asked) -> bool {
+    fn is_doubted(&self, directory: Ino, asked: Asked) -> bool {
         let told = (asked.session, asked.answered_below);
-        let is_doubted = self.doubted.get(&directory).is_some_and(|given_up| *given_up >= told);
-        if !is_doubted {
-            self.doubted.remove(&directory);
-        }
-        is_doubted
+        self.doubted.get(&directory).is_some_and(|given_up| *given_up >= told)
     }
 
     fn grant(&mut self, lease: Lease, position: Position, asked: Duration, is_empty: bool) {
@@ -305,15 +331,14 @@ impl State {
                     self.forget(replaced.ino);
                 }
             }
-            // Their answers do not say what the attributes are now.
-            (Op::SetXattr { ino, .. } | Op::RemoveXattr { ino, .. }, _) => self.distrust_attr(*ino),
-            (Op::Accessed { files, .. }, _) => files.iter().for_each(|(ino, _)| self.distrust_attr(*ino)),
+            // The answer does not say what the attributes are now.
+            (Op::Accessed { files, .. }, _) => files.iter().for_each(|(ino, _)| self.distrust_attr(*ino, asked)),
             _ => {}
         }
     }
 
     fn enter(&mut self, directory: Ino, name: &[u8], found: Option<(&Attr, Duration)>, position: Position) {
-        let Self { directories, attrs, names, .. } = self;
+        let Self { directories, attrs, names, attrs_not_before, .. } = self;
         let Some(known) = directories.get_mut(&directory).filter(|known| known.since <= position) else { return };
         if known.names.get(name).is_some_and(|(_, last)| *last > position) {
             return;
@@ -325,26 +350,39 @@ impl State {
             Some((None, _)) => {}
         }
         if let Some((attr, asked)) = found {
-            attrs.insert(attr.ino, (*attr, asked));
+            attrs.insert(attr.ino, KnownAttr::new(*attr, asked, *attrs_not_before));
         }
         if known.names.len() > DIRECTORY_NAMES_MAX {
-            self.forget_names_of(directory);
+            self.begin_anew(directory, position);
         } else if self.names > NAMES_MAX {
             self.make_room_but_for(directory);
         }
     }
 
-    fn distrust_attr(&mut self, ino: Ino) {
-        if let Some((_, asked)) = self.attrs.get_mut(&ino) {
-            *asked = Duration::ZERO;
+    fn distrust_attr(&mut self, ino: Ino, now: Duration) {
+        if let Some(known) = self.attrs.get_mut(&ino) {
+            (known.asked, known.not_before) = (Duration::ZERO, now);
         }
     }
 
+    /// Of what was known before: it may be newer, and be known not to be true any more.
+    fn merge_attr(&mut self, before: &KnownAttr) {
+        if let Some(known) = self.attrs.get_mut(&before.attr.ino) {
+            known.not_before = before.not_before;
+            if known.asked <= before.not_before {
+                known.asked = Duration::ZERO;
+            }
+        }
+        self.note_attr(&before.attr, before.asked);
+    }
+
     fn note_attr(&mut self, attr: &Attr, asked: Duration) {
-        if let Some((known, at)) = self.attrs.get_mut(&attr.ino)
-            && known.ctime <= attr.ctime
-        {
-            (*known, *at) = (*attr, asked.max(*at));
+        let Some(known) = self.attrs.get_mut(&attr.ino) else { return };
+        if known.attr.ctime <= attr.ctime {
+            known.attr = *attr;
+            if asked > known.not_before.max(self.attrs_not_before) {
+                known.asked = known.asked.max(asked);
+            }
         }
     }
 
@@ -353,7 +391,7 @@ impl State {
     }
 
     fn list(&mut self, listing: Listing, entries: Vec<DirEntry>, asked: Duration) {
-        let Self { directories, attrs, names, .. } = self;
+        let Self { directories, attrs, names, attrs_not_before, .. } = self;
         let Listing { directory, beginning } = listing;
         let Some(known) = directories.get_mut(&directory).filter(|known| known.beginning == beginning) else { return };
         known.is_being_listed = false;
@@ -367,7 +405,7 @@ impl State {
             known.names.insert(name, (Some(entry.ino), Position(0)));
             *names += 1;
             if let Some(attr) = entry.attr {
-                attrs.entry(attr.ino).or_insert((attr, asked));
+                attrs.entry(attr.ino).or_insert(KnownAttr::new(attr, asked, *attrs_not_before));
             }
         }
         if !self.changing.contains_key(&directory) {
@@ -406,10 +444,12 @@ impl State {
         }
     }
 
-    /// The lease stays, and what is known under it begins anew.
-    fn forget_names_of(&mut self, directory: Ino) {
+    /// The lease stays. What is known under it begins anew after `position`, and will not be everything.
+    fn begin_anew(&mut self, directory: Ino, position: Position) {
         let Some(known) = self.directories.get_mut(&directory) else { return };
-        (known.is_whole, known.is_too_large) = (false, true);
+        self.beginnings += 1;
+        (known.beginning, known.since) = (self.beginnings, position.max(self.heard));
+        (known.is_whole, known.is_too_large, known.is_being_listed) = (false, true, false);
         let gone = std::mem::take(&mut known.names);
         self.names -= gone.len();
         for ino in gone.into_values().filter_map(|(ino, _)| ino) {
@@ -637,12 +677,45 @@ mod tests {
         assert_eq!(names.look(HOME, b"there", ms(310)), Known::Present(newer, ms(10)));
         names.note_attrs(&[&attr(11, Kind::File)], ms(305));
         assert_eq!(names.look(HOME, b"there", ms(310)), Known::Present(newer, ms(10)), "an older one came late");
-        let op = Op::RemoveXattr { ino: Ino(11), name: b"user.x".to_vec() };
-        names.note_change(&op, &Mutated::Done, Position(7), &[], asked(ms(320)));
+        names.distrust_attr(Ino(11), ms(320));
         assert_eq!(names.look(HOME, b"there", ms(330)), Known::Present(newer, ms(330)), "not to be believed");
+        names.note_attrs(&[&newer], ms(319));
+        assert_eq!(names.look(HOME, b"there", ms(330)), Known::Present(newer, ms(330)), "it was asked for before");
         names.note_attrs(&[&newer], ms(331));
-        names.distrust_attrs();
+        names.distrust_attrs(ms(335));
+        names.note_attrs(&[&newer], ms(334));
         assert_eq!(names.look(HOME, b"there", ms(340)), Known::Present(newer, ms(340)));
+        names.note_attrs(&[&newer], ms(336));
+        assert_eq!(names.look(HOME, b"there", ms(340)), Known::Present(newer, ms(4)));
+    }
+
+    #[test]
+    fn a_renames_answer_that_comes_late_does_not_make_attributes_older() {
+        let names = whole(&[("there", 11)]);
+        let stored = Attr { size: 5, ctime: holdfast_common::Time { secs: 9, nanos: 0 }, ..attr(11, Kind::File) };
+        names.note_attrs(&[&stored], ms(120));
+        let op = Op::Rename {
+            from: HOME,
+            from_name: b"there".to_vec(),
+            to: HOME,
+            to_name: b"other".to_vec(),
+            mode: RenameMode::Replace,
+        };
+        let outcome = Mutated::Renamed { moved: attr(11, Kind::File), replaced: None };
+        names.note_change(&op, &outcome, Position(2), &[], asked(ms(110)));
+        assert_eq!(names.look(HOME, b"other", ms(130)), Known::Present(stored, ms(10)));
+    }
+
+    #[test]
+    fn a_directory_that_has_become_too_large_is_not_whole_by_an_older_listing() {
+        let names = Names::default();
+        note_made(&names, "first", 10, 1, 1, ms(100));
+        let listing = worth_listing(&names, ms(100));
+        for number in 0..=DIRECTORY_NAMES_MAX as u64 {
+            note_made(&names, &format!("n{number}"), 100 + number, 1, 10 + number, ms(200));
+        }
+        names.list(listing, Vec::new(), ms(101));
+        assert_eq!(names.look(HOME, b"n5", ms(300)), Known::Unknown);
     }
 
     #[test]

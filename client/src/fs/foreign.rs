@@ -9,7 +9,7 @@ use holdfast_common::{
 };
 
 use super::{Errno, Fs, FsResult, inode::Inode};
-use crate::remote::meta::unexpected;
+use crate::{remote::meta::unexpected, sys::boot_time};
 
 /// Files that are looked at anew at the same time.
 const LOOKS_AT_ONCE: usize = 32;
@@ -45,7 +45,7 @@ impl Fs {
 
     fn forget_attributes(&self, inos: &BTreeSet<Ino>, reach: Reach) {
         self.told.forget_all();
-        self.shared.meta.names().distrust_attrs();
+        self.shared.meta.names().distrust_attrs(boot_time());
         if reach != Reach::Complete {
             self.plain.forget_all();
         }

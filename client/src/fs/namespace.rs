@@ -45,7 +45,11 @@ impl Fs {
             Known::Absent => return Err(Errno(libc::ENOENT)),
             // Of an open file this mount may know more.
             Known::Present(attr, age) if self.inode(attr.ino).is_none() => {
-                return Ok(Found { attr: self.learn(attr), valid_for: self.attribute_timeout().saturating_sub(age) });
+                // Nothing is learnt of what is not new.
+                return Ok(Found {
+                    attr: self.accesses.shown(attr),
+                    valid_for: self.attribute_timeout().saturating_sub(age),
+                });
             }
             Known::Present(..) | Known::Unknown => {}
             Known::WorthListing(listing) => self.list_in_background(listing),
@@ -247,6 +251,7 @@ impl Fs {
         let changed = self.shared.meta.mutate(op, false).await;
         self.plain.forget(ino);
         self.told.forget(ino);
+        self.shared.meta.names().distrust_attr(ino, boot_time());
         let applied = changed?;
         if let Some(inode) = self.inode(ino) {
             let mut state = inode.lock();

@@ -92,7 +92,7 @@ pub(super) struct Locks {
     /// Changes of one file's locks are made one after the other, so that this mount and the server see them in one order. Of files
     /// of which some are under way.
     lanes: Mutex<HashMap<Ino, Arc<tokio::sync::Mutex<()>>>>,
-    /// Somebody waits, so the server has to be listened to.
+    /// Somebody waits, or something may be asked for, so the server has to be listened to.
     wanted: Notify,
     foreign_seen: AtomicU64,
     /// The caches may hold anything of what others have changed.
@@ -221,7 +221,7 @@ impl Locks {
     }
 
     /// There is something that the server may ask for.
-    pub(super) fn listen(&self) {
+    pub(super) fn want_to_listen(&self) {
         self.wanted.notify_one();
     }
 
@@ -668,7 +668,7 @@ impl MetaClient {
         }
     }
 
-    /// Hears what the server has to say for as long as somebody waits for a lock, and clears up what the server may hold for nobody.
+    /// Hears what the server has to say for as long as it may have something to say, and clears up what the server may hold for nobody.
     pub async fn keep_locks(self: &Arc<Self>) {
         tokio::join!(self.listen(), self.settle_doubts());
     }

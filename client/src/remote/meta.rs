@@ -439,15 +439,17 @@ impl MetaClient {
                 op: op.clone(),
             })
         };
-        let (position, outcome, directories, leases) = match self.ask_if(attempt, request).await {
+        let answer =
+            self.ask_if(attempt, request).await.inspect(|answer| self.names.note_attrs(&answer.attrs(), asked.at));
+        let (position, outcome, directories, leases) = match answer {
             Ok(MetaAnswer::Mutated { position, outcome }) => (position, outcome, Vec::new(), Vec::new()),
             Ok(MetaAnswer::MutatedIn { position, outcome, directories, leases }) => {
                 (position, outcome, directories, leases)
             }
             Ok(other) => return Err(Failure::Errno(unexpected(&other))),
             Err(failure) => {
-                // Refused, so nothing has changed. Who is not trusted may have been before, and not have heard of it.
-                if matches!(failure, Failure::Errno(Errno(errno)) if errno != libc::EACCES) {
+                // Refused, so nothing has changed. For want of trust or room, also what was done when it was asked for before.
+                if matches!(failure, Failure::Errno(Errno(errno)) if ![libc::EACCES, libc::ENOSPC].contains(&errno)) {
                     changing.settle();
                 }
                 return Err(failure);
@@ -456,7 +458,7 @@ impl MetaClient {
         self.names.note_change(op, &outcome, position, &leases, asked);
         changing.settle();
         if !leases.is_empty() {
-            self.locks.listen();
+            self.locks.want_to_listen();
         }
         if !self.is_durable(position) {
             self.undurable.lock().note(position, mutation.sequence, op.clone(), &outcome);
@@ -532,7 +534,8 @@ impl MetaClient {
         let reply = self.peers.call(self.server, frame, deadline).await.map_err(Trouble::Call)?;
         let reply: MetaReply = codec::decode(&reply.header).map_err(malformed).map_err(Trouble::Call)?;
         self.note(&reply);
-        if let Ok(answer) = &reply.result {
+        // What came of a change may be what came of it when it was first asked for.
+        if let (Ok(answer), false) = (&reply.result, matches!(request, MetaRequest::Mutate { .. })) {
             self.names.note_attrs(&answer.attrs(), asked);
         }
         reply.result.map_err(Trouble::Refused)
@@ -719,7 +722,8 @@ impl MetaClient {
     /// Returns the position after which the server has lost everything, if it has.
     async fn send_opens(self: &Arc<Self>, session: SessionId) -> Result<Option<Position>, Trouble> {
         let opens: Vec<Ino> = self.opens.lock().iter().copied().collect();
-        let answer = self.once(&MetaRequest::Session(SessionRequest::Reopen { session, opens }), ATTEMPT).await?;
+        let reopen = SessionRequest::Reopen { session, opens, instance: Some(self.server_instance()) };
+        let answer = self.once(&MetaRequest::Session(reopen), ATTEMPT).await?;
         let MetaAnswer::Reopened { replay_after } = answer else { return Err(self.malformed(&answer)) };
         self.opens_told.store(true, Ordering::Release);
         Ok(replay_after)

@@ -144,8 +144,8 @@ pub enum SessionRequest {
     /// After the metadata server restarted (another `server_instance`), the client sends `Reopen`.
     Renew { session: SessionId, dirty_bytes: u64, repairs: u64 },
     /// After a restart of the server: which inodes this session holds open, so that unlinked ones stay (I9). Answered
-    /// `Reopened`.
-    Reopen { session: SessionId, opens: Vec<Ino> },
+    /// `Reopened`; refused `Unavailable` if the server is not `instance` any more. `None`: the mount relies on nothing that an earlier one said.
+    Reopen { session: SessionId, opens: Vec<Ino>, instance: Option<u64> },
     /// Ends the session: its opens are released.
     Close { session: SessionId },
     /// Adds `opened` to, and removes `released` from, the inodes that this session holds open. Idempotent sets, not counts.
@@ -755,7 +755,8 @@ impl MetaAnswer {
 }
 
 impl Mutated {
-    fn attrs(&self) -> Vec<&Attr> {
+    /// Attributes of inodes in it.
+    pub fn attrs(&self) -> Vec<&Attr> {
         match self {
             Self::Inode { attr, .. } | Self::Removed { attr } => vec![attr],
             Self::Renamed { moved, replaced } => std::iter::once(moved).chain(replaced).collect(),

@@ -13,7 +13,7 @@ use tokio::sync::{mpsc, oneshot};
 
 use super::{
     core::{Core, Fault},
-    leases::Changing,
+    leases::ChangingNames,
     log::{Log, RECORD_LENGTH_MAX},
     recent::changes_of,
     state::{Applied, Command, Entry, Outcome, Reply, Rows, apply, query},
@@ -53,7 +53,7 @@ struct Proposal {
 struct Asker {
     answer: oneshot::Sender<Result<Changed, Refusal>>,
     /// Until then, though whoever asked may have gone away.
-    changing: Option<Changing>,
+    changing: Option<ChangingNames>,
 }
 
 impl Asker {
@@ -100,7 +100,7 @@ impl Proposer {
     }
 
     /// As [`Proposer::propose`], of a command that changes names, if it is `changing` some, and says more.
-    pub async fn change(&self, command: Command, changing: Option<Changing>) -> Result<Changed, Refusal> {
+    pub async fn change(&self, command: Command, changing: Option<ChangingNames>) -> Result<Changed, Refusal> {
         self.propose_if(Condition::Always, command, changing).await
     }
 
@@ -119,7 +119,7 @@ impl Proposer {
         &self,
         condition: Condition,
         command: Command,
-        changing: Option<Changing>,
+        changing: Option<ChangingNames>,
     ) -> Result<Changed, Refusal> {
         let (answer, answered) = oneshot::channel();
         let proposal = Message::Propose(Proposal { command, condition, asker: Asker { answer, changing } });

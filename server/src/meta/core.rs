@@ -14,7 +14,7 @@ use holdfast_common::{
     net::{CallError, Endpoint, Frame, Peers},
     wire::{
         codec,
-        meta::{JournalEntry, Replayed},
+        meta::{JournalEntry, Op, Replayed},
         storage::{StorageAnswer, StorageReply, StorageRequest},
     },
 };
@@ -31,7 +31,7 @@ use super::{
     cluster::Cluster,
     committer::Proposer,
     journal::{Journal, Note},
-    leases::Leases,
+    leases::{ChangingNames, Leases},
     locking::Locking,
     log::{Log, LogError},
     mend::BadCopies,
@@ -249,9 +249,25 @@ impl Core {
         self.locking.is_open(self.sessions.lock().all_confirmed(), self.clock.monotonic())
     }
 
-    /// May names be changed? Not while a mount may answer for them by a lease that this life of the server knows nothing of.
-    pub fn changes_names(&self) -> bool {
-        !self.leases.may_be_old(self.clock.monotonic()) || self.sessions.lock().all_confirmed()
+    /// Returns when the session may change the names that `op` changes, if any: nobody else answers for names in those directories until
+    /// what this returns is dropped. `Unavailable` while a mount may do so by a lease that this life of the server knows nothing of.
+    pub async fn begin_change(&self, session: SessionId, op: &Op) -> Result<Option<ChangingNames>, Refusal> {
+        let directories = op.directories();
+        if directories.is_empty() {
+            return Ok(None);
+        }
+        let now = || self.clock.monotonic();
+        if self.leases.may_be_old(now()) && !self.sessions.lock().all_confirmed() {
+            return Err(Refusal::Unavailable);
+        }
+        let recall = |holder, lease| {
+            let sessions = self.sessions.lock();
+            // Who has ended hears nothing any more.
+            if sessions.exists(holder) {
+                self.locking.recall_lease(holder, lease);
+            }
+        };
+        Ok(Some(self.leases.change(session, directories, now, recall).await))
     }
 
     /// Do mounts still say again what was lost?

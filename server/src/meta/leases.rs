@@ -23,7 +23,7 @@ pub const OLD_LEASES: Duration = DIRECTORY_LEASE.saturating_add(MARGIN);
 /// each time that the lease had to be recalled.
 const ROW_BEFORE_LEASE: u32 = 2;
 const RECALLS_COUNTED_MAX: u32 = 8;
-/// Directories of which it is known who changes them.
+/// Directories of which it is known who changes them, besides those that are being changed at the moment.
 const DIRECTORIES_MAX: usize = 64 << 10;
 
 /// Who changes which directories, and who may rely on it.
@@ -38,13 +38,13 @@ pub struct Leases {
 
 /// Somebody changes directories: until this is dropped, others get no lease on them.
 #[derive(Debug)]
-pub struct Changing {
+pub struct ChangingNames {
     leases: Arc<Leases>,
     session: SessionId,
     directories: Vec<Ino>,
 }
 
-impl Drop for Changing {
+impl Drop for ChangingNames {
     fn drop(&mut self) {
         self.leases.table.lock().finish(self.session, &self.directories);
     }
@@ -69,9 +69,9 @@ impl Leases {
         directories: Vec<Ino>,
         now: impl Fn() -> Duration,
         recall: impl Fn(SessionId, Lease),
-    ) -> Changing {
-        self.table.lock().begin(session, &directories);
-        let changing = Changing { leases: Arc::clone(self), session, directories };
+    ) -> ChangingNames {
+        self.table.lock().begin(session, &directories, now());
+        let changing = ChangingNames { leases: Arc::clone(self), session, directories };
         loop {
             let ended = self.ended.notified();
             tokio::pin!(ended);
@@ -187,7 +187,9 @@ impl Directory {
 
 impl LeaseTable {
     /// The session is about to change the directories. Followed by `finish`, whatever comes of it.
-    pub fn begin(&mut self, session: SessionId, directories: &[Ino]) {
+    pub fn begin(&mut self, session: SessionId, directories: &[Ino], now: Duration) {
+        // What is being changed is kept in mind whether or not there is room: as many as there are requests.
+        self.has_room(now);
         for ino in directories {
             self.directories.entry(*ino).or_default().changing.push(session);
         }
@@ -298,7 +300,7 @@ mod tests {
 
     /// One whole change of `HOME` that nothing is in the way of.
     fn change(table: &mut LeaseTable, session: SessionId, at: Duration) -> Option<u64> {
-        table.begin(session, &[HOME]);
+        table.begin(session, &[HOME], at);
         assert_eq!(table.obstacles(session, &[HOME], at), Obstacles::default());
         let leases = table.applied(session, &[HOME], None, at);
         table.finish(session, &[HOME]);
@@ -329,7 +331,7 @@ mod tests {
         let mut table = LeaseTable::default();
         table.applied(A, &[HOME], Some(MADE), ms(0));
         let lease = Lease { directory: MADE, number: 1 };
-        table.begin(B, &[MADE]);
+        table.begin(B, &[MADE], ms(0));
         let until = Some(DIRECTORY_LEASE + MARGIN);
         assert_eq!(table.obstacles(B, &[MADE], ms(1)), Obstacles { recalls: vec![(A, lease)], until });
         assert_eq!(table.obstacles(B, &[MADE], ms(2)), Obstacles { recalls: Vec::new(), until }, "told once");
@@ -340,7 +342,7 @@ mod tests {
         assert_eq!(table.obstacles(B, &[MADE], ms(4)), Obstacles::default());
         let mut table = LeaseTable::default();
         table.applied(A, &[HOME], Some(MADE), ms(0));
-        table.begin(B, &[MADE]);
+        table.begin(B, &[MADE], ms(0));
         assert_eq!(table.obstacles(B, &[MADE], DIRECTORY_LEASE).until, until, "the mount's clock may be slower");
         assert_eq!(table.obstacles(B, &[MADE], DIRECTORY_LEASE + MARGIN), Obstacles::default());
     }
@@ -349,7 +351,7 @@ mod tests {
     fn nobody_gets_a_lease_or_keeps_it_longer_while_another_is_about_to_change_the_directory() {
         let mut table = LeaseTable::default();
         table.applied(A, &[HOME], Some(MADE), ms(0));
-        table.begin(B, &[MADE]);
+        table.begin(B, &[MADE], ms(0));
         assert_eq!(table.applied(A, &[MADE], None, ms(900)), []);
         assert_eq!(table.obstacles(B, &[MADE], DIRECTORY_LEASE + MARGIN), Obstacles::default());
         assert_eq!(table.applied(A, &[MADE], None, ms(1200)), [], "nor anew");
@@ -361,7 +363,7 @@ mod tests {
     fn a_recalled_lease_is_not_kept_longer_even_if_nobody_waits_any_more() {
         let mut table = LeaseTable::default();
         table.applied(A, &[HOME], Some(MADE), ms(0));
-        table.begin(B, &[MADE]);
+        table.begin(B, &[MADE], ms(0));
         assert_eq!(table.obstacles(B, &[MADE], ms(1)).recalls.len(), 1);
         table.finish(B, &[MADE]);
         for at in [2, 3, 4] {
@@ -384,7 +386,7 @@ mod tests {
                 }
             };
             rows.push(row);
-            table.begin(B, &[HOME]);
+            table.begin(B, &[HOME], ms(round));
             assert_eq!(table.obstacles(B, &[HOME], ms(round)).recalls.len(), 1);
             table.give_back(A, Lease { directory: HOME, number });
             table.applied(B, &[HOME], None, ms(round));
@@ -404,6 +406,14 @@ mod tests {
         assert_eq!(table.applied(A, &[], Some(Ino(1)), ms(1)), [], "no room");
         assert_ne!(table.applied(A, &[], Some(Ino(1)), DIRECTORY_LEASE * 2), []);
         assert_eq!(table.directories.len(), 1);
+        let mut table = LeaseTable::default();
+        for ino in 0..directories * 2 {
+            let changed = [Ino(1000 + ino)];
+            table.begin(A, &changed, ms(ino));
+            table.applied(A, &changed, None, ms(ino));
+            table.finish(A, &changed);
+        }
+        assert!(table.directories.len() <= DIRECTORIES_MAX + 200, "{}", table.directories.len());
     }
 
     #[tokio::test]

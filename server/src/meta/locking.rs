@@ -322,7 +322,7 @@ impl State {
         let known = self.uses.get(&ino)?;
         let mount = self.mounts.get(&session)?;
         let is_its = known.in_a_row >= ROW_BEFORE_DELEGATION << known.recalls
-            && mount.events.is_empty()
+            && mount.events.iter().all(|(_, news)| matches!(news, News::RecallLease(_)))
             && !self.delegations.contains_key(&ino)
             && self.table.is_alone(ino, session)
             && self.table.held_of(ino).nth(DELEGATED_WITH_MAX).is_none();

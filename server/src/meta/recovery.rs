@@ -11,12 +11,13 @@ use std::{
 
 use holdfast_common::{
     Position, Refusal, Sequence, SessionId,
-    wire::meta::{LostChange, Mutated, Replayed},
+    wire::meta::{LostChange, Mutated, Op, Replayed},
 };
 
 use super::{
     committer::{Answer, Proposer},
     core::{Core, Fault},
+    leases::ChangingNames,
     state::{Command, Reply},
 };
 
@@ -234,6 +235,8 @@ impl Redo {
 
     async fn replay(&self, session: SessionId, change: LostChange) -> Option<Result<Position, Refusal>> {
         let LostChange { position: was, sequence, op, made, time } = change;
+        // One that comes late meets mounts that have leases by now.
+        let _changing = self.begin_change(session, &op).await?;
         let (position, outcome) = self.decree(Command::Replay { session, sequence, op, made, time }).await?;
         if let Err(refusal) = &outcome {
             tracing::error!(%session, %sequence, %was, %refusal, "a change from before the power was lost cannot be made again");
@@ -244,6 +247,17 @@ impl Redo {
             }
         }
         Some(outcome.map(|_| position))
+    }
+
+    /// Waits until names may be changed. `None`: the server is stopping.
+    async fn begin_change(&self, session: SessionId, op: &Op) -> Option<Option<ChangingNames>> {
+        loop {
+            match self.core.begin_change(session, op).await {
+                Ok(changing) => return Some(changing),
+                Err(_) if self.proposer.is_closed() => return None,
+                Err(_) => tokio::time::sleep(RETRY_AFTER).await,
+            }
+        }
     }
 
     /// Of what cannot be refused.
@@ -269,7 +283,7 @@ impl Redo {
 
 #[cfg(test)]
 mod tests {
-    use holdfast_common::{Ino, wire::meta::Op};
+    use holdfast_common::Ino;
 
     use super::*;
 

@@ -44,7 +44,7 @@ impl Mount {
     }
 
     async fn reopen(&self, cluster: &Cluster) -> Option<Position> {
-        let reopen = SessionRequest::Reopen { session: self.session, opens: Vec::new() };
+        let reopen = SessionRequest::Reopen { session: self.session, opens: Vec::new(), instance: None };
         match cluster.ask(MOUNT, MetaRequest::Session(reopen)).await {
             Ok(MetaAnswer::Reopened { replay_after }) => replay_after,
             other => panic!("{other:?}"),
@@ -207,6 +207,8 @@ async fn a_mount_that_comes_too_late_has_its_changes_made_last_and_nothing_befor
     // Another life in between changes nothing.
     let disk = cluster.disk.process_death();
     let cluster = cluster.restarted(disk);
+    // No name is changed before the leases of the last one have run out: not all mounts have noticed.
+    cluster.clock.advance(Duration::from_secs(2));
     let (session, sequence) = (late.session, Sequence(9));
     let op = words::make(Ino::ROOT, "new", Kind::File);
     let mutate = MetaRequest::Mutate { session, sequence, answered_below: sequence, durable: false, op };
@@ -297,4 +299,35 @@ async fn what_was_made_after_a_recovery_whose_end_is_lost_too_is_made_again_with
         }
     }
     cluster.check();
+}
+
+#[tokio::test]
+async fn what_comes_late_waits_for_the_leases_that_others_have_by_then() {
+    let cluster = Cluster::new().await;
+    let (mut a, mut late) = (Mount::open(&cluster, 2).await, Mount::open(&cluster, 3).await);
+    let directory = a.make(&cluster, Ino::ROOT, "d", Kind::Directory).await;
+    late.make(&cluster, directory.ino, "late", Kind::File).await;
+    let disk = cluster.disk.power_cut(1);
+    let cluster = cluster.restarted(disk);
+    cluster.clock.advance(Duration::from_secs(6));
+    cluster.until("the window is over", |cluster| !cluster.core().is_recovering()).await;
+    a.replay(&cluster).await;
+    for (sequence, name) in [(2, "x"), (3, "y")] {
+        let op = words::make(directory.ino, name, Kind::File);
+        let (session, sequence) = (a.session, Sequence(sequence));
+        let request = MetaRequest::Mutate { session, sequence, answered_below: sequence, durable: false, op };
+        assert!(cluster.ask(MOUNT, request).await.is_ok(), "{name}");
+    }
+    let listen = |heard| {
+        let (session, instance) = (a.session, cluster.running.service.instance);
+        MetaRequest::Session(SessionRequest::Listen { session, heard, instance, since: Position(0) })
+    };
+    let (replayed, ()) = tokio::join!(late.replay(&cluster), async {
+        let told = cluster.ask(MOUNT, listen(0)).await.unwrap();
+        let MetaAnswer::Events(events) = &told else { panic!("{told:?}") };
+        let [(number, Event::RecallLease(lease))] = events.as_slice() else { panic!("{events:?}") };
+        assert_eq!(lease.directory, directory.ino);
+        assert_eq!(cluster.ask(MOUNT, listen(*number)).await, Ok(MetaAnswer::Events(Vec::new())));
+    });
+    assert!(replayed.iter().all(|replayed| replayed.result.is_ok()), "{replayed:?}");
 }

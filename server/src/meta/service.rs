@@ -36,7 +36,7 @@ use super::{
     compare,
     core::{Core, ask},
     journal::Note,
-    leases::Changing,
+    leases::ChangingNames,
     locking::{News, Outcome, Wish},
     names, operate,
     server::Authority,
@@ -177,11 +177,7 @@ impl Service {
             MetaRequest::Query(query) => self.query(from.node, query).await,
             MetaRequest::Mutate { session, sequence, answered_below, durable, op } => {
                 self.check_settled(session, from.node)?;
-                let directories = op.directories();
-                let changing = match directories.is_empty() {
-                    true => None,
-                    false => Some(self.begin_change(session, directories).await?),
-                };
+                let changing = self.core.begin_change(session, &op).await?;
                 self.mutate(Command::Mutate { session, sequence, answered_below, op }, changing, durable).await
             }
             MetaRequest::Session(request) => self.session(from.node, request, bytes).await,
@@ -305,7 +301,7 @@ impl Service {
         self.core.store.ask(|rows| settled(question(rows))).unwrap_or_else(|fault| Err(self.fault(fault)))
     }
 
-    async fn mutate(&self, command: Command, changing: Option<Changing>, durable: bool) -> Answer {
+    async fn mutate(&self, command: Command, changing: Option<ChangingNames>, durable: bool) -> Answer {
         let Changed { position, outcome, directories, leases } = self.proposer.change(command, changing).await?;
         let Reply::Mutated(outcome) = outcome? else { return Err(Refusal::Fault) };
         if durable {
@@ -315,22 +311,6 @@ impl Service {
             return Ok(MetaAnswer::Mutated { position, outcome });
         }
         Ok(MetaAnswer::MutatedIn { position, outcome, directories, leases })
-    }
-
-    /// Nobody else answers for names in the directories until what this returns is dropped.
-    async fn begin_change(&self, session: SessionId, directories: Vec<Ino>) -> Result<Changing, Refusal> {
-        if !self.core.changes_names() {
-            return Err(Refusal::Unavailable);
-        }
-        let now = || self.core.clock.monotonic();
-        let recall = |holder, lease| {
-            let sessions = self.core.sessions.lock();
-            // Who has ended hears nothing any more.
-            if sessions.exists(holder) {
-                self.core.locking.recall_lease(holder, lease);
-            }
-        };
-        Ok(self.core.leases.change(session, directories, now, recall).await)
     }
 
     /// Proposes, and answers when the entry is durable.
@@ -406,8 +386,11 @@ impl Service {
                 self.check_session(session, node)?;
                 self.core.sessions.lock().renew(session, dirty_bytes, repairs, now);
             }
-            SessionRequest::Reopen { session, opens } => {
+            SessionRequest::Reopen { session, opens, instance } => {
                 self.check_session(session, node)?;
+                if instance.is_some_and(|instance| instance != self.instance) {
+                    return Err(Refusal::Unavailable);
+                }
                 self.core.sessions.lock().reopen(session, bounded(&opens)?, now)?;
                 self.core.recovery.lock().heard(session);
                 let replay_after = self.core.sessions.lock().owes(session);

@@ -21,8 +21,8 @@ use holdfast_common::{
         codec,
         enrol::EnrolRequest,
         meta::{
-            AdminRequest, FileCommit, Holder, LostChange, MetaAnswer, MetaReply, MetaRequest, Mutated, NewBlock, Op,
-            Query, RenameMode, Replayed, SessionRequest, StorageLoad, StorageNotice,
+            AdminRequest, Event, FileCommit, Holder, LostChange, MetaAnswer, MetaReply, MetaRequest, Mutated, NewBlock,
+            Op, Query, RenameMode, Replayed, SessionRequest, StorageLoad, StorageNotice,
         },
         storage::{StorageAnswer, StorageReply, StorageRequest},
     },
@@ -279,7 +279,7 @@ impl Cluster {
         let session = self.session;
         let knows = self.core().sessions.lock().is_confirmed(session);
         if !knows && self.core().sessions.lock().exists(session) {
-            let reopen = SessionRequest::Reopen { session, opens: Vec::new() };
+            let reopen = SessionRequest::Reopen { session, opens: Vec::new(), instance: None };
             self.ask(MOUNT, MetaRequest::Session(reopen)).await.unwrap();
         }
     }
@@ -571,7 +571,7 @@ async fn unlinked_and_open_stays_until_it_is_released() {
     let cluster = cluster.restarted(disk);
     tokio::time::sleep(Duration::from_millis(500)).await;
     assert_eq!(inodes(&cluster), 2);
-    let reopen = SessionRequest::Reopen { session, opens: vec![ino] };
+    let reopen = SessionRequest::Reopen { session, opens: vec![ino], instance: None };
     cluster.ask(MOUNT, MetaRequest::Session(reopen)).await.unwrap();
     assert!(cluster.ask(MOUNT, MetaRequest::Query(open.clone())).await.is_ok());
     let release = SessionRequest::Opens { session, opened: vec![], released: vec![ino] };

@@ -11,7 +11,7 @@ use std::{
 use anyhow::{Context, Result, bail};
 use futures_util::future::join_all;
 use holdfast_common::{
-    BlockHash, BootId, ChunkIndex, Epoch, Ino, Kind, Piece, Sequence, ServerId, SessionId, Time,
+    BlockHash, BootId, ChunkIndex, Epoch, Ino, Kind, Piece, Refusal, Sequence, ServerId, SessionId, Time,
     net::{
         Endpoint, Frame, Peers,
         identity::{NodeName, Role},
@@ -146,10 +146,20 @@ impl Client {
         Ok(client)
     }
 
+    /// As a mount does: a server that cannot answer now is asked again.
     async fn ask(&self, request: &MetaRequest) -> Result<MetaAnswer> {
-        let frame = Frame { header: encode(request)?, payload: Vec::new() };
-        let answer = self.node.call(self.to, frame, DEADLINE).await?;
-        Ok(decode::<MetaReply>(&answer.header)?.result?)
+        let header = encode(request)?;
+        let began = Instant::now();
+        loop {
+            let frame = Frame { header: header.clone(), payload: Vec::new() };
+            let answer = self.node.call(self.to, frame, DEADLINE).await?;
+            match decode::<MetaReply>(&answer.header)?.result {
+                Err(Refusal::Unavailable) if began.elapsed() < PATIENCE => {
+                    tokio::time::sleep(Duration::from_millis(10)).await;
+                }
+                result => return Ok(result?),
+            }
+        }
     }
 
     /// A session that is not renewed ends.

@@ -157,7 +157,7 @@ fn sessions() -> Vec<SessionRequest> {
     vec![
         SessionRequest::Open { instance: [3; 16], host: "host".into(), mountpoint: "/mnt".into() },
         SessionRequest::Renew { session, dirty_bytes: 77, repairs: 2 },
-        SessionRequest::Reopen { session, opens: vec![Ino(8), Ino(9)] },
+        SessionRequest::Reopen { session, opens: vec![Ino(8), Ino(9)], instance: Some(5) },
         SessionRequest::Close { session },
         SessionRequest::Opens { session, opened: vec![Ino(1)], released: vec![Ino(2)] },
         SessionRequest::Replay { session, part: 1, parts: 3, changes: vec![lost_change()] },

@@ -68,7 +68,7 @@ impl Pair {
     }
 }
 
-/// "Names in a directory that only one mount changes cost that mount no message to look up; whoever else changes it waits for no more than that mount's answer."
+/// "Names in a directory that only one mount changes cost that mount no message to look up; whoever else changes it waits for that mount's answer, and for little more than a second if none comes."
 #[test]
 fn a_mount_that_works_alone_knows_which_names_there_are_until_another_makes_one() {
     let pair = Pair::start();

@@ -70,7 +70,7 @@ impl<'a> Writer<'a> {
     /// The mount has been restarted too, and remembers nothing.
     async fn recover(&self) -> Option<()> {
         let session = self.session;
-        let reopen = SessionRequest::Reopen { session, opens: Vec::new() };
+        let reopen = SessionRequest::Reopen { session, opens: Vec::new(), instance: None };
         match self.life.meta(MetaRequest::Session(reopen)).await? {
             Ok(MetaAnswer::Reopened { replay_after: None }) => Some(()),
             Ok(MetaAnswer::Reopened { replay_after: Some(_) }) => {

@@ -7,7 +7,7 @@ use std::{
     time::Duration,
 };
 
-use holdfast_client::cache::names::{Asked, Changing, Known, Listing, Names};
+use holdfast_client::cache::names::{Asked, Known, Listing, Names, Pending};
 use holdfast_common::{
     Attr, DirEntry, Ino, Kind, Position, Sequence, SessionId, Time,
     wire::meta::{Lease, Mutated, NewInode, Op, RenameMode},
@@ -51,7 +51,7 @@ struct Entry {
 struct Underway<'a> {
     op: Op,
     asked: Asked,
-    changing: Changing<'a>,
+    changing: Pending<'a>,
 }
 
 struct Mount<'a> {
@@ -413,7 +413,7 @@ impl<'a> World<'a> {
             return self.send(Mail::Answer { mount, sequence, answer, instance: self.instance });
         }
         if !self.has(Flaw::NoBeginning) {
-            self.table.begin(session(mount), &op.directories());
+            self.table.begin(session(mount), &op.directories(), self.server_now());
         }
         self.waiting.push((mount, sequence, op));
     }
