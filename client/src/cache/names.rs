@@ -7,10 +7,7 @@
 //!
 //! Attributes are not leased. They come with the names and are as old as they are; whoever is told them hears how old.
 
-use std::{
-    collections::{HashMap, HashSet},
-    time::Duration,
-};
+use std::{collections::HashMap, time::Duration};
 
 use holdfast_common::{
     Attr, DirEntry, Ino, Kind, Position, Sequence, SessionId,
@@ -288,7 +285,7 @@ impl State {
             Some(known) if known.number > lease.number => return,
             _ => self.forget(lease.directory),
         }
-        self.make_room(asked);
+        self.make_room();
         let Lease { directory, number } = lease;
         self.beginnings += 1;
         let fresh = Directory {
@@ -457,32 +454,29 @@ impl State {
         }
     }
 
-    fn make_room(&mut self, now: Duration) {
+    fn make_room(&mut self) {
         if self.directories.len() < DIRECTORIES_MAX {
             return;
         }
-        let old: Vec<Ino> =
-            self.directories.iter().filter(|(_, known)| known.until <= now).map(|(ino, _)| *ino).collect();
-        old.into_iter().for_each(|ino| self.forget(ino));
-        if self.directories.len() >= DIRECTORIES_MAX {
-            self.forget_oldest(DIRECTORIES_MAX / 2, None);
-        }
+        self.forget_oldest(None, |state| state.directories.len() <= DIRECTORIES_MAX / 2);
     }
 
     fn make_room_but_for(&mut self, directory: Ino) {
-        self.forget_oldest(self.directories.len() / 2, Some(directory));
-        while self.names > NAMES_MAX && self.directories.len() > 1 {
-            self.forget_oldest(1, Some(directory));
-        }
+        self.forget_oldest(Some(directory), |state| state.names <= NAMES_MAX / 2);
     }
 
-    fn forget_oldest(&mut self, count: usize, kept: Option<Ino>) {
+    /// Forgets directories, but for `kept`, from the one whose lease ends first, until it is enough: half of what there may be, so that the
+    /// next time is far away.
+    fn forget_oldest(&mut self, kept: Option<Ino>, is_enough: impl Fn(&Self) -> bool) {
         let mut by_age: Vec<(Duration, Ino)> =
             self.directories.iter().map(|(ino, known)| (known.until, *ino)).collect();
         by_age.sort_unstable();
-        let oldest: HashSet<Ino> =
-            by_age.into_iter().map(|(_, ino)| ino).filter(|ino| Some(*ino) != kept).take(count.max(1)).collect();
-        oldest.into_iter().for_each(|ino| self.forget(ino));
+        for (_, ino) in by_age.into_iter().filter(|(_, ino)| Some(*ino) != kept) {
+            if is_enough(self) {
+                return;
+            }
+            self.forget(ino);
+        }
     }
 }
 
