@@ -45,6 +45,8 @@ pub const READDIR_PAGE_MAX: usize = 4096;
 pub const COMMIT_FILES_MAX: usize = 256;
 /// Pieces in one commit, over all its files.
 pub const COMMIT_PIECES_MAX: usize = 8192;
+/// Changes in one `MutateMany`.
+pub const MUTATIONS_MAX: usize = 256;
 /// Replies kept for each session, so that a retried mutation gets its first answer (I5).
 /// A client keeps fewer mutations than this in flight.
 pub const REPLIES_KEPT_PER_SESSION: u64 = 4096;

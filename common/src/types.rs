@@ -78,6 +78,25 @@ pub struct Time {
     pub nanos: u32,
 }
 
+impl Time {
+    /// The next that can be told from it.
+    #[must_use]
+    pub fn after_a_nanosecond(self) -> Self {
+        self.after(std::time::Duration::from_nanos(1))
+    }
+
+    /// So much later; at most the last second there is.
+    #[must_use]
+    pub fn after(self, time: std::time::Duration) -> Self {
+        let nanos = u64::from(self.nanos) + u64::from(time.subsec_nanos());
+        let secs = time.as_secs() + nanos / NANOS_PER_SEC;
+        let rest = u32::try_from(nanos % NANOS_PER_SEC).unwrap_or_default();
+        Self { secs: self.secs.saturating_add_unsigned(secs), nanos: rest }
+    }
+}
+
+const NANOS_PER_SEC: u64 = 1_000_000_000;
+
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
 pub enum Kind {
     File,

@@ -258,15 +258,16 @@ async fn three_storage_servers_and_a_metadata_server_keep_a_file_through_restart
     meta.stop().await;
     let meta = ground.start_meta().await;
     mount.until("all servers are up again", |status| up(status) == 3).await;
-    let Ok(MetaAnswer::Map(map)) =
-        mount.ask(MetaRequest::Query(Query::Pieces { ino, first: ChunkIndex(0), count: 1 })).await
+    let Ok(MetaAnswer::Map(map)) = mount
+        .ask(MetaRequest::Query { session: SessionId(0), query: Query::Pieces { ino, first: ChunkIndex(0), count: 1 } })
+        .await
     else {
         panic!("no map")
     };
     assert_eq!((map.blocks.len(), map.blocks[0].holders.len()), (1, 3), "the second write covers the first");
     assert_eq!(mount.ask(MetaRequest::Admin(AdminRequest::Check)).await, Ok(MetaAnswer::Violations(Vec::new())));
     let session = mount.session;
-    let reopen = SessionRequest::Reopen { session, opens: vec![ino], instance: None };
+    let reopen = SessionRequest::Reopen { session, opens: vec![ino], instance: None, is_behind: false };
     assert_eq!(mount.ask(MetaRequest::Session(reopen)).await, Ok(MetaAnswer::Reopened { replay_after: None }));
     mount.create("b").await;
     meta.stop().await;

@@ -5,12 +5,15 @@
 //! for how long it may be *used*; it ends when another number comes. The mount's own changes are entered in the order of their positions, however
 //! their answers overtake each other.
 //!
+//! In a directory that this mount has for itself, names may be taken away before the server knows ([`Names::remove_ahead`]): whoever does so sees
+//! to it that the server hears of it before anything that could be seen to come later.
+//!
 //! Attributes are not leased. They come with the names and are as old as they are; whoever is told them hears how old.
 
 use std::{collections::HashMap, time::Duration};
 
 use holdfast_common::{
-    Attr, DirEntry, Ino, Kind, Position, Sequence, SessionId,
+    Attr, DirEntry, Ino, Kind, Position, Sequence, SessionId, Time,
     limits::{DIRECTORY_LEASE, NAME_LENGTH_MAX},
     wire::meta::{Lease, Mutated, Op, RenameMode},
 };
@@ -22,6 +25,11 @@ const NAMES_MAX: usize = 64 << 10;
 const DIRECTORY_NAMES_MAX: usize = 32 << 10;
 /// Directories, also those of which no name is known.
 const DIRECTORIES_MAX: usize = 8 << 10;
+/// A lease must last so much longer for a name to be taken away under it: until the server has heard that.
+const AHEAD_MARGIN: Duration = Duration::from_millis(500);
+const _: () = assert!(AHEAD_MARGIN.as_millis() < DIRECTORY_LEASE.as_millis());
+/// In place of the position of a change that the server has not made yet: later than any.
+const AHEAD: Position = Position(u64::MAX);
 /// Questions for unknown names of one directory that have to be asked before all its names are.
 const UNKNOWN_BEFORE_LISTING: u32 = 3;
 
@@ -60,6 +68,8 @@ struct State {
     names: usize,
     /// This mount's changes that are under way, by directory.
     changing: HashMap<Ino, u32>,
+    /// Those that the server has not been heard to have made, though this mount's programs have: by directory.
+    ahead: HashMap<Ino, u32>,
     /// What was asked for before this gives no lease: one that was taken back since may be meant.
     not_before: Duration,
     /// The last of this mount's changes of names that has been answered. What is known of a directory begins no earlier.
@@ -98,6 +108,14 @@ struct Directory {
     /// Changes before this one may have been overtaken by others, of this mount or of another.
     since: Position,
     until: Duration,
+    /// Until then nobody else is told of its names either; and the lease's number of that.
+    sole_until: Duration,
+    sole: u64,
+    /// The directory in which it was made, and the number under which nobody else was told of names there: as long as that is so, nobody
+    /// else knows of this one.
+    hidden_in: Option<(Ino, u64)>,
+    /// As it is after all of this mount's changes, also those that the server has not made yet.
+    attr: Option<Attr>,
     /// There are no other names than those in `names`.
     is_whole: bool,
     is_too_large: bool,
@@ -177,6 +195,40 @@ impl Names {
         Pending { names: self, id: (session, sequence), directories, is_settled: false }
     }
 
+    /// Takes a name away that nobody else can have changed or be told of, before the server has been asked to. Returns what it stood for, and the
+    /// directory as it is now; `None`: the server has to be asked first. `clock`: the time there, as far as known. `begin` is called, before anybody else can know, with
+    /// what there is to do; [`Names::removed`] has to follow.
+    pub fn remove_ahead(
+        &self,
+        (parent, name): (Ino, &[u8]),
+        is_directory: bool,
+        (now, clock): (Duration, Time),
+        may: impl FnOnce(Ino) -> bool,
+        begin: impl FnOnce(Op),
+    ) -> Option<(Ino, Attr)> {
+        let mut state = self.0.lock();
+        let ino = state.removable(parent, name, is_directory, now).filter(|ino| may(*ino))?;
+        let attr = state.take_away((parent, name), ino, is_directory, now, clock)?;
+        begin(Op::Remove { parent, name: name.to_vec(), ino, time: attr.ctime });
+        Some((ino, attr))
+    }
+
+    /// The server has removed what was removed ahead, at this position; or it has not, and what is known of the directory is not true.
+    pub fn removed(&self, (parent, name): (Ino, &[u8]), made: Option<(Position, &[Attr])>) {
+        let mut state = self.0.lock();
+        let is_last = state.end_ahead(parent);
+        match made {
+            None => state.forget(parent),
+            Some((position, directories)) => {
+                if let Some(known) = state.directories.get_mut(&parent) {
+                    known.settle_ahead(name, position);
+                    directories.iter().filter(|attr| attr.ino == parent).for_each(|attr| known.catch_up(attr, is_last));
+                }
+            }
+        }
+        state.end_change(parent);
+    }
+
     /// A change of this mount was made at `position` and answered with these leases.
     pub fn note_change(&self, op: &Op, outcome: &Mutated, position: Position, leases: &[Lease], asked: Asked) {
         let mut state = self.0.lock();
@@ -190,6 +242,10 @@ impl Names {
         let later: Vec<KnownAttr> =
             outcome.attrs().iter().filter_map(|attr| state.attrs.get(&attr.ino)).copied().collect();
         state.apply(op, outcome, position, asked.at);
+        outcome.attrs().iter().for_each(|attr| state.note_directory(attr));
+        if let Some(made) = made.filter(|_| asked.at > state.not_before) {
+            state.hide(made, leases);
+        }
         later.iter().for_each(|known| state.merge_attr(known));
         let told = (asked.session, asked.answered_below);
         state.doubted.retain(|_, given_up| *given_up >= told);
@@ -201,7 +257,7 @@ impl Names {
     /// Attributes that the server was asked for at `asked`.
     pub fn note_attrs(&self, attrs: &[&Attr], asked: Duration) {
         let mut state = self.0.lock();
-        if !state.attrs.is_empty() {
+        if !state.directories.is_empty() {
             attrs.iter().for_each(|attr| state.note_attr(attr, asked));
         }
     }
@@ -231,8 +287,8 @@ impl Names {
     /// Nothing is known any more, and what is still to be answered gives no lease.
     pub fn distrust(&self, now: Duration) {
         let mut state = self.0.lock();
-        let State { changing, doubted, beginnings, .. } = std::mem::take(&mut *state);
-        *state = State { changing, doubted, beginnings, not_before: now, ..State::default() };
+        let State { changing, ahead, doubted, beginnings, .. } = std::mem::take(&mut *state);
+        *state = State { changing, ahead, doubted, beginnings, not_before: now, ..State::default() };
     }
 
     /// Attributes that were asked for before `now` may not be those of now.
@@ -260,6 +316,35 @@ impl KnownAttr {
 }
 
 impl Directory {
+    /// All its names, and none of them stands for anything: as far as it is known.
+    fn is_empty(&self) -> bool {
+        self.is_whole && !self.is_being_listed && self.names.values().all(|(ino, _)| ino.is_none())
+    }
+
+    fn settle_ahead(&mut self, name: &[u8], position: Position) {
+        if let Some((None, last)) = self.names.get_mut(name).filter(|(_, last)| *last == AHEAD) {
+            *last = position;
+        }
+    }
+
+    /// The directory as the server had it after one of the changes ahead, in order.
+    fn catch_up(&mut self, attr: &Attr, is_last: bool) {
+        self.attr = self.attr.map(|own| match is_last {
+            true => *attr,
+            false => Attr { nlink: own.nlink, size: own.size, mtime: own.mtime, ctime: own.ctime, ..*attr },
+        });
+    }
+
+    /// What the server said of it at some time.
+    fn note_attr(&mut self, attr: &Attr, is_ahead: bool) {
+        match self.attr {
+            Some(own) if attr.ctime <= own.ctime => {}
+            // Somebody else has changed it: which of the changes ahead are in that is not known.
+            _ if is_ahead => self.attr = None,
+            _ => self.attr = Some(*attr),
+        }
+    }
+
     fn is_worth_listing(&mut self) -> bool {
         self.unknown_asked += 1;
         let is_worth_it = self.unknown_asked >= UNKNOWN_BEFORE_LISTING && !self.is_being_listed && !self.is_too_large;
@@ -276,9 +361,16 @@ impl State {
 
     fn grant(&mut self, lease: Lease, position: Position, asked: Duration, is_empty: bool) {
         let until = asked + DIRECTORY_LEASE;
+        let sole_until = if lease.sole > 0 { until } else { Duration::ZERO };
         match self.directories.get_mut(&lease.directory) {
             Some(known) if known.number == lease.number => {
                 known.until = known.until.max(until);
+                // Numbers ascend; one that comes late is of no use any more.
+                if lease.sole > known.sole {
+                    (known.sole, known.sole_until) = (lease.sole, sole_until);
+                } else if lease.sole == known.sole {
+                    known.sole_until = known.sole_until.max(sole_until);
+                }
                 return;
             }
             // It came late.
@@ -286,13 +378,17 @@ impl State {
             _ => self.forget(lease.directory),
         }
         self.make_room();
-        let Lease { directory, number } = lease;
+        let Lease { directory, number, sole } = lease;
         self.beginnings += 1;
         let fresh = Directory {
             number,
             beginning: self.beginnings,
             since: position.max(self.heard),
             until,
+            sole_until,
+            sole,
+            hidden_in: None,
+            attr: None,
             // This mount may have been faster to find the new directory, and to change it, than to hear that it made it.
             is_whole: is_empty && self.heard < position,
             is_too_large: false,
@@ -308,7 +404,10 @@ impl State {
             (Op::Make { parent, name, .. } | Op::Link { parent, name, .. }, Mutated::Inode { attr, .. }) => {
                 self.enter(*parent, name, Some((attr, asked)), position);
             }
-            (Op::Unlink { parent, name } | Op::Rmdir { parent, name }, Mutated::Removed { attr }) => {
+            (
+                Op::Unlink { parent, name } | Op::Rmdir { parent, name } | Op::Remove { parent, name, .. },
+                Mutated::Removed { attr },
+            ) => {
                 self.enter(*parent, name, None, position);
                 if attr.kind == Kind::Directory {
                     self.forget(attr.ino);
@@ -324,6 +423,11 @@ impl State {
                 }
                 self.enter(*from, from_name, None, position);
                 self.enter(*to, to_name, Some((moved, asked)), position);
+                if from != to
+                    && let Some(known) = self.directories.get_mut(&moved.ino)
+                {
+                    known.hidden_in = None;
+                }
                 if let Some(replaced) = replaced.filter(|replaced| replaced.kind == Kind::Directory) {
                     self.forget(replaced.ino);
                 }
@@ -331,6 +435,14 @@ impl State {
             // The answer does not say what the attributes are now.
             (Op::Accessed { files, .. }, _) => files.iter().for_each(|(ino, _)| self.distrust_attr(*ino, asked)),
             _ => {}
+        }
+    }
+
+    /// A directory has been made in another, and these leases are as of that moment.
+    fn hide(&mut self, ino: Ino, leases: &[Lease]) {
+        let parent = leases.iter().find(|lease| lease.directory != ino && lease.sole > 0);
+        if let Some(made) = self.directories.get_mut(&ino) {
+            made.hidden_in = parent.map(|lease| (lease.directory, lease.sole));
         }
     }
 
@@ -373,7 +485,63 @@ impl State {
         self.note_attr(&before.attr, before.asked);
     }
 
+    /// What the name stands for, if this mount may take it away by itself.
+    fn removable(&self, parent: Ino, name: &[u8], is_directory: bool, now: Duration) -> Option<Ino> {
+        let known = self.directories.get(&parent).filter(|known| now + AHEAD_MARGIN < known.sole_until)?;
+        let (Some(ino), _) = known.names.get(name)? else { return None };
+        let attr = self.attrs.get(ino)?.attr;
+        let may = match (is_directory, attr.kind) {
+            (true, Kind::Directory) => {
+                let inside = self.directories.get(ino)?;
+                let is_hidden = inside.hidden_in == Some((parent, known.sole));
+                if !is_hidden && now + AHEAD_MARGIN >= inside.until {
+                    return None;
+                }
+                // A change that is under way there may make something.
+                inside.is_empty() && self.changing.get(ino) == self.ahead.get(ino)
+            }
+            (true, _) | (false, Kind::Directory) => false,
+            // Its other names are told how many are left.
+            (false, _) => attr.nlink == 1,
+        };
+        may.then_some(*ino)
+    }
+
+    /// Returns the directory without the name. `None`: its attributes are not known, and nothing is done.
+    fn take_away(
+        &mut self,
+        (parent, name): (Ino, &[u8]),
+        ino: Ino,
+        is_directory: bool,
+        now: Duration,
+        clock: Time,
+    ) -> Option<Attr> {
+        let known = self.directories.get_mut(&parent)?;
+        let attr = known.attr.as_mut()?;
+        let time = clock.max(attr.ctime.after_a_nanosecond());
+        (attr.ctime, attr.mtime) = (time, time);
+        attr.size = attr.size.saturating_sub(1);
+        attr.nlink = attr.nlink.saturating_sub(u32::from(is_directory));
+        let attr = *attr;
+        known.names.insert(name.into(), (None, AHEAD));
+        *self.changing.entry(parent).or_default() += 1;
+        *self.ahead.entry(parent).or_default() += 1;
+        self.attrs.remove(&ino);
+        if is_directory {
+            self.forget(ino);
+        }
+        self.note_attr(&attr, now);
+        Some(attr)
+    }
+
+    fn note_directory(&mut self, attr: &Attr) {
+        if let Some(directory) = self.directories.get_mut(&attr.ino) {
+            directory.note_attr(attr, self.ahead.contains_key(&attr.ino));
+        }
+    }
+
     fn note_attr(&mut self, attr: &Attr, asked: Duration) {
+        self.note_directory(attr);
         let Some(known) = self.attrs.get_mut(&attr.ino) else { return };
         if known.attr.ctime <= attr.ctime {
             known.attr = *attr;
@@ -411,6 +579,17 @@ impl State {
         if self.names > NAMES_MAX {
             self.make_room_but_for(directory);
         }
+    }
+
+    /// Was it the last?
+    fn end_ahead(&mut self, directory: Ino) -> bool {
+        let Some(count) = self.ahead.get_mut(&directory) else { return true };
+        *count -= 1;
+        let is_last = *count == 0;
+        if is_last {
+            self.ahead.remove(&directory);
+        }
+        is_last
     }
 
     fn end_change(&mut self, directory: Ino) {
@@ -524,7 +703,7 @@ mod tests {
     /// The mount makes `name` in `HOME` and has a lease by it.
     fn note_made(names: &Names, name: &str, ino: u64, number: u64, position: u64, at: Duration) {
         let outcome = Mutated::Inode { attr: attr(ino, Kind::File), created: true };
-        let lease = Lease { directory: HOME, number };
+        let lease = Lease { directory: HOME, number, sole: 0 };
         names.note_change(&make(HOME, name, Kind::File), &outcome, Position(position), &[lease], asked(at));
     }
 
@@ -560,11 +739,93 @@ mod tests {
         }
     }
 
+    /// The mount makes a directory in `HOME`, with leases on both as given.
+    fn note_made_directory(names: &Names, name: &str, ino: u64, position: u64, at: Duration, leases: &[Lease]) {
+        let outcome = Mutated::Inode { attr: attr(ino, Kind::Directory), created: true };
+        names.note_change(&make(HOME, name, Kind::Directory), &outcome, Position(position), leases, asked(at));
+        names.note_attrs(&[&Attr { size: position, nlink: 9, ..attr(HOME.0, Kind::Directory) }], at);
+    }
+
+    fn remove_ahead(names: &Names, name: &str, is_directory: bool, now: Duration) -> Option<(Ino, Attr)> {
+        names.remove_ahead((HOME, name.as_bytes()), is_directory, (now, Time::default()), |_| true, |_| ())
+    }
+
+    const OWN: Lease = Lease { directory: HOME, number: 1, sole: 1 };
+
+    #[test]
+    fn a_name_is_taken_away_ahead_only_where_nobody_else_may_look() {
+        let names = whole(&[("a", 11), ("b", 12), ("c", 13)]);
+        names.note_attrs(&[&attr(HOME.0, Kind::Directory)], ms(102));
+        assert_eq!(remove_ahead(&names, "a", false, ms(110)), None, "others may look");
+        let note = |number, sole, position, at| {
+            let outcome = Mutated::Inode { attr: attr(number, Kind::File), created: true };
+            let lease = Lease { directory: HOME, number: 1, sole };
+            let op = make(HOME, &number.to_string(), Kind::File);
+            names.note_change(&op, &outcome, Position(position), &[lease], asked(at));
+        };
+        note(20, 2, 2, ms(120));
+        let (ino, directory) = remove_ahead(&names, "a", false, ms(130)).expect("it may");
+        assert_eq!((ino, directory.ino), (Ino(11), HOME));
+        assert_eq!(names.look(HOME, b"a", ms(131)), Known::Absent);
+        assert_eq!(remove_ahead(&names, "a", false, ms(131)), None, "it is gone");
+        assert_eq!(remove_ahead(&names, "b", true, ms(131)), None, "it is no directory");
+        let late = ms(120) + DIRECTORY_LEASE - AHEAD_MARGIN;
+        assert_eq!(remove_ahead(&names, "b", false, late), None, "the lease may end before the server hears of it");
+        assert!(remove_ahead(&names, "b", false, late - ms(1)).is_some());
+        names.recall(Lease { directory: HOME, number: 1, sole: 2 }, ms(700));
+        assert_eq!(remove_ahead(&names, "c", false, ms(701)), None);
+    }
+
+    #[test]
+    fn each_removal_ahead_leaves_the_directory_later_and_smaller() {
+        let names = Names::default();
+        note_made_directory(&names, "a", 11, 1, ms(100), &[OWN, Lease { directory: Ino(11), number: 2, sole: 2 }]);
+        note_made_directory(&names, "b", 12, 2, ms(110), &[OWN, Lease { directory: Ino(12), number: 3, sole: 3 }]);
+        names.note_attrs(
+            &[&Attr { size: 2, nlink: 4, ctime: Time { secs: 5, nanos: 0 }, ..attr(1, Kind::Directory) }],
+            ms(111),
+        );
+        let (_, first) = remove_ahead(&names, "a", true, ms(120)).expect("it may");
+        let (_, second) = remove_ahead(&names, "b", true, ms(120)).expect("it may");
+        assert_eq!([first.size, second.size], [1, 0]);
+        assert_eq!([first.nlink, second.nlink], [3, 2]);
+        assert!(first.ctime > Time { secs: 5, nanos: 0 } && first.ctime < second.ctime, "{first:?} {second:?}");
+        assert_eq!((second.mtime, second.mode), (second.ctime, 0o755));
+        // Somebody else has changed its mode meanwhile: the server's answers say so.
+        names.removed((HOME, b"a"), Some((Position(3), &[Attr { mode: 0o700, ..first }])));
+        note_made_directory(&names, "c", 13, 4, ms(130), &[OWN, Lease { directory: Ino(13), number: 4, sole: 4 }]);
+        let (_, third) = remove_ahead(&names, "c", true, ms(140)).expect("it may");
+        assert_eq!(third.mode, 0o700);
+        assert!(third.ctime > second.ctime);
+    }
+
+    #[test]
+    fn a_directory_that_others_may_have_found_is_removed_by_the_server_only() {
+        let names = Names::default();
+        let made = |name: &str, ino, position, at, sole| {
+            let inside = Lease { directory: Ino(ino), number: ino, sole: ino };
+            note_made_directory(&names, name, ino, position, at, &[Lease { sole, ..OWN }, inside]);
+        };
+        made("old", 11, 1, ms(100), 1);
+        made("full", 12, 2, ms(101), 1);
+        let file = Mutated::Inode { attr: attr(20, Kind::File), created: true };
+        names.note_change(&make(Ino(12), "x", Kind::File), &file, Position(3), &[], asked(ms(102)));
+        let later = ms(100) + 3 * DIRECTORY_LEASE;
+        made("again", 13, 4, later, 1);
+        assert_eq!(remove_ahead(&names, "full", true, later), None, "it is not empty");
+        assert!(remove_ahead(&names, "old", true, later).is_some(), "nobody else has been told of it since");
+        made("kept", 14, 5, later, 1);
+        let even_later = later + 20 * DIRECTORY_LEASE;
+        made("newest", 15, 6, even_later, 30);
+        assert_eq!(remove_ahead(&names, "kept", true, even_later), None, "somebody has looked meanwhile");
+        assert!(remove_ahead(&names, "newest", true, even_later).is_some());
+    }
+
     #[test]
     fn a_new_directory_is_known_whole_at_once() {
         let names = Names::default();
         let outcome = Mutated::Inode { attr: attr(7, Kind::Directory), created: true };
-        let lease = Lease { directory: Ino(7), number: 1 };
+        let lease = Lease { directory: Ino(7), number: 1, sole: 0 };
         names.note_change(&make(HOME, "new", Kind::Directory), &outcome, Position(1), &[lease], asked(ms(100)));
         assert_eq!(names.look(Ino(7), b"anything", ms(200)), Known::Absent);
         assert_eq!(names.look(HOME, b"anything", ms(200)), Known::Unknown);
@@ -615,7 +876,7 @@ mod tests {
     #[test]
     fn a_recall_ends_what_is_known_and_what_was_asked_before_it_gives_no_lease() {
         let names = whole(&[]);
-        names.recall(Lease { directory: HOME, number: 1 }, ms(150));
+        names.recall(Lease { directory: HOME, number: 1, sole: 0 }, ms(150));
         assert_eq!(names.look(HOME, b"missing", ms(151)), Known::Unknown);
         note_made(&names, "late", 12, 1, 2, ms(149));
         assert!(!names.has_leases(ms(151)), "the answer has overtaken the recall");
@@ -633,7 +894,7 @@ mod tests {
         assert!(!names.has_leases(ms(153)));
         let outcome = Mutated::Inode { attr: attr(13, Kind::File), created: true };
         let told = Asked { at: ms(154), session: SESSION, answered_below: Sequence(6) };
-        let lease = Lease { directory: HOME, number: 1 };
+        let lease = Lease { directory: HOME, number: 1, sole: 0 };
         names.note_change(&make(HOME, "b", Kind::File), &outcome, Position(3), &[lease], told);
         assert!(names.has_leases(ms(155)));
     }
@@ -720,7 +981,7 @@ mod tests {
             if number % 2 == 0 {
                 let op = make(HOME, "d", Kind::Directory);
                 let outcome = Mutated::Inode { attr: attr(1_000_000 + number, Kind::Directory), created: true };
-                let lease = Lease { directory: Ino(1_000_000 + number), number: 5 };
+                let lease = Lease { directory: Ino(1_000_000 + number), number: 5, sole: 0 };
                 names.note_change(&op, &outcome, Position(10 + number), &[lease], asked(ms(200)));
             }
         }

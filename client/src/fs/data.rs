@@ -247,6 +247,7 @@ impl Fs {
         results.into_iter().collect::<FsResult<Vec<()>>>()?;
         if durable {
             self.shared.make_durable().await?;
+            self.shared.meta.hear_failure()?;
         }
         Ok(())
     }

@@ -82,12 +82,9 @@ impl Fs {
     async fn fetch_page(&self, ino: Ino, cookie: u64, plus: bool) -> FsResult<Page> {
         let after = cookie.saturating_sub(DOT_DOT);
         let entries_max = if after == 0 { PAGE_FIRST } else { PAGE };
-        let named = self.shared.meta.query(Query::ReadDir { ino, cookie: after, entries_max, plus });
-        // Asked together: one round trip.
-        let (dots, named) = futures_util::future::join(self.dots(ino, cookie), named).await;
-        let mut entries = dots?;
-        match named? {
-            MetaAnswer::Directory { entries: named, end } => {
+        match self.shared.meta.query(Query::ReadDir { ino, cookie: after, entries_max, plus }).await? {
+            MetaAnswer::Directory { entries: named, end, parent } => {
+                let mut entries = dots(ino, parent.unwrap_or(ino), cookie);
                 entries.extend(named.into_iter().map(|entry| self.shown(entry)));
                 Ok(Page { after: cookie, plus, entries: Arc::new(entries), end })
             }
@@ -99,30 +96,21 @@ impl Fs {
         DirEntry { cookie: entry.cookie + DOT_DOT, attr: entry.attr.map(|attr| self.learn(attr)), ..entry }
     }
 
-    /// `.` and `..`, as far as they come after `cookie`.
-    async fn dots(&self, ino: Ino, cookie: u64) -> FsResult<Vec<DirEntry>> {
-        if cookie >= DOT_DOT {
-            return Ok(Vec::new());
-        }
-        let parent = match self.shared.meta.query(Query::Parent { ino }).await {
-            Ok(MetaAnswer::Parent { parent, .. }) => parent,
-            Ok(other) => return Err(unexpected(&other)),
-            // The root, or a directory that has been removed.
-            Err(Errno(libc::ENOENT)) => ino,
-            Err(error) => return Err(error),
-        };
-        let dot =
-            |cookie, name: &[u8], ino| DirEntry { cookie, name: name.to_vec(), ino, kind: Kind::Directory, attr: None };
-        let dots = [dot(DOT, b".", ino), dot(DOT_DOT, b"..", parent)];
-        Ok(dots.into_iter().filter(|entry| entry.cookie > cookie).collect())
-    }
-
     pub fn releasedir(&self, _ino: Ino, handle: FileHandle) {
         self.directories.lock().remove(&handle);
     }
 
     /// Names made and removed before are durable when this returns.
     pub async fn fsyncdir(&self, _ino: Ino) -> FsResult<()> {
-        self.shared.meta.barrier().await
+        self.shared.meta.barrier().await?;
+        self.shared.meta.hear_failure()
     }
+}
+
+/// `.` and `..`, as far as they come after `cookie`.
+fn dots(ino: Ino, parent: Ino, cookie: u64) -> Vec<DirEntry> {
+    let dot =
+        |cookie, name: &[u8], ino| DirEntry { cookie, name: name.to_vec(), ino, kind: Kind::Directory, attr: None };
+    let dots = [dot(DOT, b".", ino), dot(DOT_DOT, b"..", parent)];
+    dots.into_iter().filter(|entry| entry.cookie > cookie).collect()
 }

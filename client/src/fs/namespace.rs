@@ -161,11 +161,29 @@ impl Fs {
     }
 
     pub async fn unlink(&self, parent: Ino, name: &[u8]) -> FsResult<()> {
+        if self.remove_ahead(parent, name, false) {
+            return Ok(());
+        }
         self.remove(Op::Unlink { parent, name: name.to_vec() }).await
     }
 
     pub async fn rmdir(&self, parent: Ino, name: &[u8]) -> FsResult<()> {
+        if self.remove_ahead(parent, name, true) {
+            return Ok(());
+        }
         self.remove(Op::Rmdir { parent, name: name.to_vec() }).await
+    }
+
+    /// Before the server knows, if that can be. Of an inode about which this mount may know more, it has to be asked.
+    fn remove_ahead(&self, parent: Ino, name: &[u8], is_directory: bool) -> bool {
+        let may = |ino| self.inode(ino).is_none();
+        let Some((ino, directory)) = self.shared.meta.remove_ahead(parent, name, is_directory, may) else {
+            return false;
+        };
+        self.told.forget(ino);
+        self.told.note(&[directory]);
+        self.accesses.forget(ino);
+        true
     }
 
     async fn remove(&self, op: Op) -> FsResult<()> {

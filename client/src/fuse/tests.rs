@@ -70,7 +70,8 @@ fn directory(plus: bool) -> MetaAnswer {
         let (cookie, attr) = child(name)?;
         Some(DirEntry { cookie, name: name.to_vec(), ino: attr.ino, kind: attr.kind, attr: plus.then_some(attr) })
     };
-    MetaAnswer::Directory { entries: [&b"sub"[..], b"link"].into_iter().filter_map(entry).collect(), end: true }
+    let entries = [&b"sub"[..], b"link"].into_iter().filter_map(entry).collect();
+    MetaAnswer::Directory { entries, end: true, parent: Some(Ino::ROOT) }
 }
 
 fn query(query: Query) -> Result<MetaAnswer, Refusal> {
@@ -82,8 +83,7 @@ fn query(query: Query) -> Result<MetaAnswer, Refusal> {
         }
         Query::ReadLink { ino: Ino(3) } => Ok(MetaAnswer::Link(LINK_TARGET.to_vec())),
         Query::ReadDir { ino, cookie: 0, plus, .. } if ino == Ino::ROOT => Ok(directory(plus)),
-        Query::ReadDir { .. } => Ok(MetaAnswer::Directory { entries: Vec::new(), end: true }),
-        Query::Parent { .. } => Ok(MetaAnswer::Parent { parent: Ino::ROOT, name: b"sub".to_vec() }),
+        Query::ReadDir { .. } => Ok(MetaAnswer::Directory { entries: Vec::new(), end: true, parent: Some(Ino::ROOT) }),
         Query::StatFs => {
             Ok(MetaAnswer::StatFs(StatFs { capacity_bytes: 4096 * 1000, free_bytes: 4096 * 600, inodes: 3 }))
         }
@@ -99,7 +99,7 @@ fn answer(request: MetaRequest) -> Result<MetaAnswer, Refusal> {
         MetaRequest::Session(SessionRequest::Open { .. }) => {
             Ok(MetaAnswer::Session { session: SessionId(1), renew_every_ms: 1000 })
         }
-        MetaRequest::Query(asked) => query(asked),
+        MetaRequest::Query { query: asked, .. } => query(asked),
         MetaRequest::Mutate { .. } => Err(Refusal::NoSpace),
         _ => Ok(MetaAnswer::Done),
     }

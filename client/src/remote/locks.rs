@@ -15,7 +15,7 @@ use std::{
 
 use holdfast_common::{
     Ino, Position, Refusal, Sequence, SessionId,
-    limits::{DELEGATED_LOCKS_MAX, LISTEN_PATIENCE, RELOCK_MAX},
+    limits::{DELEGATED_LOCKS_MAX, DIRECTORY_LEASE, LISTEN_PATIENCE, RELOCK_MAX},
     locks::{Lock, LockClass, LockKind, LockOwner, LockRange, LockTable},
     wire::meta::{Event, Foreign, LockAnswer, LockRequest, MetaAnswer, MetaRequest, Reach, SessionRequest},
 };
@@ -531,6 +531,7 @@ impl MetaClient {
             let locks = state.held.held_of(ino).collect();
             Ok(MetaRequest::Lock { session, request: LockRequest::Return { ino, number, locks } })
         };
+        self.until_behind_settled().await?;
         match self.ask_if(ATTEMPT, request).await {
             Ok(MetaAnswer::Lock(LockAnswer::Free)) => {}
             Ok(other) => return Err(unexpected(&other)),
@@ -580,6 +581,7 @@ impl MetaClient {
             since: self.foreign_seen(),
         };
         let session = numbered.session;
+        self.until_behind_settled().await.map_err(Failure::Errno)?;
         // Not after the attempt that will be answered was sent.
         let asked = boot_time();
         match self.ask_or_expire(ATTEMPT, || MetaRequest::Lock { session, request: request() }).await? {
@@ -690,7 +692,12 @@ impl MetaClient {
                 Ok(MetaAnswer::Events(events)) => {
                     self.note_answered(session, asked);
                     retry = Retry::endless();
+                    let has_recalled = events.iter().any(|(_, event)| matches!(event, Event::RecallLease(_)));
                     self.hear((session, instance), heard, events);
+                    if has_recalled {
+                        // Nobody waits longer than a lease lasts.
+                        let _late = tokio::time::timeout(DIRECTORY_LEASE, self.until_behind_settled()).await;
+                    }
                 }
                 Ok(other) => error!(?other, "the metadata server answered another question"),
                 Err(Trouble::Refused(Refusal::SessionExpired)) => self.reenter(session).await,

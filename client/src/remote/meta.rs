@@ -13,20 +13,25 @@ use holdfast_common::planted::{Bug, is_planted};
 use holdfast_common::{
     Attr, Epoch, Ino, Position, Refusal, Sequence, SessionId,
     cluster::ClusterMap,
-    limits::REPLIES_KEPT_PER_SESSION,
+    limits::{MUTATIONS_MAX, REPLIES_KEPT_PER_SESSION},
     net::{CallError, Endpoint, Frame, Peers},
     wire::{
         codec,
         meta::{
-            LostChange, MetaAnswer, MetaReply, MetaRequest, Mutated, Op, Query, Replayed, SessionRequest, StorageNotice,
+            Changed, LostChange, MetaAnswer, MetaReply, MetaRequest, Mutated, Op, Query, Replayed, SessionRequest,
+            StorageNotice,
         },
     },
 };
 use parking_lot::{Mutex, RwLock};
-use tokio::sync::{Notify, watch};
+use tokio::{
+    sync::{Notify, watch},
+    time::timeout,
+};
 use tracing::{debug, error, info, warn};
 
 use super::{
+    behind::Behind,
     locks::Locks,
     retry::{OutOfTime, Retry},
     undurable::Undurable,
@@ -90,6 +95,8 @@ pub struct MetaClient {
     locks_lost: OnceLock<LocksLost>,
     /// In directories on which this mount has leases.
     names: Names,
+    /// Names that are gone, which the server has not heard of.
+    behind: Behind,
 }
 
 /// Is this mount telling a restarted server what that has to know before anything else?
@@ -178,6 +185,7 @@ impl MetaClient {
             locks: Locks::default(),
             locks_lost: OnceLock::new(),
             names: Names::default(),
+            behind: Behind::default(),
         });
         client.first_contact(patience).await?;
         client.await_service().await?;
@@ -206,7 +214,7 @@ impl MetaClient {
     /// long: a mount that is made meanwhile waits for that, and is not there before.
     async fn await_service(self: &Arc<Self>) -> Result<(), String> {
         let mut retry = Retry::within(RECOVERY_PATIENCE);
-        let request = MetaRequest::Query(Query::GetAttr { ino: Ino::ROOT });
+        let request = MetaRequest::Query { session: self.session(), query: Query::GetAttr { ino: Ino::ROOT } };
         while matches!(self.once(&request, ATTEMPT).await, Err(Trouble::Refused(Refusal::Unavailable))) {
             if retry.pause().await.is_err() {
                 return Err("the metadata server lost its power, and still waits for the mounts that it knew".into());
@@ -272,7 +280,8 @@ impl MetaClient {
     }
 
     pub async fn query(self: &Arc<Self>, query: Query) -> FsResult<MetaAnswer> {
-        self.ask(ATTEMPT, || MetaRequest::Query(query.clone())).await
+        self.until_settled(self.behind.settled_for(&query)).await?;
+        self.ask(ATTEMPT, || MetaRequest::Query { session: self.session(), query: query.clone() }).await
     }
 
     /// Learns all names in a directory, unless they are too many.
@@ -281,7 +290,7 @@ impl MetaClient {
         let (mut listed, mut cookie) = (Vec::new(), 0);
         loop {
             let page = Query::ReadDir { ino, cookie, entries_max: LISTED_PAGE, plus: true };
-            let Ok(MetaAnswer::Directory { entries, end }) = self.query(page).await else {
+            let Ok(MetaAnswer::Directory { entries, end, .. }) = self.query(page).await else {
                 return self.names.give_up_listing(listing, false);
             };
             cookie = entries.last().map_or(cookie, |entry| entry.cookie);
@@ -298,8 +307,7 @@ impl MetaClient {
     /// Registers the open with the query, so that it is known again after the server restarted.
     pub async fn open(self: &Arc<Self>, ino: Ino, chunks: u32) -> FsResult<MetaAnswer> {
         let added = self.opens.lock().insert(ino);
-        let answer =
-            self.ask(ATTEMPT, || MetaRequest::Query(Query::Open { session: self.session(), ino, chunks })).await;
+        let answer = self.query(Query::Open { ino, chunks }).await;
         if answer.is_err() && added {
             self.opens.lock().remove(&ino);
         }
@@ -336,6 +344,7 @@ impl MetaClient {
     }
 
     pub async fn close(self: &Arc<Self>) -> FsResult<()> {
+        self.until_behind_settled().await?;
         let request = MetaRequest::Session(SessionRequest::Close { session: self.session() });
         self.once(&request, Duration::from_secs(2)).await.map(drop).map_err(|_| Errno(libc::EIO))
     }
@@ -346,6 +355,7 @@ impl MetaClient {
 
     /// Everything applied for this session before is durable when this returns.
     pub async fn barrier(self: &Arc<Self>) -> FsResult<()> {
+        self.until_behind_settled().await?;
         self.ask(self.io_timeout, || MetaRequest::Barrier { session: self.session() }).await.map(drop)
     }
 
@@ -357,6 +367,7 @@ impl MetaClient {
     /// As [`MetaClient::mutate`], of what was written when locks had been lost `losses` times: `ESTALE`, and nothing is changed, if
     /// a lock on one of its files has been lost since.
     pub async fn mutate_unless_lost(self: &Arc<Self>, op: Op, durable: bool, losses: u64) -> FsResult<Applied> {
+        self.until_behind_settled().await?;
         if self.undurable.lock().is_full() {
             self.make_room().await;
         }
@@ -372,6 +383,9 @@ impl MetaClient {
     /// As [`MetaClient::mutate`], of a change that must not be asked for anew while it may have been made: goes on until its
     /// outcome is known, and says `late` each time that the mount's patience ends before.
     pub async fn mutate_until_known(self: &Arc<Self>, op: Op, losses: u64, late: impl Fn()) -> FsResult<Applied> {
+        while self.until_behind_settled().await.is_err() {
+            late();
+        }
         if self.undurable.lock().is_full() {
             self.make_room().await;
         }
@@ -390,6 +404,135 @@ impl MetaClient {
                     }
                     result => return Ok(result?),
                 }
+            }
+        }
+    }
+
+    /// Takes a name away, and has the server do so later, if nobody can tell the difference. Returns what the name stood for, and the directory
+    /// as it is now; `None`: nothing is done, and the server has to be asked.
+    /// `may`: is there nothing against it that the server does not know?
+    pub fn remove_ahead(
+        self: &Arc<Self>,
+        parent: Ino,
+        name: &[u8],
+        is_directory: bool,
+        may: impl FnOnce(Ino) -> bool,
+    ) -> Option<(Ino, Attr)> {
+        let now = boot_time();
+        let clock = self.behind.server_time(now)?;
+        let is_calm = *self.recovering.borrow() == Recovering::No && self.behind.has_room();
+        if !is_calm || self.undurable.lock().is_full() {
+            return None;
+        }
+        let mut has_to_begin = false;
+        let removed = self.names.remove_ahead((parent, name), is_directory, (now, clock), may, |op| {
+            has_to_begin = self.behind.push(op);
+        });
+        if has_to_begin {
+            let client = Arc::clone(self);
+            drop(tokio::spawn(async move { client.catch_up().await }));
+        }
+        removed
+    }
+
+    /// `EIO`, once, if a name is still there that a program was told is gone. After a [`MetaClient::barrier`].
+    pub fn hear_failure(&self) -> FsResult<()> {
+        if self.behind.take_failure() { Err(Errno(libc::EIO)) } else { Ok(()) }
+    }
+
+    /// Ends when the server has made what is behind. `EIO` when the mount's patience ends before.
+    pub(super) async fn until_behind_settled(&self) -> FsResult<()> {
+        self.until_settled(self.behind.settled()).await
+    }
+
+    async fn until_settled(&self, settled: impl Future<Output = ()>) -> FsResult<()> {
+        match timeout(self.io_timeout, settled).await {
+            Ok(()) => Ok(()),
+            Err(_) => {
+                error!("names that were removed could not be removed at the server within {:?}", self.io_timeout);
+                Err(Errno(libc::EIO))
+            }
+        }
+    }
+
+    /// Has the server make what is behind, until nothing is.
+    async fn catch_up(self: &Arc<Self>) {
+        loop {
+            let ops = self.behind.take(MUTATIONS_MAX);
+            if ops.is_empty() {
+                break;
+            }
+            let has_failed = self.make_behind(&ops).await;
+            self.behind.end(&ops, has_failed);
+        }
+        if self.behind.is_waited_for() {
+            self.tell_opens().await;
+        }
+    }
+
+    /// Goes on until it is known what came of each. Returns whether any could not be made.
+    async fn make_behind(self: &Arc<Self>, ops: &[Op]) -> bool {
+        loop {
+            let mutations = Mutation::begin_all(self, ops.len()).await;
+            let Some(session) = mutations.first().map(|mutation| mutation.session) else { return false };
+            let changes = || ops.iter().zip(&mutations).map(|(op, mutation)| (mutation.sequence, op.clone())).collect();
+            let asked = Asked { at: boot_time(), session, answered_below: self.answered_below(session) };
+            let request = || {
+                Ok(MetaRequest::MutateMany {
+                    session,
+                    answered_below: self.answered_below(session),
+                    changes: changes(),
+                })
+            };
+            let answer = loop {
+                match self.ask_if(ATTEMPT, request).await {
+                    Err(Failure::Late { .. }) => {
+                        warn!(changes = ops.len(), "names are gone here, and not at the server yet")
+                    }
+                    answer => break answer,
+                }
+            };
+            let results = match answer {
+                Ok(MetaAnswer::MutatedMany(results)) if results.len() == ops.len() => results,
+                // In another session they are asked for anew: what has been made then is not there any more.
+                Err(Failure::Expired { session, .. }) => {
+                    self.reenter(session).await;
+                    continue;
+                }
+                other => {
+                    error!(?other, changes = ops.len(), "names that were removed are not removed at the server");
+                    ops.iter().filter_map(Op::removed_name).for_each(|name| self.names.removed(name, None));
+                    return true;
+                }
+            };
+            let made = ops.iter().zip(&mutations).zip(results);
+            // All of them, whatever came of the first.
+            return made.fold(false, |failed, ((op, mutation), result)| {
+                failed | !self.note_made_behind(op, mutation.sequence, result, asked)
+            });
+        }
+    }
+
+    /// Returns whether it has been made.
+    fn note_made_behind(&self, op: &Op, sequence: Sequence, result: Result<Changed, Refusal>, asked: Asked) -> bool {
+        let Some(name) = op.removed_name() else { return false };
+        match result {
+            Ok(Changed { position, outcome, directories, leases }) => {
+                self.names.note_change(op, &outcome, position, &leases, asked);
+                self.names.removed(name, Some((position, &directories)));
+                if !self.is_durable(position) {
+                    self.undurable.lock().note(position, sequence, op.clone(), &outcome);
+                }
+                true
+            }
+            Err(refusal) => {
+                self.names.removed(name, None);
+                // It has been made before, or somebody else has come first, when this mount was cut off for long.
+                let is_gone = refusal == Refusal::NotFound;
+                if !is_gone {
+                    error!(?op, %refusal, "a name that was removed is still there");
+                }
+                is_gone
             }
         }
     }
@@ -456,6 +599,8 @@ impl MetaClient {
             }
         };
         self.names.note_change(op, &outcome, position, &leases, asked);
+        self.names.note_attrs(&directories.iter().collect::<Vec<_>>(), asked.at);
+        self.behind.note_time(&outcome, boot_time());
         changing.settle();
         if !leases.is_empty() {
             self.locks.want_to_listen();
@@ -502,7 +647,10 @@ impl MetaClient {
                 Ok(answer) => return Ok(answer),
                 Err(Trouble::Refused(Refusal::Unavailable)) => {}
                 Err(Trouble::Refused(Refusal::SessionExpired)) => match (session_of(&request), &request) {
-                    (Some(session), MetaRequest::Mutate { .. } | MetaRequest::Lock { .. }) => {
+                    (
+                        Some(session),
+                        MetaRequest::Mutate { .. } | MetaRequest::MutateMany { .. } | MetaRequest::Lock { .. },
+                    ) => {
                         return Err(Failure::Expired { session, perhaps_applied });
                     }
                     (session, _) => self.reenter(session.unwrap_or_else(|| self.session())).await,
@@ -535,7 +683,8 @@ impl MetaClient {
         let reply: MetaReply = codec::decode(&reply.header).map_err(malformed).map_err(Trouble::Call)?;
         self.note(&reply);
         // What came of a change may be what came of it when it was first asked for.
-        if let (Ok(answer), false) = (&reply.result, matches!(request, MetaRequest::Mutate { .. })) {
+        let is_change = matches!(request, MetaRequest::Mutate { .. } | MetaRequest::MutateMany { .. });
+        if let (Ok(answer), false) = (&reply.result, is_change) {
             self.names.note_attrs(&answer.attrs(), asked);
         }
         reply.result.map_err(Trouble::Refused)
@@ -722,7 +871,8 @@ impl MetaClient {
     /// Returns the position after which the server has lost everything, if it has.
     async fn send_opens(self: &Arc<Self>, session: SessionId) -> Result<Option<Position>, Trouble> {
         let opens: Vec<Ino> = self.opens.lock().iter().copied().collect();
-        let reopen = SessionRequest::Reopen { session, opens, instance: Some(self.server_instance()) };
+        let (instance, is_behind) = (Some(self.server_instance()), self.behind.say_if_any());
+        let reopen = SessionRequest::Reopen { session, opens, instance, is_behind };
         let answer = self.once(&MetaRequest::Session(reopen), ATTEMPT).await?;
         let MetaAnswer::Reopened { replay_after } = answer else { return Err(self.malformed(&answer)) };
         self.opens_told.store(true, Ordering::Release);
@@ -784,7 +934,7 @@ impl MetaClient {
     /// changed, and no other answer may come by for a while to say so.
     pub async fn refresh_map(self: &Arc<Self>) {
         let have = self.map.read().version;
-        let request = MetaRequest::Query(Query::ClusterMap { have });
+        let request = MetaRequest::Query { session: self.session(), query: Query::ClusterMap { have } };
         match self.once(&request, REFRESH).await {
             Ok(answer) => {
                 if let Err(error) = self.take_map(answer) {
@@ -816,6 +966,7 @@ pub(super) enum Trouble {
 }
 
 /// Why a request ended without an answer that counts.
+#[derive(Debug)]
 pub(super) enum Failure {
     Errno(Errno),
     /// The mount's patience has ended.
@@ -848,7 +999,8 @@ fn session_of(request: &MetaRequest) -> Option<SessionId> {
         MetaRequest::Mutate { session, .. }
         | MetaRequest::Lock { session, .. }
         | MetaRequest::Barrier { session }
-        | MetaRequest::Query(Query::Open { session, .. })
+        | MetaRequest::MutateMany { session, .. }
+        | MetaRequest::Query { session, query: Query::Open { .. } }
         | MetaRequest::Session(
             SessionRequest::Renew { session, .. }
             | SessionRequest::Reopen { session, .. }
@@ -897,6 +1049,17 @@ impl<'a> Mutation<'a> {
             }
             room.await;
         }
+    }
+
+    /// As many in one session.
+    async fn begin_all(client: &'a MetaClient, count: usize) -> Vec<Self> {
+        let mut all: Vec<Self> = Vec::with_capacity(count);
+        while all.len() < count {
+            let next = Self::begin(client).await;
+            all.retain(|earlier| earlier.session == next.session);
+            all.push(next);
+        }
+        all
     }
 }
 

@@ -1,6 +1,7 @@
 //! The servers as the client sees them: calls that retry, choose, hedge and verify.
 
 pub mod batch;
+pub mod behind;
 pub mod blocks;
 pub mod health;
 pub mod locks;

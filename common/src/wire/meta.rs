@@ -18,7 +18,11 @@ use crate::{
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub enum MetaRequest {
     Session(SessionRequest),
-    Query(Query),
+    Query {
+        /// Who asks: a mount sees what others have only told their programs yet, see [`Lease::sole`]. 0: nobody who changes anything.
+        session: SessionId,
+        query: Query,
+    },
     /// Exactly once (I5): a sequence that has been answered gets the same answer again.
     Mutate {
         session: SessionId,
@@ -38,6 +42,13 @@ pub enum MetaRequest {
     Lock {
         session: SessionId,
         request: LockRequest,
+    },
+    /// As many `Mutate`, in this order: at most `MUTATIONS_MAX`. Answered `MutatedMany`, or refused as a whole when none of the rest was
+    /// carried out: asked again it goes on from there.
+    MutateMany {
+        session: SessionId,
+        answered_below: Sequence,
+        changes: Vec<(Sequence, Op)>,
     },
 }
 
@@ -133,6 +144,9 @@ pub enum Event {
 pub struct Lease {
     pub directory: Ino,
     pub number: u64,
+    /// If not 0, nobody else is told of names there either before the session has heard that: it may tell its programs that names are gone
+    /// before it has told the server. The same number again means that nobody else has been told since it was first given.
+    pub sole: u64,
 }
 
 /// Role: client (and admin).
@@ -145,7 +159,8 @@ pub enum SessionRequest {
     Renew { session: SessionId, dirty_bytes: u64, repairs: u64 },
     /// After a restart of the server: which inodes this session holds open, so that unlinked ones stay (I9). Answered
     /// `Reopened`; refused `Unavailable` if the server is not `instance` any more. `None`: the mount relies on nothing that an earlier one said.
-    Reopen { session: SessionId, opens: Vec<Ino>, instance: Option<u64> },
+    /// `is_behind`: its programs know of changes that it has still to ask for; sent again without when that is done.
+    Reopen { session: SessionId, opens: Vec<Ino>, instance: Option<u64>, is_behind: bool },
     /// Ends the session: its opens are released.
     Close { session: SessionId },
     /// Adds `opened` to, and removes `released` from, the inodes that this session holds open. Idempotent sets, not counts.
@@ -197,7 +212,6 @@ pub enum Query {
     /// Attributes now, and the map of chunks `0..chunks`; registers the open (as `SessionRequest::Opens` does).
     /// Refused `NotFound` if the inode has no link left and this session does not hold it open.
     Open {
-        session: SessionId,
         ino: Ino,
         chunks: u32,
     },
@@ -235,10 +249,6 @@ pub enum Query {
     /// Answered at once if the map is newer than `have`.
     ClusterMap {
         have: u64,
-    },
-    /// The parent of a directory, and the name it has there (NotFound for the root).
-    Parent {
-        ino: Ino,
     },
 }
 
@@ -331,6 +341,14 @@ pub enum Op {
         new: NewInode,
         linkable: bool,
     },
+    /// `Unlink` or `Rmdir`, whichever it takes, of a name that stands for `ino`: refused `NotFound` if it does not. For a mount that has
+    /// told its programs already that the name is gone, at `time`: so that is when it went, unless it is still to come.
+    Remove {
+        parent: Ino,
+        name: Vec<u8>,
+        ino: Ino,
+        time: Time,
+    },
 }
 
 impl Op {
@@ -340,10 +358,19 @@ impl Op {
             Self::Make { parent, .. }
             | Self::Link { parent, .. }
             | Self::Unlink { parent, .. }
-            | Self::Rmdir { parent, .. } => vec![*parent],
+            | Self::Rmdir { parent, .. }
+            | Self::Remove { parent, .. } => vec![*parent],
             Self::Rename { from, to, .. } if from == to => vec![*from],
             Self::Rename { from, to, .. } => vec![*from, *to],
             _ => Vec::new(),
+        }
+    }
+
+    /// The name that a `Remove` takes away.
+    pub fn removed_name(&self) -> Option<(Ino, &[u8])> {
+        match self {
+            Self::Remove { parent, name, .. } => Some((*parent, name)),
+            _ => None,
         }
     }
 
@@ -370,6 +397,7 @@ impl Op {
             Self::Commit { files, .. } => !files.is_empty(),
             Self::Unlink { .. }
             | Self::Rmdir { .. }
+            | Self::Remove { .. }
             | Self::Rename { .. }
             | Self::SetAttr { .. }
             | Self::RemoveXattr { .. }
@@ -639,9 +667,11 @@ pub enum MetaAnswer {
         map: FileMap,
     },
     Link(Vec<u8>),
+    /// With the directory's own parent if it was asked from the start; of the root, and of one that has been removed, itself.
     Directory {
         entries: Vec<DirEntry>,
         end: bool,
+        parent: Option<Ino>,
     },
     Bytes(Vec<u8>),
     Names(Vec<Vec<u8>>),
@@ -649,10 +679,6 @@ pub enum MetaAnswer {
     Offset(u64),
     StatFs(StatFs),
     ClusterMap(ClusterMap),
-    Parent {
-        parent: Ino,
-        name: Vec<u8>,
-    },
     /// What a mutation did.
     Mutated {
         position: Position,
@@ -698,6 +724,8 @@ pub enum MetaAnswer {
         backup: u64,
         bytes: Vec<u8>,
     },
+    /// One for each change, in order. A refusal stands for itself.
+    MutatedMany(Vec<Result<Changed, Refusal>>),
 }
 
 /// A file that names a block, by one of its names.
@@ -741,6 +769,16 @@ pub enum Mutated {
     Committed(Vec<Result<Attr, Refusal>>),
 }
 
+/// What came of one change of many.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Changed {
+    pub position: Position,
+    pub outcome: Mutated,
+    /// As in `MutatedIn`.
+    pub directories: Vec<Attr>,
+    pub leases: Vec<Lease>,
+}
+
 impl MetaAnswer {
     /// Attributes of inodes in it, as they were when it was made.
     pub fn attrs(&self) -> Vec<&Attr> {
@@ -749,6 +787,7 @@ impl MetaAnswer {
             Self::Directory { entries, .. } => entries.iter().filter_map(|entry| entry.attr.as_ref()).collect(),
             Self::Mutated { outcome, .. } => outcome.attrs(),
             Self::MutatedIn { outcome, directories, .. } => outcome.attrs().into_iter().chain(directories).collect(),
+            Self::MutatedMany(changes) => changes.iter().flatten().flat_map(|change| change.outcome.attrs()).collect(),
             _ => Vec::new(),
         }
     }

@@ -93,6 +93,16 @@ impl std::fmt::Debug for Message {
     }
 }
 
+/// A command that has its place in the order.
+#[derive(Debug)]
+pub struct Begun(oneshot::Receiver<Result<Changed, Refusal>>);
+
+impl Begun {
+    pub async fn ended(self) -> Result<Changed, Refusal> {
+        self.0.await.map_err(|_| Refusal::Unavailable)?
+    }
+}
+
 impl Proposer {
     /// Applies `command` in order. `Unavailable`: the server is stopping, or cannot take it now; it was not applied.
     pub async fn propose(&self, command: Command) -> Result<Answer, Refusal> {
@@ -101,7 +111,12 @@ impl Proposer {
 
     /// As [`Proposer::propose`], of a command that changes names, if it is `changing` some, and says more.
     pub async fn change(&self, command: Command, changing: Option<ChangingNames>) -> Result<Changed, Refusal> {
-        self.propose_if(Condition::Always, command, changing).await
+        self.begin(command, changing).await?.ended().await
+    }
+
+    /// As [`Proposer::change`], without waiting for what comes of it: what is begun after this is applied after it.
+    pub async fn begin(&self, command: Command, changing: Option<ChangingNames>) -> Result<Begun, Refusal> {
+        self.begin_if(Condition::Always, command, changing).await
     }
 
     /// Will nothing be applied any more?
@@ -111,20 +126,21 @@ impl Proposer {
 
     /// Ends a session, if it has not been heard for `timeout` when it is this command's turn.
     pub async fn expire(&self, session: SessionId, timeout: Duration) -> Result<Answer, Refusal> {
-        let ended = self.propose_if(Condition::Silent(session, timeout), Command::EndSession { session }, None).await;
-        ended.map(|changed| (changed.position, changed.outcome))
+        let condition = Condition::Silent(session, timeout);
+        let begun = self.begin_if(condition, Command::EndSession { session }, None).await?;
+        begun.ended().await.map(|changed| (changed.position, changed.outcome))
     }
 
-    async fn propose_if(
+    async fn begin_if(
         &self,
         condition: Condition,
         command: Command,
         changing: Option<ChangingNames>,
-    ) -> Result<Changed, Refusal> {
+    ) -> Result<Begun, Refusal> {
         let (answer, answered) = oneshot::channel();
         let proposal = Message::Propose(Proposal { command, condition, asker: Asker { answer, changing } });
         self.0.send(proposal).await.map_err(|_| Refusal::Unavailable)?;
-        answered.await.map_err(|_| Refusal::Unavailable)?
+        Ok(Begun(answered))
     }
 
     /// After everything proposed before: a last barrier and a checkpoint, then the committer ends.

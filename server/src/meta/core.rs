@@ -7,14 +7,14 @@ use std::sync::{
 
 use holdfast_common::planted::{Bug, is_planted};
 use holdfast_common::{
-    BlockHash, ClusterId, Epoch, Position, Refusal, Sequence, ServerId, SessionId, Time,
+    BlockHash, ClusterId, Epoch, Ino, Position, Refusal, Sequence, ServerId, SessionId, Time,
     clock::Clock,
     cluster::Standing,
     disk::Disk,
     net::{CallError, Endpoint, Frame, Peers},
     wire::{
         codec,
-        meta::{JournalEntry, Op, Replayed},
+        meta::{JournalEntry, Lease, Op, Replayed},
         storage::{StorageAnswer, StorageReply, StorageRequest},
     },
 };
@@ -250,24 +250,37 @@ impl Core {
     }
 
     /// Returns when the session may change the names that `op` changes, if any: nobody else answers for names in those directories until
-    /// what this returns is dropped. `Unavailable` while a mount may do so by a lease that this life of the server knows nothing of.
+    /// what this returns is dropped. `Unavailable` while another mount may do so by a lease that this life of the server knows nothing of.
     pub async fn begin_change(&self, session: SessionId, op: &Op) -> Result<Option<ChangingNames>, Refusal> {
         let directories = op.directories();
         if directories.is_empty() {
             return Ok(None);
         }
+        self.check_old_leases(session)?;
         let now = || self.clock.monotonic();
-        if self.leases.may_be_old(now()) && !self.sessions.lock().all_confirmed() {
-            return Err(Refusal::Unavailable);
+        Ok(Some(self.leases.change(session, directories, now, |holder, lease| self.recall(holder, lease)).await))
+    }
+
+    /// Returns when this server knows all that any mount but `session` has told its programs of names in `directory`. `Unavailable` as above.
+    pub async fn begin_look(&self, session: SessionId, directory: Ino) -> Result<(), Refusal> {
+        self.check_old_leases(session)?;
+        let now = || self.clock.monotonic();
+        self.leases.look(session, directory, now, |holder, lease| self.recall(holder, lease)).await;
+        Ok(())
+    }
+
+    fn check_old_leases(&self, session: SessionId) -> Result<(), Refusal> {
+        let may_be_old =
+            self.leases.may_be_old(self.clock.monotonic()) && !self.sessions.lock().rely_on_nothing(session);
+        if may_be_old { Err(Refusal::Unavailable) } else { Ok(()) }
+    }
+
+    fn recall(&self, holder: SessionId, lease: Lease) {
+        let sessions = self.sessions.lock();
+        // Who has ended hears nothing any more.
+        if sessions.exists(holder) {
+            self.locking.recall_lease(holder, lease);
         }
-        let recall = |holder, lease| {
-            let sessions = self.sessions.lock();
-            // Who has ended hears nothing any more.
-            if sessions.exists(holder) {
-                self.locking.recall_lease(holder, lease);
-            }
-        };
-        Ok(Some(self.leases.change(session, directories, now, recall).await))
     }
 
     /// Do mounts still say again what was lost?

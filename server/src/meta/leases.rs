@@ -6,6 +6,9 @@
 //! when the change was applied, so that it ends later than there. Its number stays the same for as long as nobody else has
 //! changed the directory: under the same number, what the mount knew stays true even over a time without a lease.
 //!
+//! A *sole* lease is more: nobody else is told of names in the directory either, so its mount may say that names are gone before the server
+//! knows (`client/remote/behind`). It is given while nobody else looks.
+//!
 //! This is memory, not state: a server that has restarted lets nobody change a directory before every mount has noticed that,
 //! or the leases of its last life have run out.
 
@@ -23,6 +26,8 @@ pub const OLD_LEASES: Duration = DIRECTORY_LEASE.saturating_add(MARGIN);
 /// each time that the lease had to be recalled.
 const ROW_BEFORE_LEASE: u32 = 2;
 const RECALLS_COUNTED_MAX: u32 = 8;
+/// Nobody has a directory for himself at which somebody else has looked within this.
+const LOOKED_LATELY: Duration = Duration::from_secs(10);
 /// Directories of which it is known who changes them, besides those that are being changed at the moment.
 const DIRECTORIES_MAX: usize = 64 << 10;
 
@@ -84,6 +89,26 @@ impl Leases {
         }
     }
 
+    /// Returns when nobody but `session` may know more of the names in the directory than the server. `recall` as in [`Leases::change`].
+    pub async fn look(
+        &self,
+        session: SessionId,
+        directory: Ino,
+        now: impl Fn() -> Duration,
+        recall: impl Fn(SessionId, Lease),
+    ) {
+        loop {
+            let ended = self.ended.notified();
+            tokio::pin!(ended);
+            ended.as_mut().enable();
+            let at = now();
+            let obstacles = self.table.lock().look(session, directory, at);
+            let Some(until) = obstacles.until else { return };
+            obstacles.recalls.into_iter().for_each(|(holder, lease)| recall(holder, lease));
+            wait_for(ended, until.saturating_sub(at)).await;
+        }
+    }
+
     /// A change of the session has been applied: of these directories, and `made` is a new one. The leases that it has now on them.
     pub fn applied(&self, session: SessionId, directories: &[Ino], made: Option<Ino>, now: Duration) -> Vec<Lease> {
         self.table.lock().applied(session, directories, made, now)
@@ -125,6 +150,8 @@ struct Directory {
     last: SessionId,
     in_a_row: u32,
     recalls: u32,
+    /// Somebody other than who changes it has looked at it: until then nobody has it for himself.
+    looked_until: Duration,
 }
 
 #[derive(Debug)]
@@ -133,6 +160,14 @@ struct Holder {
     number: u64,
     until: Duration,
     is_recalled: bool,
+    /// As in [`Lease`].
+    sole: u64,
+}
+
+impl Holder {
+    fn lease(&self, directory: Ino) -> Lease {
+        Lease { directory, number: self.number, sole: self.sole }
+    }
 }
 
 /// What is in the way of a change.
@@ -146,7 +181,8 @@ pub struct Obstacles {
 
 impl Default for Directory {
     fn default() -> Self {
-        Self { changing: Vec::new(), holder: None, last: SessionId(0), in_a_row: 0, recalls: 0 }
+        let (holder, looked_until) = (None, Duration::ZERO);
+        Self { changing: Vec::new(), holder, last: SessionId(0), in_a_row: 0, recalls: 0, looked_until }
     }
 }
 
@@ -165,21 +201,28 @@ impl Directory {
     }
 
     /// What others held has ended or run out, or the change would not have been applied.
-    fn lease(&mut self, session: SessionId, now: Duration, numbers: &mut u64) -> Option<u64> {
+    fn lease(&mut self, session: SessionId, ino: Ino, now: Duration, numbers: &mut u64) -> Option<Lease> {
         if self.is_changed_by_others(session) || self.in_a_row < ROW_BEFORE_LEASE << self.recalls {
             return None;
         }
         let until = now + DIRECTORY_LEASE + MARGIN;
+        let may_be_sole = now >= self.looked_until;
         match &mut self.holder {
             Some(holder) if holder.session == session && holder.is_recalled && now < holder.until => None,
             Some(holder) if holder.session == session && !holder.is_recalled => {
+                // Who has it for himself keeps it so until somebody else looks.
+                if holder.sole == 0 && may_be_sole {
+                    *numbers += 1;
+                    holder.sole = *numbers;
+                }
                 holder.until = until;
-                Some(holder.number)
+                Some(holder.lease(ino))
             }
             holder => {
                 *numbers += 1;
-                *holder = Some(Holder { session, number: *numbers, until, is_recalled: false });
-                Some(*numbers)
+                let sole = if may_be_sole { *numbers } else { 0 };
+                let fresh = Holder { session, number: *numbers, until, is_recalled: false, sole };
+                Some(holder.insert(fresh).lease(ino))
             }
         }
     }
@@ -217,11 +260,31 @@ impl LeaseTable {
             }
             obstacles.until = obstacles.until.max(Some(holder.until));
             if !std::mem::replace(&mut holder.is_recalled, true) {
-                obstacles.recalls.push((holder.session, Lease { directory: *ino, number: holder.number }));
+                obstacles.recalls.push((holder.session, holder.lease(*ino)));
                 directory.recalls = (directory.recalls + 1).min(RECALLS_COUNTED_MAX);
             }
         }
         obstacles
+    }
+
+    /// What keeps the session from being told of names in the directory.
+    pub fn look(&mut self, session: SessionId, ino: Ino, now: Duration) -> Obstacles {
+        let Some(directory) = self.directories.get_mut(&ino) else { return Obstacles::default() };
+        let is_leased = directory.is_leased(now);
+        if directory.holder.as_ref().map_or(directory.last, |holder| holder.session) == session {
+            return Obstacles::default();
+        }
+        directory.looked_until = now + LOOKED_LATELY;
+        let Some(holder) = directory.holder.as_mut().filter(|holder| holder.sole > 0) else {
+            return Obstacles::default();
+        };
+        if !is_leased {
+            holder.sole = 0;
+            return Obstacles::default();
+        }
+        let is_told = std::mem::replace(&mut holder.is_recalled, true);
+        let recalls = if is_told { Vec::new() } else { vec![(holder.session, holder.lease(ino))] };
+        Obstacles { recalls, until: Some(holder.until) }
     }
 
     /// See [`Leases::applied`]. In the order in which the changes were applied.
@@ -243,8 +306,7 @@ impl LeaseTable {
     }
 
     fn lease(&mut self, session: SessionId, ino: Ino, now: Duration) -> Option<Lease> {
-        let number = self.directories.get_mut(&ino)?.lease(session, now, &mut self.numbers)?;
-        Some(Lease { directory: ino, number })
+        self.directories.get_mut(&ino)?.lease(session, ino, now, &mut self.numbers)
     }
 
     /// What is known of the directory, if there is room to know anything.
@@ -308,6 +370,39 @@ mod tests {
     }
 
     #[test]
+    fn who_has_a_directory_for_himself_is_told_before_others_are_told_of_names() {
+        let mut table = LeaseTable::default();
+        let mine = |table: &mut LeaseTable, at| table.applied(A, &[HOME], None, at).first().copied();
+        mine(&mut table, ms(0));
+        let lease = mine(&mut table, ms(1)).expect("a lease");
+        assert!(lease.sole > 0);
+        assert_eq!(table.look(A, HOME, ms(2)), Obstacles::default(), "it may look itself");
+        let until = Some(ms(1) + DIRECTORY_LEASE + MARGIN);
+        assert_eq!(table.look(B, HOME, ms(2)), Obstacles { recalls: vec![(A, lease)], until });
+        assert_eq!(table.look(B, HOME, ms(3)), Obstacles { recalls: Vec::new(), until }, "it is told once");
+        table.give_back(A, lease);
+        assert_eq!(table.look(B, HOME, ms(4)), Obstacles::default());
+        let shared = mine(&mut table, ms(5)).expect("others only look, so there is a lease");
+        assert_eq!(shared.sole, 0);
+        assert_eq!(table.look(B, HOME, ms(6)), Obstacles::default());
+        let again = mine(&mut table, ms(6) + LOOKED_LATELY).expect("a lease");
+        assert!(again.sole > lease.sole);
+    }
+
+    #[test]
+    fn whoever_looked_while_nobody_had_to_be_told_ends_what_only_one_knew() {
+        let mut table = LeaseTable::default();
+        let mine = |table: &mut LeaseTable, at| table.applied(A, &[HOME], None, at).first().copied();
+        mine(&mut table, ms(0));
+        let lease = mine(&mut table, ms(1)).expect("a lease");
+        assert_eq!(mine(&mut table, ms(60_000)), Some(lease), "nobody has looked in that time without a lease");
+        assert_eq!(table.look(B, HOME, ms(70_000)), Obstacles::default());
+        let later = mine(&mut table, ms(70_000) + LOOKED_LATELY).expect("a lease");
+        assert_eq!(later.number, lease.number, "nobody has changed it");
+        assert!(later.sole > lease.sole);
+    }
+
+    #[test]
     fn who_changes_a_directory_twice_has_a_lease_under_one_number_for_as_long_as_nobody_else_does() {
         let mut table = LeaseTable::default();
         assert_eq!(change(&mut table, A, ms(0)), None);
@@ -323,14 +418,14 @@ mod tests {
     fn who_makes_a_directory_has_a_lease_on_it_at_once() {
         let mut table = LeaseTable::default();
         let leases = table.applied(A, &[HOME], Some(MADE), ms(0));
-        assert_eq!(leases, [Lease { directory: MADE, number: 1 }]);
+        assert_eq!(leases, [Lease { directory: MADE, number: 1, sole: 1 }]);
     }
 
     #[test]
     fn a_change_waits_for_the_lease_of_another_until_that_is_given_back_or_has_run_out_here() {
         let mut table = LeaseTable::default();
         table.applied(A, &[HOME], Some(MADE), ms(0));
-        let lease = Lease { directory: MADE, number: 1 };
+        let lease = Lease { directory: MADE, number: 1, sole: 1 };
         table.begin(B, &[MADE], ms(0));
         let until = Some(DIRECTORY_LEASE + MARGIN);
         assert_eq!(table.obstacles(B, &[MADE], ms(1)), Obstacles { recalls: vec![(A, lease)], until });
@@ -369,8 +464,8 @@ mod tests {
         for at in [2, 3, 4] {
             assert_eq!(table.applied(A, &[MADE], None, ms(at)), []);
         }
-        table.give_back(A, Lease { directory: MADE, number: 1 });
-        assert_eq!(table.applied(A, &[MADE], None, ms(5)), [Lease { directory: MADE, number: 2 }]);
+        table.give_back(A, Lease { directory: MADE, number: 1, sole: 1 });
+        assert_eq!(table.applied(A, &[MADE], None, ms(5)), [Lease { directory: MADE, number: 2, sole: 2 }]);
     }
 
     #[test]
@@ -388,7 +483,7 @@ mod tests {
             rows.push(row);
             table.begin(B, &[HOME], ms(round));
             assert_eq!(table.obstacles(B, &[HOME], ms(round)).recalls.len(), 1);
-            table.give_back(A, Lease { directory: HOME, number });
+            table.give_back(A, Lease { directory: HOME, number, sole: number });
             table.applied(B, &[HOME], None, ms(round));
             table.finish(B, &[HOME]);
         }
@@ -428,7 +523,7 @@ mod tests {
         tokio::pin!(waiting);
         assert!(!is_ready(waiting.as_mut()).await);
         let told = recalled.lock().clone();
-        assert_eq!(told, [(A, Lease { directory: MADE, number: 1 })]);
+        assert_eq!(told, [(A, Lease { directory: MADE, number: 1, sole: 1 })]);
         leases.give_back(A, told[0].1);
         drop(waiting.await);
         assert_eq!(leases.applied(A, &[MADE], None, ms(2)), [], "it has been recalled once");

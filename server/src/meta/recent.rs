@@ -76,7 +76,8 @@ pub fn changes_of(op: &Op, outcome: &Mutated) -> Vec<Change> {
         Op::Make { parent, name: n, .. }
         | Op::Link { parent, name: n, .. }
         | Op::Unlink { parent, name: n }
-        | Op::Rmdir { parent, name: n } => changes.push(name(parent, n)),
+        | Op::Rmdir { parent, name: n }
+        | Op::Remove { parent, name: n, .. } => changes.push(name(parent, n)),
         Op::Rename { from, from_name, to, to_name, .. } => {
             changes.extend([name(from, from_name), name(to, to_name)]);
         }

@@ -44,7 +44,8 @@ impl Mount {
     }
 
     async fn reopen(&self, cluster: &Cluster) -> Option<Position> {
-        let reopen = SessionRequest::Reopen { session: self.session, opens: Vec::new(), instance: None };
+        let reopen =
+            SessionRequest::Reopen { session: self.session, opens: Vec::new(), instance: None, is_behind: false };
         match cluster.ask(MOUNT, MetaRequest::Session(reopen)).await {
             Ok(MetaAnswer::Reopened { replay_after }) => replay_after,
             other => panic!("{other:?}"),
@@ -74,7 +75,7 @@ impl Mount {
 }
 
 async fn is_refused(cluster: &Cluster) -> bool {
-    let attr = MetaRequest::Query(Query::GetAttr { ino: Ino::ROOT });
+    let attr = MetaRequest::Query { session: SessionId(0), query: Query::GetAttr { ino: Ino::ROOT } };
     matches!(cluster.ask(MOUNT, attr).await, Err(Refusal::Unavailable))
 }
 
@@ -102,7 +103,13 @@ async fn history(cluster: &Cluster) -> (Mount, Mount, Attr, Attr) {
 async fn assert_done_once(cluster: &Cluster, file: Attr, last: Attr) {
     assert_eq!(cluster.names(), BTreeSet::from(["d".into(), "g".into()]));
     let lookup = |parent, name: &str| {
-        cluster.ask(MOUNT, MetaRequest::Query(Query::Lookup { parent, name: name.as_bytes().to_vec() }))
+        cluster.ask(
+            MOUNT,
+            MetaRequest::Query {
+                session: SessionId(0),
+                query: Query::Lookup { parent, name: name.as_bytes().to_vec() },
+            },
+        )
     };
     let Ok(MetaAnswer::Attr(found)) = lookup(Ino::ROOT, "g").await else { panic!("g is gone") };
     assert_eq!((found.ino, found.size, found.btime), (file.ino, 8, file.btime));
@@ -169,6 +176,8 @@ async fn a_server_that_is_killed_while_it_waits_for_mounts_goes_on_waiting() {
     let disk = cluster.disk.process_death();
     let cluster = cluster.restarted(disk);
     assert_eq!(a.reopen(&cluster).await, None);
+    // What the others may have told their programs is not waited for any longer.
+    cluster.clock.advance(OLD_LEASES);
     assert_done_once(&cluster, file, last).await;
 }
 
@@ -293,7 +302,7 @@ async fn what_was_made_after_a_recovery_whose_end_is_lost_too_is_made_again_with
     assert!(replayed.iter().all(|replayed| replayed.result.is_ok()), "{replayed:?}");
     for (name, attr) in [("first", first), ("second", second)] {
         let query = Query::Lookup { parent: Ino::ROOT, name: name.as_bytes().to_vec() };
-        match cluster.ask(MOUNT, MetaRequest::Query(query)).await {
+        match cluster.ask(MOUNT, MetaRequest::Query { session: SessionId(0), query }).await {
             Ok(MetaAnswer::Attr(found)) => assert_eq!(found.ino, attr.ino, "{name}"),
             other => panic!("{name}: {other:?}"),
         }
@@ -330,4 +339,40 @@ async fn what_comes_late_waits_for_the_leases_that_others_have_by_then() {
         assert_eq!(cluster.ask(MOUNT, listen(*number)).await, Ok(MetaAnswer::Events(Vec::new())));
     });
     assert!(replayed.iter().all(|replayed| replayed.result.is_ok()), "{replayed:?}");
+}
+
+#[tokio::test]
+async fn names_are_told_when_every_mount_has_asked_for_what_its_programs_know() {
+    let cluster = Cluster::new().await;
+    let mut a = Mount::open(&cluster, 2).await;
+    let directory = a.make(&cluster, Ino::ROOT, "d", Kind::Directory).await;
+    let file = a.make(&cluster, directory.ino, "f", Kind::File).await;
+    let quiet = cluster.session;
+    let disk = cluster.disk.process_death();
+    let cluster = cluster.restarted(disk);
+    let ask = |request| cluster.ask(MOUNT, request);
+    let reopen = |session, is_behind| {
+        ask(MetaRequest::Session(SessionRequest::Reopen { session, opens: Vec::new(), instance: None, is_behind }))
+    };
+    let parent = directory.ino;
+    let look = |session| ask(MetaRequest::Query { session, query: Query::Lookup { parent, name: b"f".to_vec() } });
+    reopen(quiet, false).await.unwrap();
+    assert_eq!(look(quiet).await, Err(Refusal::Unavailable), "the other has not said anything");
+    reopen(a.session, true).await.unwrap();
+    assert_eq!(look(quiet).await, Err(Refusal::Unavailable), "it is behind");
+    assert_eq!(look(a.session).await, Ok(MetaAnswer::Attr(file)), "it need not wait for itself");
+    let first = Sequence(a.done.len() as u64 + 1);
+    let remove = |name: &[u8], ino| Op::Remove { parent, name: name.to_vec(), ino, time: Time::default() };
+    let changes = vec![(first, remove(b"f", file.ino)), (Sequence(first.0 + 1), remove(b"f", file.ino))];
+    let many = || MetaRequest::MutateMany { session: a.session, answered_below: first, changes: changes.clone() };
+    let Ok(MetaAnswer::MutatedMany(made)) = ask(many()).await else { panic!("it was not removed") };
+    assert!(made[0].is_ok());
+    assert_eq!(made[1], Err(Refusal::NotFound));
+    let Ok(MetaAnswer::MutatedMany(again)) = ask(many()).await else { panic!("it was not answered again") };
+    let outcomes = |all: &[Result<Changed, Refusal>]| -> Vec<_> {
+        all.iter().map(|one| one.as_ref().map(|changed| (changed.position, changed.outcome.clone())).ok()).collect()
+    };
+    assert_eq!(outcomes(&again), outcomes(&made));
+    reopen(a.session, false).await.unwrap();
+    assert_eq!(look(quiet).await, Err(Refusal::NotFound));
 }

@@ -9,7 +9,7 @@ use std::{
 use holdfast_common::{
     BlockHash, ChunkIndex, Ino, Kind, Position, Refusal, Sequence, ServerId, SessionId, Time,
     cluster::Standing,
-    limits::{HASH_LIST_MAX, HEADER_SIZE_MAX, LISTEN_PATIENCE},
+    limits::{HASH_LIST_MAX, HEADER_SIZE_MAX, LISTEN_PATIENCE, MUTATIONS_MAX},
     net::{
         BoxFuture, Frame, Peers, Serve,
         enrol::Enrol,
@@ -20,8 +20,9 @@ use holdfast_common::{
         codec,
         enrol::{EnrolReply, EnrolRequest, Enrolled},
         meta::{
-            AdminRequest, ClusterStatus, Comparison, CopyFault, Event, FileMap, Foreign, LockAnswer, LockRequest,
-            LostChange, MetaAnswer, MetaReply, MetaRequest, Query, Replayed, SessionRequest, Severity, StorageNotice,
+            self, AdminRequest, ClusterStatus, Comparison, CopyFault, Event, FileMap, Foreign, LockAnswer, LockRequest,
+            LostChange, MetaAnswer, MetaReply, MetaRequest, Op, Query, Replayed, SessionRequest, Severity,
+            StorageNotice,
         },
         storage::StorageRequest,
     },
@@ -174,11 +175,15 @@ impl Service {
             return Err(Refusal::Unavailable);
         }
         match request {
-            MetaRequest::Query(query) => self.query(from.node, query).await,
+            MetaRequest::Query { session, query } => self.query(from.node, session, query).await,
             MetaRequest::Mutate { session, sequence, answered_below, durable, op } => {
                 self.check_settled(session, from.node)?;
                 let changing = self.core.begin_change(session, &op).await?;
                 self.mutate(Command::Mutate { session, sequence, answered_below, op }, changing, durable).await
+            }
+            MetaRequest::MutateMany { session, answered_below, changes } => {
+                self.check_settled(session, from.node)?;
+                self.mutate_many(session, answered_below, changes).await
             }
             MetaRequest::Session(request) => self.session(from.node, request, bytes).await,
             MetaRequest::Barrier { session } => {
@@ -313,6 +318,28 @@ impl Service {
         Ok(MetaAnswer::MutatedIn { position, outcome, directories, leases })
     }
 
+    async fn mutate_many(&self, session: SessionId, answered_below: Sequence, changes: Vec<(Sequence, Op)>) -> Answer {
+        if changes.len() > MUTATIONS_MAX {
+            return Err(Refusal::TooLarge);
+        }
+        let mut begun = Vec::with_capacity(changes.len());
+        for (sequence, op) in changes {
+            let changing = self.core.begin_change(session, &op).await?;
+            let command = Command::Mutate { session, sequence, answered_below, op };
+            begun.push(self.proposer.begin(command, changing).await?);
+        }
+        let mut changed = Vec::with_capacity(begun.len());
+        for change in begun {
+            let Changed { position, outcome, directories, leases } = change.ended().await?;
+            changed.push(match outcome {
+                Ok(Reply::Mutated(outcome)) => Ok(meta::Changed { position, outcome, directories, leases }),
+                Ok(_) => return Err(Refusal::Fault),
+                Err(refusal) => Err(refusal),
+            });
+        }
+        Ok(MetaAnswer::MutatedMany(changed))
+    }
+
     /// Proposes, and answers when the entry is durable.
     async fn decree(&self, command: Command) -> Result<Reply, Refusal> {
         let (position, outcome) = self.proposer.propose(command).await?;
@@ -321,15 +348,20 @@ impl Service {
         Ok(reply)
     }
 
-    async fn query(&self, node: NodeName, query: Query) -> Answer {
+    async fn query(&self, node: NodeName, session: SessionId, query: Query) -> Answer {
         match query {
-            Query::Lookup { parent, name } => self.ask(|view| query::lookup(view, parent, &name)).map(MetaAnswer::Attr),
+            Query::Lookup { parent, name } => {
+                self.core.begin_look(session, parent).await?;
+                self.ask(|view| query::lookup(view, parent, &name)).map(MetaAnswer::Attr)
+            }
             Query::GetAttr { ino } => self.ask(|view| query::attr(view, ino)).map(MetaAnswer::Attr),
-            Query::Open { session, ino, chunks } => self.open(node, session, ino, chunks),
+            Query::Open { ino, chunks } => self.open(node, session, ino, chunks),
             Query::ReadLink { ino } => self.ask(|view| query::read_link(view, ino)).map(MetaAnswer::Link),
-            Query::ReadDir { ino, cookie, entries_max, plus } => self
-                .ask(|view| query::read_directory(view, ino, cookie, entries_max, plus))
-                .map(|(entries, end)| MetaAnswer::Directory { entries, end }),
+            Query::ReadDir { ino, cookie, entries_max, plus } => {
+                self.core.begin_look(session, ino).await?;
+                self.ask(|view| query::read_directory(view, ino, cookie, entries_max, plus))
+                    .map(|(entries, end, parent)| MetaAnswer::Directory { entries, end, parent })
+            }
             Query::GetXattr { ino, name } => self.ask(|view| query::xattr(view, ino, &name)).map(MetaAnswer::Bytes),
             Query::ListXattr { ino } => self.ask(|view| query::xattrs(view, ino)).map(MetaAnswer::Names),
             Query::Pieces { ino, first, count } => {
@@ -346,9 +378,6 @@ impl Service {
                 Ok(MetaAnswer::StatFs(self.core.cluster.lock().space(inodes)))
             }
             Query::ClusterMap { have: _ } => Ok(MetaAnswer::ClusterMap(self.core.cluster.lock().map())),
-            Query::Parent { ino } => {
-                self.ask(|view| query::parent(view, ino)).map(|(parent, name)| MetaAnswer::Parent { parent, name })
-            }
         }
     }
 
@@ -386,12 +415,12 @@ impl Service {
                 self.check_session(session, node)?;
                 self.core.sessions.lock().renew(session, dirty_bytes, repairs, now);
             }
-            SessionRequest::Reopen { session, opens, instance } => {
+            SessionRequest::Reopen { session, opens, instance, is_behind } => {
                 self.check_session(session, node)?;
                 if instance.is_some_and(|instance| instance != self.instance) {
                     return Err(Refusal::Unavailable);
                 }
-                self.core.sessions.lock().reopen(session, bounded(&opens)?, now)?;
+                self.core.sessions.lock().reopen(session, bounded(&opens)?, is_behind, now)?;
                 self.core.recovery.lock().heard(session);
                 let replay_after = self.core.sessions.lock().owes(session);
                 return Ok(MetaAnswer::Reopened { replay_after });
@@ -726,10 +755,12 @@ fn is_for_recovery(request: &MetaRequest) -> bool {
         MetaRequest::Session(_)
         | MetaRequest::Storage(_)
         | MetaRequest::Admin(_)
-        | MetaRequest::Query(Query::ClusterMap { .. }) => true,
-        MetaRequest::Query(_) | MetaRequest::Mutate { .. } | MetaRequest::Barrier { .. } | MetaRequest::Lock { .. } => {
-            false
-        }
+        | MetaRequest::Query { query: Query::ClusterMap { .. }, .. } => true,
+        MetaRequest::Query { .. }
+        | MetaRequest::Mutate { .. }
+        | MetaRequest::MutateMany { .. }
+        | MetaRequest::Barrier { .. }
+        | MetaRequest::Lock { .. } => false,
     }
 }
 
@@ -737,10 +768,11 @@ fn is_for_recovery(request: &MetaRequest) -> bool {
 fn check_role(role: Role, request: &MetaRequest) -> Result<(), Refusal> {
     let is_client = matches!(role, Role::Client | Role::Admin);
     let allowed = match request {
-        MetaRequest::Query(Query::ClusterMap { .. }) => is_client || role == Role::Storage,
+        MetaRequest::Query { query: Query::ClusterMap { .. }, .. } => is_client || role == Role::Storage,
         MetaRequest::Session(_)
-        | MetaRequest::Query(_)
+        | MetaRequest::Query { .. }
         | MetaRequest::Mutate { .. }
+        | MetaRequest::MutateMany { .. }
         | MetaRequest::Barrier { .. }
         | MetaRequest::Lock { .. } => is_client,
         MetaRequest::Storage(StorageNotice::Heartbeat { .. } | StorageNotice::BadCopies { .. }) => {

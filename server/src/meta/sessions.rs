@@ -29,6 +29,8 @@ struct Mount {
     opens: BTreeSet<Ino>,
     /// It has said what it holds open in this life of the server.
     confirmed: bool,
+    /// Its programs have been told of changes that it has yet to ask for, from before this life of the server.
+    is_behind: bool,
     /// It has to say again what it had done after this.
     owes: Option<Position>,
     /// Where in the order of all changes it began; 0: in an earlier life of the server.
@@ -71,8 +73,10 @@ impl Sessions {
         confirmed: bool,
     ) {
         let opens = BTreeSet::new();
-        let (owes, began) = (None, Position(0));
-        let mount = Mount { node, host, mountpoint, heard, dirty_bytes: 0, repairs: 0, opens, confirmed, owes, began };
+        let (is_behind, owes, began) = (false, None, Position(0));
+        let (dirty_bytes, repairs) = (0, 0);
+        let mount =
+            Mount { node, host, mountpoint, heard, dirty_bytes, repairs, opens, confirmed, is_behind, owes, began };
         self.mounts.insert(id, mount);
     }
 
@@ -99,10 +103,10 @@ impl Sessions {
     }
 
     /// After a restart of the server: all that the session holds open.
-    pub fn reopen(&mut self, id: SessionId, inos: &[Ino], now: Duration) -> Result<(), Refusal> {
+    pub fn reopen(&mut self, id: SessionId, inos: &[Ino], is_behind: bool, now: Duration) -> Result<(), Refusal> {
         self.hold(id, inos)?;
         if let Some(mount) = self.mounts.get_mut(&id) {
-            (mount.heard, mount.confirmed) = (now, true);
+            (mount.heard, mount.confirmed, mount.is_behind) = (now, true, is_behind);
         }
         Ok(())
     }
@@ -212,6 +216,11 @@ impl Sessions {
         self.mounts.values().all(|mount| mount.confirmed)
     }
 
+    /// Have all but this one said that they rely on nothing of an earlier life of the server any more?
+    pub fn rely_on_nothing(&self, except: SessionId) -> bool {
+        self.mounts.iter().all(|(id, mount)| *id == except || mount.confirmed && !mount.is_behind)
+    }
+
     /// Shortens everybody's silence by a time in which nobody could be heard.
     pub fn forgive(&mut self, missed: Duration, now: Duration) {
         self.mounts.values_mut().for_each(|mount| mount.heard = now.min(mount.heard + missed));
@@ -282,11 +291,14 @@ mod tests {
         let rows = vec![(SessionId(1), row(NODE)), (SessionId(2), row(NODE))];
         let mut sessions = Sessions::restored(rows, Duration::ZERO);
         assert!(!sessions.all_confirmed());
-        sessions.reopen(SessionId(1), &[Ino(3)], Duration::from_secs(5)).unwrap();
+        sessions.reopen(SessionId(1), &[Ino(3)], true, Duration::from_secs(5)).unwrap();
         assert!(!sessions.all_confirmed());
         assert_eq!(sessions.expired(Duration::from_secs(60), timeout), [SessionId(2)]);
         sessions.end(SessionId(2));
         assert!(sessions.all_confirmed() && sessions.is_open(Ino(3)));
+        assert!(sessions.rely_on_nothing(SessionId(1)) && !sessions.rely_on_nothing(SessionId(0)), "it is behind");
+        sessions.reopen(SessionId(1), &[], false, Duration::from_secs(6)).unwrap();
+        assert!(sessions.rely_on_nothing(SessionId(0)));
     }
 
     #[test]

@@ -21,8 +21,8 @@ use holdfast_common::{
         codec,
         enrol::EnrolRequest,
         meta::{
-            AdminRequest, Event, FileCommit, Holder, LostChange, MetaAnswer, MetaReply, MetaRequest, Mutated, NewBlock,
-            Op, Query, RenameMode, Replayed, SessionRequest, StorageLoad, StorageNotice,
+            AdminRequest, Changed, Event, FileCommit, Holder, LostChange, MetaAnswer, MetaReply, MetaRequest, Mutated,
+            NewBlock, Op, Query, RenameMode, Replayed, SessionRequest, StorageLoad, StorageNotice,
         },
         storage::{StorageAnswer, StorageReply, StorageRequest},
     },
@@ -31,6 +31,7 @@ use parking_lot::Mutex;
 
 use super::{
     core::{Core, Fault},
+    leases::OLD_LEASES,
     memory_disk::MemoryDisk,
     server::{Authority, Options, Running, recover},
     state::{Rows, blocks, tests as words, violations::violations},
@@ -279,7 +280,7 @@ impl Cluster {
         let session = self.session;
         let knows = self.core().sessions.lock().is_confirmed(session);
         if !knows && self.core().sessions.lock().exists(session) {
-            let reopen = SessionRequest::Reopen { session, opens: Vec::new(), instance: None };
+            let reopen = SessionRequest::Reopen { session, opens: Vec::new(), instance: None, is_behind: false };
             self.ask(MOUNT, MetaRequest::Session(reopen)).await.unwrap();
         }
     }
@@ -558,26 +559,29 @@ async fn unlinked_and_open_stays_until_it_is_released() {
     let mut cluster = Cluster::new().await;
     let ino = cluster.create("a", true).await.unwrap();
     let session = cluster.session;
-    let open = Query::Open { session, ino, chunks: 1 };
-    assert!(cluster.ask(MOUNT, MetaRequest::Query(open.clone())).await.is_ok());
+    let open = Query::Open { ino, chunks: 1 };
+    assert!(cluster.ask(MOUNT, MetaRequest::Query { session, query: open.clone() }).await.is_ok());
     cluster.mutate(true, Op::Unlink { parent: Ino::ROOT, name: b"a".to_vec() }).await.unwrap();
     cluster.create("b", true).await.unwrap();
     cluster.mutate(true, Op::Unlink { parent: Ino::ROOT, name: b"b".to_vec() }).await.unwrap();
     let inodes = |cluster: &Cluster| cluster.core().store.view().unwrap().counters().inodes;
     cluster.until("b is reclaimed", |cluster| inodes(cluster) == 2).await;
-    assert!(cluster.ask(MOUNT, MetaRequest::Query(open.clone())).await.is_ok(), "held open by this session");
+    assert!(
+        cluster.ask(MOUNT, MetaRequest::Query { session, query: open.clone() }).await.is_ok(),
+        "held open by this session"
+    );
     // A restart: nothing goes before the mount has said what it holds.
     let disk = cluster.disk.process_death();
     let cluster = cluster.restarted(disk);
     tokio::time::sleep(Duration::from_millis(500)).await;
     assert_eq!(inodes(&cluster), 2);
-    let reopen = SessionRequest::Reopen { session, opens: vec![ino], instance: None };
+    let reopen = SessionRequest::Reopen { session, opens: vec![ino], instance: None, is_behind: false };
     cluster.ask(MOUNT, MetaRequest::Session(reopen)).await.unwrap();
-    assert!(cluster.ask(MOUNT, MetaRequest::Query(open.clone())).await.is_ok());
+    assert!(cluster.ask(MOUNT, MetaRequest::Query { session, query: open.clone() }).await.is_ok());
     let release = SessionRequest::Opens { session, opened: vec![], released: vec![ino] };
     cluster.ask(MOUNT, MetaRequest::Session(release)).await.unwrap();
     cluster.until("a is reclaimed", |cluster| inodes(cluster) == 1).await;
-    assert!(cluster.ask(MOUNT, MetaRequest::Query(open)).await.is_err());
+    assert!(cluster.ask(MOUNT, MetaRequest::Query { session, query: open }).await.is_err());
     cluster.check();
 }
 
@@ -646,7 +650,7 @@ async fn every_request_is_answered_only_to_the_right_role() {
     let cluster = Cluster::new().await;
     let storage = NodeName { role: Role::Storage, id: 1 };
     let meta = NodeName { role: Role::Meta, id: 2 };
-    let stat = || MetaRequest::Query(Query::GetAttr { ino: Ino::ROOT });
+    let stat = || MetaRequest::Query { session: SessionId(0), query: Query::GetAttr { ino: Ino::ROOT } };
     let beat = MetaRequest::Storage(StorageNotice::Heartbeat {
         address: ([127, 0, 0, 1], 1).into(),
         zone: String::new(),
@@ -829,7 +833,7 @@ async fn a_status_tells_what_is() {
     assert_eq!((status.inodes, status.blocks, status.blocks_by_copies), (2, 1, [0, 0, 0, 1]));
     assert_eq!((status.owed, status.copies_made, status.servers.len(), status.mounts.len()), (0, 1, 3, 1));
     assert!(status.log_position >= status.durable_through && status.durable_through > Position(0));
-    let space = cluster.ask(MOUNT, MetaRequest::Query(Query::StatFs)).await;
+    let space = cluster.ask(MOUNT, MetaRequest::Query { session: SessionId(0), query: Query::StatFs }).await;
     assert!(matches!(space, Ok(MetaAnswer::StatFs(space)) if space.capacity_bytes == 1 << 40 && space.inodes == 2));
 }
 

@@ -211,7 +211,7 @@ impl Client {
                 .map(|_| {
                     number = number.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
                     let name = ((number >> 20) % (files / 2) * 2).to_string().into_bytes();
-                    MetaRequest::Query(Query::Lookup { parent: directory, name })
+                    MetaRequest::Query { session: self.session, query: Query::Lookup { parent: directory, name } }
                 })
                 .collect();
             let answers = join_all(requests.iter().map(|request| self.ask(request))).await;
@@ -224,7 +224,9 @@ impl Client {
         let (began, mut cookie, mut seen) = (Instant::now(), 0, 0);
         while seen < count {
             let query = Query::ReadDir { ino: directory, cookie, entries_max: PAGE, plus: true };
-            let MetaAnswer::Directory { entries, end } = self.ask(&MetaRequest::Query(query)).await? else {
+            let MetaAnswer::Directory { entries, end, .. } =
+                self.ask(&MetaRequest::Query { session: self.session, query }).await?
+            else {
                 bail!("a listing was answered with something else")
             };
             seen += entries.len() as u64;
@@ -242,7 +244,7 @@ impl Client {
         cluster.meta().start();
         while began.elapsed() < Duration::from_secs(600) {
             let node = bind(cluster, Role::Client, 98)?;
-            let query = MetaRequest::Query(Query::ClusterMap { have: 0 });
+            let query = MetaRequest::Query { session: SessionId(0), query: Query::ClusterMap { have: 0 } };
             let frame = Frame { header: encode(&query)?, payload: Vec::new() };
             if node.call(self.to, frame, Duration::from_millis(500)).await.is_ok() {
                 return Ok(began.elapsed().as_secs_f64());

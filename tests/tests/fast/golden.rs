@@ -16,9 +16,9 @@ use holdfast_common::{
         codec::{CodecError, decode, encode},
         enrol::{EnrolReply, EnrolRequest, Enrolled},
         meta::{
-            AdminRequest, BlockPlace, Change, ClusterStatus, Comparison, CopyFault, Event, FileCommit, FileMap,
-            Foreign, Holder, JournalEntry, Lease, LockAnswer, LockRequest, LostChange, LostPath, MetaAnswer, MetaReply,
-            MetaRequest, MountStatus, Mutated, NewBlock, NewInode, Op, Query, Reach, RenameMode, Replayed,
+            AdminRequest, BlockPlace, Change, Changed, ClusterStatus, Comparison, CopyFault, Event, FileCommit,
+            FileMap, Foreign, Holder, JournalEntry, Lease, LockAnswer, LockRequest, LostChange, LostPath, MetaAnswer,
+            MetaReply, MetaRequest, MountStatus, Mutated, NewBlock, NewInode, Op, Query, Reach, RenameMode, Replayed,
             ServerStatus, SessionRequest, SetAttr, SetTime, Severity, StatFs, StorageLoad, StorageNotice, XattrMode,
         },
         storage::{ByteRange, PutBlock, Source, StorageAnswer, StorageReply, StorageRequest},
@@ -157,7 +157,7 @@ fn sessions() -> Vec<SessionRequest> {
     vec![
         SessionRequest::Open { instance: [3; 16], host: "host".into(), mountpoint: "/mnt".into() },
         SessionRequest::Renew { session, dirty_bytes: 77, repairs: 2 },
-        SessionRequest::Reopen { session, opens: vec![Ino(8), Ino(9)], instance: Some(5) },
+        SessionRequest::Reopen { session, opens: vec![Ino(8), Ino(9)], instance: Some(5), is_behind: false },
         SessionRequest::Close { session },
         SessionRequest::Opens { session, opened: vec![Ino(1)], released: vec![Ino(2)] },
         SessionRequest::Replay { session, part: 1, parts: 3, changes: vec![lost_change()] },
@@ -181,7 +181,7 @@ fn queries() -> Vec<Query> {
     vec![
         Query::Lookup { parent: Ino::ROOT, name: name() },
         Query::GetAttr { ino },
-        Query::Open { session: SessionId(5), ino, chunks: 16 },
+        Query::Open { ino, chunks: 16 },
         Query::ReadLink { ino },
         Query::ReadDir { ino, cookie: 99, entries_max: 512, plus: true },
         Query::GetXattr { ino, name: b"user.a".to_vec() },
@@ -190,7 +190,6 @@ fn queries() -> Vec<Query> {
         Query::Seek { ino, offset: 1 << 33, hole: true },
         Query::StatFs,
         Query::ClusterMap { have: 6 },
-        Query::Parent { ino },
     ]
 }
 
@@ -220,6 +219,7 @@ fn ops() -> Vec<Op> {
         Op::Link { ino, parent, name: name() },
         Op::Unlink { parent, name: name() },
         Op::Rmdir { parent, name: name() },
+        Op::Remove { parent, name: name(), ino, time: time() },
         rename(RenameMode::Replace),
         rename(RenameMode::NoReplace),
         rename(RenameMode::Exchange),
@@ -342,14 +342,13 @@ fn answers() -> Vec<MetaAnswer> {
         MetaAnswer::Attr(attr()),
         MetaAnswer::Opened { attr: attr(), map: file_map() },
         MetaAnswer::Link(b"to".to_vec()),
-        MetaAnswer::Directory { entries: vec![entry], end: true },
+        MetaAnswer::Directory { entries: vec![entry], end: true, parent: Some(Ino::ROOT) },
         MetaAnswer::Bytes(vec![1, 2]),
         MetaAnswer::Names(vec![b"user.a".to_vec()]),
         MetaAnswer::Map(file_map()),
         MetaAnswer::Offset(1 << 33),
         MetaAnswer::StatFs(StatFs { capacity_bytes: 1, free_bytes: 2, inodes: 3 }),
         MetaAnswer::ClusterMap(map),
-        MetaAnswer::Parent { parent: Ino::ROOT, name: name() },
         MetaAnswer::Mutated { position: Position(6), outcome: Mutated::Done },
         MetaAnswer::Status(Box::new(status())),
         MetaAnswer::Token { secret: [1; 32], ca_fingerprint: [2; 32] },
@@ -358,7 +357,7 @@ fn answers() -> Vec<MetaAnswer> {
             position: Position(6),
             outcome: Mutated::Done,
             directories: vec![attr()],
-            leases: vec![Lease { directory: Ino(1), number: 9 }],
+            leases: vec![Lease { directory: Ino(1), number: 9, sole: 11 }],
         },
         MetaAnswer::Reopened { replay_after: Some(Position(10)) },
         MetaAnswer::Replayed(vec![
@@ -366,12 +365,21 @@ fn answers() -> Vec<MetaAnswer> {
             Replayed { sequence: Sequence(5), result: Err(Refusal::Exists) },
         ]),
         MetaAnswer::OffsetBeyond(1 << 34),
+        MetaAnswer::MutatedMany(vec![
+            Ok(Changed {
+                position: Position(6),
+                outcome: Mutated::Done,
+                directories: vec![attr()],
+                leases: Vec::new(),
+            }),
+            Err(Refusal::NotFound),
+        ]),
         MetaAnswer::Lock(LockAnswer::Free),
         MetaAnswer::Relocked { lost: vec![Ino(7)] },
         MetaAnswer::Events(vec![(4, Event::Granted { ticket: Sequence(6), foreign: foreign() })]),
         MetaAnswer::Events(vec![(5, Event::Recall { ino: Ino(7), number: 8 })]),
         MetaAnswer::Events(vec![(6, Event::AskAgain { ticket: Sequence(6) })]),
-        MetaAnswer::Events(vec![(7, Event::RecallLease(Lease { directory: Ino(1), number: 9 }))]),
+        MetaAnswer::Events(vec![(7, Event::RecallLease(Lease { directory: Ino(1), number: 9, sole: 0 }))]),
         MetaAnswer::Compared(Comparison { on_record: 5, missing: 3, mended: 2, extra: 1, named: vec![(hash(), 3)] }),
         MetaAnswer::Declined(vec!["a reason".into()]),
         MetaAnswer::Journal(vec![JournalEntry {
@@ -442,7 +450,12 @@ fn requests() -> Vec<MetaRequest> {
     };
     vec![
         MetaRequest::Session(SessionRequest::Close { session: SessionId(5) }),
-        MetaRequest::Query(Query::StatFs),
+        MetaRequest::Query { session: SessionId(5), query: Query::StatFs },
+        MetaRequest::MutateMany {
+            session: SessionId(5),
+            answered_below: Sequence(4),
+            changes: vec![(Sequence(6), Op::Unlink { parent: Ino::ROOT, name: name() })],
+        },
         mutate(Op::Unlink { parent: Ino::ROOT, name: name() }),
         MetaRequest::Barrier { session: SessionId(5) },
         MetaRequest::Storage(StorageNotice::BadCopy {

@@ -3,7 +3,7 @@
 use std::{fs, path::Path, process::Output, time::Duration};
 
 use holdfast_common::{
-    BootId, ClusterId, Refusal, Time,
+    BootId, ClusterId, Refusal, SessionId, Time,
     net::{
         identity::{NodeName, Role},
         tls::{Ca, NODE_VALIDITY},
@@ -127,7 +127,7 @@ fn every_request_is_checked_against_the_role_in_the_certificate() {
         load: StorageLoad::default(),
     });
     let token = MetaRequest::Admin(AdminRequest::IssueToken { role: Role::Admin, valid_secs: 60 });
-    let query = MetaRequest::Query(Query::StatFs);
+    let query = MetaRequest::Query { session: SessionId(0), query: Query::StatFs };
     for (role, request, allowed) in [
         (Role::Client, &heartbeat, false),
         (Role::Admin, &heartbeat, false),
@@ -155,7 +155,7 @@ fn every_request_is_checked_against_the_role_in_the_certificate() {
 #[test]
 fn expired_foreign_and_other_clusters_certificates_are_refused() {
     let cluster = Cluster::start();
-    let query = MetaRequest::Query(Query::StatFs);
+    let query = MetaRequest::Query { session: SessionId(0), query: Query::StatFs };
     let long_ago = Time { secs: now().secs - 1_000_000, nanos: 0 };
     let expired = cluster.issue_at(Role::Client, long_ago, Duration::from_secs(3600));
     let of_another = |id| {

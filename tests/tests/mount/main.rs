@@ -2,6 +2,7 @@
 
 mod attributes;
 mod backup;
+mod behind;
 mod bounded;
 mod chaos;
 mod daemons;

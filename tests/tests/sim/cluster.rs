@@ -70,7 +70,7 @@ impl<'a> Writer<'a> {
     /// The mount has been restarted too, and remembers nothing.
     async fn recover(&self) -> Option<()> {
         let session = self.session;
-        let reopen = SessionRequest::Reopen { session, opens: Vec::new(), instance: None };
+        let reopen = SessionRequest::Reopen { session, opens: Vec::new(), instance: None, is_behind: false };
         match self.life.meta(MetaRequest::Session(reopen)).await? {
             Ok(MetaAnswer::Reopened { replay_after: None }) => Some(()),
             Ok(MetaAnswer::Reopened { replay_after: Some(_) }) => {
@@ -151,13 +151,13 @@ async fn write_until_trouble(disks: Vec<SimDisk>) -> Said {
 
 /// The bytes of file `number`, from every server that the metadata names: none may be without them.
 async fn read_file(life: &Life, session: SessionId, number: u64, history: &str) -> Option<Bytes> {
-    let lookup = MetaRequest::Query(Query::Lookup { parent: Ino::ROOT, name: name(number) });
+    let lookup = MetaRequest::Query { session, query: Query::Lookup { parent: Ino::ROOT, name: name(number) } };
     let attr = match life.meta(lookup).await.expect("the power is on") {
         Ok(MetaAnswer::Attr(attr)) => attr,
         Err(Refusal::NotFound) => return None,
         other => panic!("{history}: lookup of file {number}: {other:?}"),
     };
-    let open = MetaRequest::Query(Query::Open { session, ino: attr.ino, chunks: 4 });
+    let open = MetaRequest::Query { session, query: Query::Open { ino: attr.ino, chunks: 4 } };
     let map = match life.meta(open).await.expect("the power is on") {
         Ok(MetaAnswer::Opened { map, .. }) => map,
         other => panic!("{history}: open of file {number}: {other:?}"),

@@ -319,6 +319,9 @@ fn mutate(tables: &mut Tables<'_>, op: &Op, number: &Number, now: Time) -> Step<
         Op::Link { ino, parent, name } => namespace::link(tables, *ino, *parent, name, now),
         Op::Unlink { parent, name } => namespace::unlink(tables, *parent, name, now),
         Op::Rmdir { parent, name } => namespace::rmdir(tables, *parent, name, now),
+        Op::Remove { parent, name, ino, time } => {
+            namespace::remove_inode(tables, (*parent, name), *ino, now.min(*time))
+        }
         Op::Rename { from, from_name, to, to_name, mode } => {
             namespace::rename(tables, (*from, from_name), (*to, to_name), *mode, now)
         }

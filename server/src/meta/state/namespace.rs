@@ -292,6 +292,19 @@ pub(super) fn rmdir(tables: &mut Tables<'_>, parent: Ino, name: &[u8], now: Time
     remove(tables, (parent, name), directory, &entry, now)
 }
 
+/// As `unlink` or `rmdir`, if the name stands for `ino`.
+pub(super) fn remove_inode(tables: &mut Tables<'_>, (parent, name): Place<'_>, ino: Ino, now: Time) -> Step<Mutated> {
+    check_name(name)?;
+    let directory = directory(tables, parent)?;
+    let entry = named(tables, (parent, name))?;
+    match entry.kind {
+        _ if entry.ino != ino => return Err(Refusal::NotFound.into()),
+        Kind::Directory => check_empty(tables, &entry)?,
+        _ => {}
+    }
+    remove(tables, (parent, name), directory, &entry, now)
+}
+
 fn check_empty(tables: &Tables<'_>, entry: &Dentry) -> Step<()> {
     if entry.kind != Kind::Directory {
         return Err(Refusal::NotDirectory.into());

@@ -331,7 +331,7 @@ impl Test {
             if node.directory {
                 let subdirectories = node.names.values().filter(|child| self.model.nodes[child].directory).count();
                 assert_eq!(attr.nlink as usize, 2 + subdirectories);
-                let (entries, _) = self.world.ask(|view| query::read_directory(view, *ino, 0, 1000, true)).unwrap();
+                let (entries, ..) = self.world.ask(|view| query::read_directory(view, *ino, 0, 1000, true)).unwrap();
                 let listed: BTreeMap<_, _> = entries.into_iter().map(|entry| (entry.name, entry.ino)).collect();
                 assert_eq!(listed, node.names);
             } else {
