@@ -52,6 +52,19 @@ number!(
 );
 
 impl Ino {
+    const CHOSEN: u64 = 1 << 62;
+    const SESSIONS: u64 = 1 << 30;
+
+    /// The `count`th number that a mount gives to what it makes, in this session. The server's own are all below. `None`: a session with so high a number
+    /// chooses none.
+    pub fn chosen(session: SessionId, count: u32) -> Option<Self> {
+        (session.0 < Self::SESSIONS).then(|| Self(Self::CHOSEN | session.0 << 32 | u64::from(count)))
+    }
+
+    pub fn is_chosen(self) -> bool {
+        self.0 >> 62 == 1
+    }
+
     pub const ROOT: Self = Self(1);
 }
 
@@ -136,6 +149,8 @@ pub struct Attr {
 pub mod mode {
     /// setuid, setgid, sticky, and read, write, execute for owner, group and others.
     pub const PERMISSIONS: u32 = 0o7777;
+    /// Of a directory: what is made in it gets its group, and directories this bit too.
+    pub const SETGID: u32 = 0o2000;
     /// `system.posix_acl_access`.
     pub const HAS_ACCESS_LIST: u32 = 1 << 16;
     /// `system.posix_acl_default`.

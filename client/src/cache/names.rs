@@ -5,8 +5,9 @@
 //! for how long it may be *used*; it ends when another number comes. The mount's own changes are entered in the order of their positions, however
 //! their answers overtake each other.
 //!
-//! In a directory that this mount has for itself, names may be taken away before the server knows ([`Names::remove_ahead`]): whoever does so sees
-//! to it that the server hears of it before anything that could be seen to come later.
+//! In a directory that this mount has for itself, names may be made and taken away before the server knows ([`Names::make_ahead`],
+//! [`Names::remove_ahead`]): whoever does so sees to it that the server hears of it before anything that could be seen to come later. So may they in what was
+//! made there: nobody else knows of that.
 //!
 //! Attributes are not leased. They come with the names and are as old as they are; whoever is told them hears how old.
 
@@ -14,8 +15,9 @@ use std::{collections::HashMap, time::Duration};
 
 use holdfast_common::{
     Attr, DirEntry, Ino, Kind, Position, Sequence, SessionId, Time,
-    limits::{DIRECTORY_LEASE, NAME_LENGTH_MAX},
-    wire::meta::{Lease, Mutated, Op, RenameMode},
+    limits::{DIRECTORY_LEASE, LINK_COUNT_MAX, NAME_LENGTH_MAX},
+    mode::HAS_DEFAULT_LIST,
+    wire::meta::{Lease, Mutated, NewInode, Op, RenameMode},
 };
 use parking_lot::Mutex;
 
@@ -28,8 +30,10 @@ const DIRECTORIES_MAX: usize = 8 << 10;
 /// A lease must last so much longer for a name to be taken away under it: until the server has heard that.
 const AHEAD_MARGIN: Duration = Duration::from_millis(500);
 const _: () = assert!(AHEAD_MARGIN.as_millis() < DIRECTORY_LEASE.as_millis());
-/// In place of the position of a change that the server has not made yet: later than any.
-const AHEAD: Position = Position(u64::MAX);
+/// From here on, in place of the positions of changes that the server has not made yet: later than any that it has.
+const AHEAD: u64 = 1 << 63;
+/// How deep a directory may be in others of which nobody knows.
+const HIDDEN_DEPTH_MAX: usize = 64;
 /// Questions for unknown names of one directory that have to be asked before all its names are.
 const UNKNOWN_BEFORE_LISTING: u32 = 3;
 
@@ -70,6 +74,9 @@ struct State {
     changing: HashMap<Ino, u32>,
     /// Those that the server has not been heard to have made, though this mount's programs have: by directory.
     ahead: HashMap<Ino, u32>,
+    /// How many of those there have been, and how many have been heard of.
+    ahead_begun: u64,
+    ahead_ended: u64,
     /// What was asked for before this gives no lease: one that was taken back since may be meant.
     not_before: Duration,
     /// The last of this mount's changes of names that has been answered. What is known of a directory begins no earlier.
@@ -102,7 +109,7 @@ struct KnownAttr {
 
 #[derive(Debug)]
 struct Directory {
-    /// Of the lease, by the server; it counts anew in each of its lives.
+    /// Of the lease, by the server; it counts anew in each of its lives. 0: there is none yet, for the server does not know the directory.
     number: u64,
     beginning: u64,
     /// Changes before this one may have been overtaken by others, of this mount or of another.
@@ -167,8 +174,9 @@ impl Names {
             return Known::Unknown;
         }
         let mut state = self.0.lock();
+        let is_own = state.is_own(directory, now);
         let State { directories, attrs, .. } = &mut *state;
-        let Some(known) = directories.get_mut(&directory).filter(|known| now < known.until) else {
+        let Some(known) = directories.get_mut(&directory).filter(|known| is_own || now < known.until) else {
             return Known::Unknown;
         };
         match known.names.get(name) {
@@ -191,13 +199,17 @@ impl Names {
         if !directories.is_empty() {
             let mut state = self.0.lock();
             directories.iter().for_each(|ino| *state.changing.entry(*ino).or_default() += 1);
+            if let Op::Rename { from, from_name, to, to_name, .. } = op {
+                state.unhide((*from, from_name));
+                state.unhide((*to, to_name));
+            }
         }
         Pending { names: self, id: (session, sequence), directories, is_settled: false }
     }
 
     /// Takes a name away that nobody else can have changed or be told of, before the server has been asked to. Returns what it stood for, and the
     /// directory as it is now; `None`: the server has to be asked first. `clock`: the time there, as far as known. `begin` is called, before anybody else can know, with
-    /// what there is to do; [`Names::removed`] has to follow.
+    /// what there is to do; [`Names::caught_up`] has to follow, for all in their order.
     pub fn remove_ahead(
         &self,
         (parent, name): (Ino, &[u8]),
@@ -213,15 +225,38 @@ impl Names {
         Some((ino, attr))
     }
 
-    /// The server has removed what was removed ahead, at this position; or it has not, and what is known of the directory is not true.
-    pub fn removed(&self, (parent, name): (Ino, &[u8]), made: Option<(Position, &[Attr])>) {
+    /// As [`Names::remove_ahead`], of an inode `ino` that is made. Returns its attributes and the directory's.
+    pub fn make_ahead(
+        &self,
+        (parent, name): (Ino, &[u8]),
+        new: &NewInode,
+        ino: Ino,
+        (now, clock): (Duration, Time),
+        begin: impl FnOnce(Time),
+    ) -> Option<(Attr, Attr)> {
+        let mut state = self.0.lock();
+        if !state.may_make(parent, name, now) {
+            return None;
+        }
+        let (made, directory) = state.put_in((parent, name), new, ino, now, clock)?;
+        begin(directory.ctime);
+        Some((made, directory))
+    }
+
+    /// The server has made the change that was the first of those ahead, at this position; or it has not, and what is known of the directory is
+    /// not true.
+    pub fn caught_up(&self, ((parent, name), ino): ((Ino, &[u8]), Ino), made: Option<(Position, &[Attr])>) {
         let mut state = self.0.lock();
         let is_last = state.end_ahead(parent);
+        let ahead = Position(AHEAD + state.ahead_ended);
         match made {
-            None => state.forget(parent),
+            None => {
+                state.forget(parent);
+                state.forget(ino);
+            }
             Some((position, directories)) => {
                 if let Some(known) = state.directories.get_mut(&parent) {
-                    known.settle_ahead(name, position);
+                    known.settle_ahead(name, ahead, position);
                     directories.iter().filter(|attr| attr.ino == parent).for_each(|attr| known.catch_up(attr, is_last));
                 }
             }
@@ -235,7 +270,8 @@ impl Names {
         let made = op.made_directory(outcome);
         for lease in leases {
             if asked.at > state.not_before && !state.is_doubted(lease.directory, asked) {
-                state.grant(*lease, position, asked.at, made == Some(lease.directory));
+                let is_new = (made == Some(lease.directory)).then_some(matches!(op, Op::Place { .. }));
+                state.grant(*lease, position, asked.at, is_new);
             }
         }
         // Of what it concerns there may have been later answers.
@@ -287,8 +323,17 @@ impl Names {
     /// Nothing is known any more, and what is still to be answered gives no lease.
     pub fn distrust(&self, now: Duration) {
         let mut state = self.0.lock();
-        let State { changing, ahead, doubted, beginnings, .. } = std::mem::take(&mut *state);
-        *state = State { changing, ahead, doubted, beginnings, not_before: now, ..State::default() };
+        let State { changing, ahead, ahead_begun, ahead_ended, doubted, beginnings, .. } = std::mem::take(&mut *state);
+        *state = State {
+            changing,
+            ahead,
+            ahead_begun,
+            ahead_ended,
+            doubted,
+            beginnings,
+            not_before: now,
+            ..State::default()
+        };
     }
 
     /// Attributes that were asked for before `now` may not be those of now.
@@ -316,13 +361,32 @@ impl KnownAttr {
 }
 
 impl Directory {
+    /// One that is new, and empty.
+    fn unknown_to_others(beginning: u64) -> Self {
+        Self {
+            number: 0,
+            beginning,
+            since: Position(0),
+            until: Duration::ZERO,
+            sole_until: Duration::ZERO,
+            sole: 0,
+            hidden_in: None,
+            attr: None,
+            is_whole: true,
+            is_too_large: false,
+            is_being_listed: false,
+            unknown_asked: 0,
+            names: HashMap::new(),
+        }
+    }
+
     /// All its names, and none of them stands for anything: as far as it is known.
     fn is_empty(&self) -> bool {
         self.is_whole && !self.is_being_listed && self.names.values().all(|(ino, _)| ino.is_none())
     }
 
-    fn settle_ahead(&mut self, name: &[u8], position: Position) {
-        if let Some((None, last)) = self.names.get_mut(name).filter(|(_, last)| *last == AHEAD) {
+    fn settle_ahead(&mut self, name: &[u8], ahead: Position, position: Position) {
+        if let Some((_, last)) = self.names.get_mut(name).filter(|(_, last)| *last == ahead) {
             *last = position;
         }
     }
@@ -359,10 +423,17 @@ impl State {
         self.doubted.get(&directory).is_some_and(|given_up| *given_up >= told)
     }
 
-    fn grant(&mut self, lease: Lease, position: Position, asked: Duration, is_empty: bool) {
+    /// `is_new`: it has just been made; and was it made ahead?
+    fn grant(&mut self, lease: Lease, position: Position, asked: Duration, is_new: Option<bool>) {
         let until = asked + DIRECTORY_LEASE;
         let sole_until = if lease.sole > 0 { until } else { Duration::ZERO };
         match self.directories.get_mut(&lease.directory) {
+            // What this mount has done there since is known.
+            Some(known) if known.number == 0 && is_new == Some(true) => {
+                (known.number, known.until) = (lease.number, until);
+                (known.sole, known.sole_until) = (lease.sole, sole_until);
+                return;
+            }
             Some(known) if known.number == lease.number => {
                 known.until = known.until.max(until);
                 // Numbers ascend; one that comes late is of no use any more.
@@ -377,6 +448,10 @@ impl State {
             Some(known) if known.number > lease.number => return,
             _ => self.forget(lease.directory),
         }
+        // What is ahead there and has been forgotten would be taken for not made.
+        if self.ahead.contains_key(&lease.directory) {
+            return;
+        }
         self.make_room();
         let Lease { directory, number, sole } = lease;
         self.beginnings += 1;
@@ -390,7 +465,8 @@ impl State {
             hidden_in: None,
             attr: None,
             // This mount may have been faster to find the new directory, and to change it, than to hear that it made it.
-            is_whole: is_empty && self.heard < position,
+            // What is made ahead, and forgotten meanwhile, may be full already.
+            is_whole: is_new == Some(false) && self.heard < position,
             is_too_large: false,
             is_being_listed: false,
             unknown_asked: 0,
@@ -401,7 +477,10 @@ impl State {
 
     fn apply(&mut self, op: &Op, outcome: &Mutated, position: Position, asked: Duration) {
         match (op, outcome) {
-            (Op::Make { parent, name, .. } | Op::Link { parent, name, .. }, Mutated::Inode { attr, .. }) => {
+            (
+                Op::Make { parent, name, .. } | Op::Place { parent, name, .. } | Op::Link { parent, name, .. },
+                Mutated::Inode { attr, .. },
+            ) => {
                 self.enter(*parent, name, Some((attr, asked)), position);
             }
             (
@@ -423,11 +502,6 @@ impl State {
                 }
                 self.enter(*from, from_name, None, position);
                 self.enter(*to, to_name, Some((moved, asked)), position);
-                if from != to
-                    && let Some(known) = self.directories.get_mut(&moved.ino)
-                {
-                    known.hidden_in = None;
-                }
                 if let Some(replaced) = replaced.filter(|replaced| replaced.kind == Kind::Directory) {
                     self.forget(replaced.ino);
                 }
@@ -435,6 +509,23 @@ impl State {
             // The answer does not say what the attributes are now.
             (Op::Accessed { files, .. }, _) => files.iter().for_each(|(ino, _)| self.distrust_attr(*ino, asked)),
             _ => {}
+        }
+    }
+
+    /// What has that name may get another, where somebody else finds it.
+    fn unhide(&mut self, (parent, name): (Ino, &[u8])) {
+        let named = self.directories.get(&parent).and_then(|known| known.names.get(name)).and_then(|(ino, _)| *ino);
+        match named {
+            Some(ino) => {
+                if let Some(known) = self.directories.get_mut(&ino) {
+                    known.hidden_in = None;
+                }
+            }
+            // It may be any.
+            None => {
+                let hidden = |known: &Directory| known.hidden_in.is_some_and(|(inside, _)| inside == parent);
+                self.directories.values_mut().filter(|known| hidden(known)).for_each(|known| known.hidden_in = None);
+            }
         }
     }
 
@@ -487,14 +578,15 @@ impl State {
 
     /// What the name stands for, if this mount may take it away by itself.
     fn removable(&self, parent: Ino, name: &[u8], is_directory: bool, now: Duration) -> Option<Ino> {
-        let known = self.directories.get(&parent).filter(|known| now + AHEAD_MARGIN < known.sole_until)?;
-        let (Some(ino), _) = known.names.get(name)? else { return None };
+        if !self.is_own(parent, now) {
+            return None;
+        }
+        let (Some(ino), _) = self.directories.get(&parent)?.names.get(name)? else { return None };
         let attr = self.attrs.get(ino)?.attr;
         let may = match (is_directory, attr.kind) {
             (true, Kind::Directory) => {
                 let inside = self.directories.get(ino)?;
-                let is_hidden = inside.hidden_in == Some((parent, known.sole));
-                if !is_hidden && now + AHEAD_MARGIN >= inside.until {
+                if !self.is_own(*ino, now) && now + AHEAD_MARGIN >= inside.until {
                     return None;
                 }
                 // A change that is under way there may make something.
@@ -505,6 +597,82 @@ impl State {
             (false, _) => attr.nlink == 1,
         };
         may.then_some(*ino)
+    }
+
+    /// Can nobody else change names there, or be told of any, before this mount is told to stop?
+    fn is_own(&self, mut ino: Ino, now: Duration) -> bool {
+        for _ in 0..HIDDEN_DEPTH_MAX {
+            let Some(known) = self.directories.get(&ino) else { return false };
+            if now + AHEAD_MARGIN < known.sole_until {
+                return true;
+            }
+            let Some((parent, sole)) = known.hidden_in else { return false };
+            if self.directories.get(&parent).is_none_or(|known| known.sole != sole) {
+                return false;
+            }
+            ino = parent;
+        }
+        false
+    }
+
+    /// Is it known that there is no such name, and may there be one more?
+    fn may_make(&self, parent: Ino, name: &[u8], now: Duration) -> bool {
+        let Some(known) = self.directories.get(&parent) else { return false };
+        let is_absent = match known.names.get(name) {
+            Some((ino, _)) => ino.is_none(),
+            None => known.is_whole,
+        };
+        let has_room = known.names.len() < DIRECTORY_NAMES_MAX && self.names < NAMES_MAX;
+        is_absent && has_room && name.len() <= NAME_LENGTH_MAX && self.is_own(parent, now)
+    }
+
+    /// Returns what is made and the directory with it. `None`: what would become of it is not known, and nothing is done.
+    fn put_in(
+        &mut self,
+        (parent, name): (Ino, &[u8]),
+        new: &NewInode,
+        ino: Ino,
+        now: Duration,
+        clock: Time,
+    ) -> Option<(Attr, Attr)> {
+        let is_directory = new.kind == Kind::Directory;
+        let known = self.directories.get_mut(&parent)?;
+        let attr = known.attr.as_mut()?;
+        if attr.mode & HAS_DEFAULT_LIST != 0 || is_directory && attr.nlink >= LINK_COUNT_MAX {
+            return None;
+        }
+        let time = clock.max(attr.ctime.after_a_nanosecond());
+        (attr.ctime, attr.mtime) = (time, time);
+        attr.size += 1;
+        attr.nlink += u32::from(is_directory);
+        let (directory, made) = (*attr, new.attr(ino, attr, time));
+        let hidden_in = Some((parent, known.sole));
+        let position = self.begin_ahead(parent);
+        self.put_name((parent, name), Some(ino), position);
+        self.attrs.insert(ino, KnownAttr { attr: made, asked: now, not_before: Duration::ZERO });
+        if is_directory {
+            self.make_room();
+            self.beginnings += 1;
+            let fresh = Directory { hidden_in, attr: Some(made), ..Directory::unknown_to_others(self.beginnings) };
+            self.directories.insert(ino, fresh);
+        }
+        self.note_attr(&directory, now);
+        Some((made, directory))
+    }
+
+    /// Returns what stands for the position of the change.
+    fn begin_ahead(&mut self, directory: Ino) -> Position {
+        *self.changing.entry(directory).or_default() += 1;
+        *self.ahead.entry(directory).or_default() += 1;
+        self.ahead_begun += 1;
+        Position(AHEAD + self.ahead_begun)
+    }
+
+    fn put_name(&mut self, (directory, name): (Ino, &[u8]), found: Option<Ino>, position: Position) {
+        let Some(known) = self.directories.get_mut(&directory) else { return };
+        if known.names.insert(name.into(), (found, position)).is_none() {
+            self.names += 1;
+        }
     }
 
     /// Returns the directory without the name. `None`: its attributes are not known, and nothing is done.
@@ -523,9 +691,8 @@ impl State {
         attr.size = attr.size.saturating_sub(1);
         attr.nlink = attr.nlink.saturating_sub(u32::from(is_directory));
         let attr = *attr;
-        known.names.insert(name.into(), (None, AHEAD));
-        *self.changing.entry(parent).or_default() += 1;
-        *self.ahead.entry(parent).or_default() += 1;
+        let position = self.begin_ahead(parent);
+        self.put_name((parent, name), None, position);
         self.attrs.remove(&ino);
         if is_directory {
             self.forget(ino);
@@ -583,6 +750,7 @@ impl State {
 
     /// Was it the last?
     fn end_ahead(&mut self, directory: Ino) -> bool {
+        self.ahead_ended += 1;
         let Some(count) = self.ahead.get_mut(&directory) else { return true };
         *count -= 1;
         let is_last = *count == 0;
@@ -661,8 +829,6 @@ impl State {
 
 #[cfg(test)]
 mod tests {
-    use holdfast_common::wire::meta::NewInode;
-
     use super::*;
 
     const HOME: Ino = Ino(1);
@@ -776,6 +942,58 @@ mod tests {
         assert_eq!(remove_ahead(&names, "c", false, ms(701)), None);
     }
 
+    fn make_ahead(names: &Names, parent: Ino, name: &str, kind: Kind, ino: u64, now: Duration) -> Option<(Attr, Attr)> {
+        let new = NewInode { kind, mode: 0o750, uid: 3, gid: 4, rdev: 0, target: Vec::new() };
+        names.make_ahead((parent, name.as_bytes()), &new, Ino(ino), (now, Time { secs: 8, nanos: 0 }), |_| ())
+    }
+
+    #[test]
+    fn what_is_made_ahead_is_there_and_what_is_in_it_nobody_else_can_change() {
+        let names = whole(&[("there", 11)]);
+        note_made_directory(&names, "d", 12, 2, ms(120), &[OWN, Lease { directory: Ino(12), number: 2, sole: 2 }]);
+        assert_eq!(make_ahead(&names, HOME, "there", Kind::File, 20, ms(130)), None, "the name is taken");
+        let (made, directory) = make_ahead(&names, HOME, "new", Kind::Directory, 21, ms(130)).expect("it may");
+        assert_eq!((made.ino, made.mode, made.nlink, made.ctime), (Ino(21), 0o750, 2, directory.ctime));
+        assert!(matches!(names.look(HOME, b"new", ms(131)), Known::Present(attr, _) if attr == made));
+        assert_eq!(names.look(Ino(21), b"x", ms(131)), Known::Absent);
+        let (inner, _) = make_ahead(&names, Ino(21), "in", Kind::Directory, 22, ms(131)).expect("nobody else knows it");
+        assert!(make_ahead(&names, Ino(22), "deep", Kind::File, 23, ms(131)).is_some());
+        assert_eq!(remove_ahead(&names, "new", true, ms(132)), None, "it is not empty");
+        // The server has made the first: what was done in it since is still known.
+        let place = Op::Place {
+            parent: HOME,
+            name: b"new".to_vec(),
+            new: NewInode { kind: Kind::Directory, mode: 0o750, uid: 3, gid: 4, rdev: 0, target: Vec::new() },
+            open: false,
+            ino: Ino(21),
+            time: made.ctime,
+        };
+        let outcome = Mutated::Inode { attr: made, created: true };
+        let leases = [OWN, Lease { directory: Ino(21), number: 5, sole: 5 }];
+        names.note_change(&place, &outcome, Position(3), &leases, asked(ms(132)));
+        names.caught_up(((HOME, b"new"), Ino(21)), Some((Position(3), &[directory])));
+        assert!(matches!(names.look(Ino(21), b"in", ms(140)), Known::Present(attr, _) if attr.ino == inner.ino));
+        // Others look at the first directory, and so may find what is in it.
+        names.recall(Lease { directory: HOME, number: 1, sole: 1 }, ms(150));
+        assert_eq!(names.look(HOME, b"new", ms(151)), Known::Unknown);
+        assert!(matches!(names.look(Ino(21), b"in", ms(151)), Known::Present(..)), "it has a lease of its own by now");
+        names.recall(leases[1], ms(152));
+        assert_eq!(names.look(Ino(22), b"deep", ms(153)), Known::Unknown);
+        assert_eq!(make_ahead(&names, Ino(22), "more", Kind::File, 24, ms(153)), None);
+    }
+
+    #[test]
+    fn what_was_not_made_after_all_is_not_known_any_more() {
+        let names = whole(&[]);
+        note_made_directory(&names, "d", 12, 2, ms(120), &[OWN]);
+        assert!(make_ahead(&names, HOME, "new", Kind::Directory, 21, ms(130)).is_some());
+        assert!(make_ahead(&names, Ino(21), "in", Kind::File, 22, ms(130)).is_some());
+        names.caught_up(((HOME, b"new"), Ino(21)), None);
+        names.caught_up(((Ino(21), b"in"), Ino(22)), None);
+        assert_eq!(names.look(HOME, b"new", ms(131)), Known::Unknown);
+        assert_eq!(names.look(Ino(21), b"in", ms(131)), Known::Unknown);
+    }
+
     #[test]
     fn each_removal_ahead_leaves_the_directory_later_and_smaller() {
         let names = Names::default();
@@ -792,7 +1010,7 @@ mod tests {
         assert!(first.ctime > Time { secs: 5, nanos: 0 } && first.ctime < second.ctime, "{first:?} {second:?}");
         assert_eq!((second.mtime, second.mode), (second.ctime, 0o755));
         // Somebody else has changed its mode meanwhile: the server's answers say so.
-        names.removed((HOME, b"a"), Some((Position(3), &[Attr { mode: 0o700, ..first }])));
+        names.caught_up(((HOME, b"a"), Ino(11)), Some((Position(3), &[Attr { mode: 0o700, ..first }])));
         note_made_directory(&names, "c", 13, 4, ms(130), &[OWN, Lease { directory: Ino(13), number: 4, sole: 4 }]);
         let (_, third) = remove_ahead(&names, "c", true, ms(140)).expect("it may");
         assert_eq!(third.mode, 0o700);

@@ -125,20 +125,20 @@ impl Fs {
 
     /// mkdir, mknod, symlink.
     pub async fn make(&self, caller: Caller, parent: Ino, name: &[u8], request: MakeRequest) -> FsResult<Attr> {
-        let made = self.make_inode(caller, parent, name, request, true, false).await?;
-        Ok(made.attr)
+        let new = new_inode(caller, request);
+        if let Some(made) = self.make_ahead(parent, name, &new, false) {
+            return Ok(made);
+        }
+        let op = Op::Make { parent, name: name.to_vec(), new, exclusive: true, open: false };
+        Ok(self.made(op).await?.attr)
     }
 
-    pub(super) async fn make_inode(
-        &self,
-        caller: Caller,
-        parent: Ino,
-        name: &[u8],
-        request: MakeRequest,
-        exclusive: bool,
-        open: bool,
-    ) -> FsResult<Made> {
-        self.made(Op::Make { parent, name: name.to_vec(), new: new_inode(caller, request), exclusive, open }).await
+    /// Before the server knows, if that can be.
+    pub(super) fn make_ahead(&self, parent: Ino, name: &[u8], new: &NewInode, open: bool) -> Option<Attr> {
+        let (made, directory) = self.shared.meta.make_ahead(parent, name, new, open)?;
+        self.told.note(&[directory]);
+        self.plain.learn(&made);
+        Some(made)
     }
 
     pub(super) async fn made(&self, op: Op) -> FsResult<Made> {

@@ -154,7 +154,9 @@ impl Fs {
     ) -> FsResult<(Attr, Opened)> {
         let request = MakeRequest { kind: Kind::File, mode, rdev: 0, target: Vec::new() };
         let exclusive = flags & libc::O_EXCL != 0;
-        let Made { attr, created, position } = self.make_inode(caller, parent, name, request, exclusive, true).await?;
+        let new = new_inode(caller, request);
+        let op = Op::Make { parent, name: name.to_vec(), new, exclusive, open: true };
+        let Made { attr, created, position } = self.made(op).await?;
         if !created {
             return self.open_existing(caller, attr, flags).await;
         }

@@ -1,6 +1,6 @@
-//! Changes that this mount's programs know to be made and the metadata server does not yet: removals in directories that the mount has for itself
-//! (`cache::names`). They are sent in their order, many in a message, while programs go on: what removes a tree waits for no round trip. After
-//! CephFS's asynchronous unlink (Layton, "Asynchronous directory operations in CephFS", 2020).
+//! Changes that this mount's programs know to be made and the metadata server does not yet: of names in directories that the mount has for itself
+//! (`cache::names`). They are sent in their order, many in a message, while programs go on: what makes or removes a tree waits for no round trip. After
+//! CephFS's asynchronous create and unlink (Layton, "Asynchronous directory operations in CephFS", 2020).
 //!
 //! Nothing that could be seen to come later is asked for before the server has made them: every other change, every barrier, every word about
 //! locks, and the giving back of a lease waits for all that was begun before it; so does a question that could be answered otherwise.
@@ -12,7 +12,7 @@ use std::{
 };
 
 use holdfast_common::{
-    Ino, Time,
+    Ino, SessionId, Time,
     wire::meta::{Mutated, Op, Query},
 };
 use parking_lot::Mutex;
@@ -20,6 +20,8 @@ use tokio::sync::watch;
 
 /// Changes that the server has not made; past it, the next waits like any other.
 const BEHIND_MAX: usize = 1024;
+/// How far clocks may have gone apart between two changes.
+const CLOCK_SLACK: Duration = Duration::from_secs(1);
 
 #[derive(Debug)]
 pub struct Behind {
@@ -27,6 +29,8 @@ pub struct Behind {
     /// How many have been made, or could not be, since the beginning.
     ended: watch::Sender<u64>,
     clock: Mutex<Option<Heard>>,
+    /// How many numbers have been chosen for new inodes, in which session.
+    chosen: Mutex<(SessionId, u32)>,
 }
 
 /// What time it was at the server, and here by a clock that no suspension stops.
@@ -52,16 +56,18 @@ struct Queue {
 
 impl Default for Behind {
     fn default() -> Self {
-        Self { queue: Mutex::default(), ended: watch::Sender::new(0), clock: Mutex::default() }
+        Self {
+            queue: Mutex::default(),
+            ended: watch::Sender::new(0),
+            clock: Mutex::default(),
+            chosen: Mutex::default(),
+        }
     }
 }
 
-/// A directory and the inode that loses its name in it.
-fn concerned(op: &Op) -> Vec<Ino> {
-    match op {
-        Op::Remove { parent, ino, .. } => vec![*parent, *ino],
-        _ => Vec::new(),
-    }
+/// A directory and the inode that gets or loses its name in it.
+fn concerned(op: &Op) -> impl Iterator<Item = Ino> {
+    op.ahead().into_iter().flat_map(|((parent, _), ino)| [parent, ino])
 }
 
 impl Behind {
@@ -70,11 +76,21 @@ impl Behind {
         queue.begun - queue.ended < BEHIND_MAX as u64
     }
 
+    /// A number that nothing has had.
+    pub fn choose(&self, session: SessionId) -> Option<Ino> {
+        let mut chosen = self.chosen.lock();
+        if chosen.0 != session {
+            *chosen = (session, 0);
+        }
+        chosen.1 = chosen.1.checked_add(1)?;
+        Ino::chosen(session, chosen.1)
+    }
+
     /// Returns whether somebody has to begin to send.
     pub fn push(&self, op: Op) -> bool {
         let mut queue = self.queue.lock();
         queue.begun += 1;
-        concerned(&op).into_iter().for_each(|ino| *queue.concerned.entry(ino).or_default() += 1);
+        concerned(&op).for_each(|ino| *queue.concerned.entry(ino).or_default() += 1);
         queue.waiting.push_back(op);
         !std::mem::replace(&mut queue.is_being_sent, true)
     }
@@ -166,8 +182,13 @@ impl Behind {
 
     /// The server has made a change, and this was heard of it.
     pub fn note_time(&self, outcome: &Mutated, now: Duration) {
-        if let Some(attr) = outcome.attrs().first() {
-            *self.clock.lock() = Some(Heard { there: attr.ctime, here: now });
+        // What was there already has an older time.
+        let is_new = !matches!(outcome, Mutated::Inode { created: false, .. });
+        let Some(there) = outcome.attrs().first().filter(|_| is_new).map(|attr| attr.ctime) else { return };
+        // Nor is an answer of the time that is given again.
+        let known = self.server_time(now);
+        if known.is_none_or(|known| known <= there.after(CLOCK_SLACK)) {
+            *self.clock.lock() = Some(Heard { there, here: now });
         }
     }
 
@@ -243,6 +264,42 @@ mod tests {
         behind.end(&taken, false);
         assert!(behind.is_waited_for());
         assert!(!behind.say_if_any() && !behind.is_waited_for(), "it knows");
+    }
+
+    #[test]
+    fn old_times_are_not_taken_for_the_time() {
+        use holdfast_common::{Kind, wire::meta::NewInode};
+        let behind = Behind::default();
+        let at = |secs, created| {
+            let new = NewInode { kind: Kind::Directory, mode: 0, uid: 0, gid: 0, rdev: 0, target: Vec::new() };
+            let time = Time { secs, nanos: 0 };
+            let parent = holdfast_common::Attr {
+                ino: Ino(1),
+                kind: Kind::Directory,
+                mode: 0,
+                uid: 0,
+                gid: 0,
+                nlink: 2,
+                size: 0,
+                stored: 0,
+                rdev: 0,
+                atime: time,
+                mtime: time,
+                ctime: time,
+                btime: time,
+                data_version: 0,
+            };
+            Mutated::Inode { attr: new.attr(Ino(2), &parent, time), created }
+        };
+        let now = Duration::from_secs(100);
+        assert_eq!(behind.server_time(now), None);
+        behind.note_time(&at(5000, true), now);
+        behind.note_time(&at(10, false), now);
+        behind.note_time(&at(4000, true), now);
+        let later = now + Duration::from_secs(7);
+        assert_eq!(behind.server_time(later), Some(Time { secs: 5007, nanos: 0 }));
+        behind.note_time(&at(5009, true), later);
+        assert_eq!(behind.server_time(later), Some(Time { secs: 5009, nanos: 0 }));
     }
 
     #[test]

@@ -11,15 +11,15 @@ use std::{
 
 use holdfast_common::planted::{Bug, is_planted};
 use holdfast_common::{
-    Attr, Epoch, Ino, Position, Refusal, Sequence, SessionId,
+    Attr, Epoch, Ino, Position, Refusal, Sequence, SessionId, Time,
     cluster::ClusterMap,
     limits::{MUTATIONS_MAX, REPLIES_KEPT_PER_SESSION},
     net::{CallError, Endpoint, Frame, Peers},
     wire::{
         codec,
         meta::{
-            Changed, LostChange, MetaAnswer, MetaReply, MetaRequest, Mutated, Op, Query, Replayed, SessionRequest,
-            StorageNotice,
+            Changed, LostChange, MetaAnswer, MetaReply, MetaRequest, Mutated, NewInode, Op, Query, Replayed,
+            SessionRequest, StorageNotice,
         },
     },
 };
@@ -54,6 +54,7 @@ const REFRESH: Duration = Duration::from_secs(1);
 /// one that waits for a slow disk must not make those after it fail.
 const SEQUENCE_SPAN_MAX: u64 = 1024;
 const _: () = assert!(SEQUENCE_SPAN_MAX * 2 <= REPLIES_KEPT_PER_SESSION);
+const _: () = assert!(MUTATIONS_MAX as u64 <= SEQUENCE_SPAN_MAX);
 
 /// The blocks of a commit may have been deleted as garbage since they were put: the caller puts them again, and commits again.
 pub const PUT_AGAIN: Errno = Errno(libc::EREMCHG);
@@ -137,13 +138,18 @@ impl Session {
 
     /// The next sequence, unless it would be too far ahead of one that waits for its answer.
     fn take_sequence(&mut self) -> Option<(SessionId, Sequence)> {
-        if self.next - self.first_unanswered() >= SEQUENCE_SPAN_MAX {
+        self.take_sequences(1).map(|(session, first)| (session, Sequence(first)))
+    }
+
+    /// As many in a row, or none: who holds some while he waits for others is waited for himself.
+    fn take_sequences(&mut self, count: u64) -> Option<(SessionId, u64)> {
+        let first = self.next;
+        if first + count - 1 - self.first_unanswered() >= SEQUENCE_SPAN_MAX {
             return None;
         }
-        let sequence = self.next;
-        self.next += 1;
-        self.in_flight.insert(sequence);
-        Some((self.id, Sequence(sequence)))
+        self.next += count;
+        self.in_flight.extend(first..self.next);
+        Some((self.id, first))
     }
 }
 
@@ -418,21 +424,43 @@ impl MetaClient {
         is_directory: bool,
         may: impl FnOnce(Ino) -> bool,
     ) -> Option<(Ino, Attr)> {
-        let now = boot_time();
-        let clock = self.behind.server_time(now)?;
-        let is_calm = *self.recovering.borrow() == Recovering::No && self.behind.has_room();
-        if !is_calm || self.undurable.lock().is_full() {
-            return None;
-        }
+        let times = self.may_go_ahead()?;
         let mut has_to_begin = false;
-        let removed = self.names.remove_ahead((parent, name), is_directory, (now, clock), may, |op| {
+        let removed = self.names.remove_ahead((parent, name), is_directory, times, may, |op| {
             has_to_begin = self.behind.push(op);
         });
         if has_to_begin {
-            let client = Arc::clone(self);
-            drop(tokio::spawn(async move { client.catch_up().await }));
+            self.begin_to_catch_up();
         }
         removed
+    }
+
+    /// As [`MetaClient::remove_ahead`], of something new. Returns what is made, and the directory.
+    pub fn make_ahead(self: &Arc<Self>, parent: Ino, name: &[u8], new: &NewInode, open: bool) -> Option<(Attr, Attr)> {
+        let times = self.may_go_ahead()?;
+        let ino = self.behind.choose(self.session())?;
+        let mut has_to_begin = false;
+        let made = self.names.make_ahead((parent, name), new, ino, times, |time| {
+            let op = Op::Place { parent, name: name.to_vec(), new: new.clone(), open, ino, time };
+            has_to_begin = self.behind.push(op);
+        });
+        if has_to_begin {
+            self.begin_to_catch_up();
+        }
+        made
+    }
+
+    /// The time, here and at the server, if changes may be begun that it does not know.
+    fn may_go_ahead(&self) -> Option<(Duration, Time)> {
+        let now = boot_time();
+        let clock = self.behind.server_time(now)?;
+        let is_calm = *self.recovering.borrow() == Recovering::No && self.behind.has_room();
+        (is_calm && !self.undurable.lock().is_full()).then_some((now, clock))
+    }
+
+    fn begin_to_catch_up(self: &Arc<Self>) {
+        let client = Arc::clone(self);
+        drop(tokio::spawn(async move { client.catch_up().await }));
     }
 
     /// `EIO`, once, if a name is still there that a program was told is gone. After a [`MetaClient::barrier`].
@@ -449,7 +477,7 @@ impl MetaClient {
         match timeout(self.io_timeout, settled).await {
             Ok(()) => Ok(()),
             Err(_) => {
-                error!("names that were removed could not be removed at the server within {:?}", self.io_timeout);
+                error!("changes of names could not be made at the server within {:?}", self.io_timeout);
                 Err(Errno(libc::EIO))
             }
         }
@@ -484,24 +512,30 @@ impl MetaClient {
                     changes: changes(),
                 })
             };
+            let mut perhaps_applied = false;
             let answer = loop {
                 match self.ask_if(ATTEMPT, request).await {
-                    Err(Failure::Late { .. }) => {
-                        warn!(changes = ops.len(), "names are gone here, and not at the server yet")
+                    Err(Failure::Late { perhaps_applied: perhaps }) => {
+                        perhaps_applied |= perhaps;
+                        warn!(changes = ops.len(), "names are changed here, and not at the server yet")
                     }
                     answer => break answer,
                 }
             };
             let results = match answer {
                 Ok(MetaAnswer::MutatedMany(results)) if results.len() == ops.len() => results,
-                // In another session they are asked for anew: what has been made then is not there any more.
-                Err(Failure::Expired { session, .. }) => {
+                // In another session they are asked for anew; but what may have been made may have been undone by others since.
+                Err(Failure::Expired { session, perhaps_applied: false }) if !perhaps_applied => {
                     self.reenter(session).await;
                     continue;
                 }
                 other => {
-                    error!(?other, changes = ops.len(), "names that were removed are not removed at the server");
-                    ops.iter().filter_map(Op::removed_name).for_each(|name| self.names.removed(name, None));
+                    error!(
+                        ?other,
+                        changes = ops.len(),
+                        "changes of names that programs were told of are not made at the server"
+                    );
+                    ops.iter().filter_map(Op::ahead).for_each(|place| self.names.caught_up(place, None));
                     return true;
                 }
             };
@@ -515,22 +549,22 @@ impl MetaClient {
 
     /// Returns whether it has been made.
     fn note_made_behind(&self, op: &Op, sequence: Sequence, result: Result<Changed, Refusal>, asked: Asked) -> bool {
-        let Some(name) = op.removed_name() else { return false };
+        let Some(place) = op.ahead() else { return false };
         match result {
             Ok(Changed { position, outcome, directories, leases }) => {
                 self.names.note_change(op, &outcome, position, &leases, asked);
-                self.names.removed(name, Some((position, &directories)));
+                self.names.caught_up(place, Some((position, &directories)));
                 if !self.is_durable(position) {
                     self.undurable.lock().note(position, sequence, op.clone(), &outcome);
                 }
                 true
             }
             Err(refusal) => {
-                self.names.removed(name, None);
+                self.names.caught_up(place, None);
                 // It has been made before, or somebody else has come first, when this mount was cut off for long.
-                let is_gone = refusal == Refusal::NotFound;
+                let is_gone = matches!(op, Op::Remove { .. }) && refusal == Refusal::NotFound;
                 if !is_gone {
-                    error!(?op, %refusal, "a name that was removed is still there");
+                    error!(?op, %refusal, "a change of names that a program was told of is not made");
                 }
                 is_gone
             }
@@ -1039,27 +1073,28 @@ struct Mutation<'a> {
 
 impl<'a> Mutation<'a> {
     async fn begin(client: &'a MetaClient) -> Self {
+        let (session, sequence) = Self::once_there_is_room(client, Session::take_sequence).await;
+        Self { client, session, sequence }
+    }
+
+    /// As many in one session, at most `SEQUENCE_SPAN_MAX`.
+    async fn begin_all(client: &'a MetaClient, count: usize) -> Vec<Self> {
+        let count = count as u64;
+        let (session, first) = Self::once_there_is_room(client, |session| session.take_sequences(count)).await;
+        (first..first + count).map(|sequence| Self { client, session, sequence: Sequence(sequence) }).collect()
+    }
+
+    async fn once_there_is_room<T>(client: &MetaClient, take: impl Fn(&mut Session) -> Option<T>) -> T {
         loop {
             let room = client.room.notified();
             tokio::pin!(room);
             room.as_mut().enable();
-            let taken = client.session.lock().take_sequence();
-            if let Some((session, sequence)) = taken {
-                return Self { client, session, sequence };
+            let taken = take(&mut client.session.lock());
+            if let Some(taken) = taken {
+                return taken;
             }
             room.await;
         }
-    }
-
-    /// As many in one session.
-    async fn begin_all(client: &'a MetaClient, count: usize) -> Vec<Self> {
-        let mut all: Vec<Self> = Vec::with_capacity(count);
-        while all.len() < count {
-            let next = Self::begin(client).await;
-            all.retain(|earlier| earlier.session == next.session);
-            all.push(next);
-        }
-        all
     }
 }
 

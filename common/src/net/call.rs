@@ -20,7 +20,7 @@ use super::{
     CallError, Endpoint, Frame,
     frame::{self, FrameError, FrameLimits, ResetOnDrop},
     identity::PeerIdentity,
-    quic::{CODE_UNTRUSTED, NetOptions, client_config},
+    quic::{CODE_CLOSING, CODE_UNTRUSTED, NetOptions, client_config},
     socket,
     tls::{Credentials, TlsError},
 };
@@ -215,9 +215,22 @@ async fn peer_is_gone(address: SocketAddr, line: &Line) {
         sleep(SILENCE_MAX).await;
         let silent = line.connection.stats().udp_rx.datagrams == received;
         let owed = line.waiting.calls.load(Ordering::Relaxed) > 0;
-        if silent && owed && timeout(ASK_TIMEOUT, socket::refused(address)).await.is_ok() {
-            return;
+        if silent && owed {
+            nudge(&line.connection).await;
+            if timeout(ASK_TIMEOUT, socket::refused(address)).await.is_ok() {
+                return;
+            }
         }
+    }
+}
+
+/// Sends something. What waits to be sent again waits longer each time; a peer that has restarted resets the connection with the first packet
+/// that it gets.
+async fn nudge(connection: &Connection) {
+    if let Ok(Ok((mut send, _))) = timeout(ASK_TIMEOUT, connection.open_bi()).await
+        && let Err(error) = send.reset(CODE_CLOSING)
+    {
+        tracing::debug!(%error, "a stream was over before it began");
     }
 }
 

@@ -10,7 +10,7 @@ use crate::{
     refusal::Refusal,
     types::{
         Attr, BootId, ChunkIndex, ClusterId, DirEntry, Epoch, Ino, Kind, Piece, Position, Sequence, ServerId,
-        SessionId, Time,
+        SessionId, Time, mode,
     },
 };
 
@@ -349,6 +349,16 @@ pub enum Op {
         ino: Ino,
         time: Time,
     },
+    /// As an exclusive `Make`, of an inode whose number the mount has chosen ([`Ino::chosen`]), and told to its programs at `time` as in `Remove`.
+    /// Asked for anew it is found to be made.
+    Place {
+        parent: Ino,
+        name: Vec<u8>,
+        new: NewInode,
+        open: bool,
+        ino: Ino,
+        time: Time,
+    },
 }
 
 impl Op {
@@ -359,17 +369,20 @@ impl Op {
             | Self::Link { parent, .. }
             | Self::Unlink { parent, .. }
             | Self::Rmdir { parent, .. }
-            | Self::Remove { parent, .. } => vec![*parent],
+            | Self::Remove { parent, .. }
+            | Self::Place { parent, .. } => vec![*parent],
             Self::Rename { from, to, .. } if from == to => vec![*from],
             Self::Rename { from, to, .. } => vec![*from, *to],
             _ => Vec::new(),
         }
     }
 
-    /// The name that a `Remove` takes away.
-    pub fn removed_name(&self) -> Option<(Ino, &[u8])> {
+    /// The name and the inode of a `Remove` or a `Place`.
+    pub fn ahead(&self) -> Option<((Ino, &[u8]), Ino)> {
         match self {
-            Self::Remove { parent, name, .. } => Some((*parent, name)),
+            Self::Remove { parent, name, ino, .. } | Self::Place { parent, name, ino, .. } => {
+                Some(((*parent, name), *ino))
+            }
             _ => None,
         }
     }
@@ -377,14 +390,16 @@ impl Op {
     /// The new directory that it was answered with, if it made one.
     pub fn made_directory(&self, outcome: &Mutated) -> Option<Ino> {
         match (self, outcome) {
-            (Self::Make { .. }, Mutated::Inode { attr, created: true }) if attr.kind == Kind::Directory => {
+            (Self::Make { .. } | Self::Place { .. }, Mutated::Inode { attr, created: true })
+                if attr.kind == Kind::Directory =>
+            {
                 Some(attr.ino)
             }
             _ => None,
         }
     }
 
-    /// Does it make the metadata larger? No `_` arm: a new operation must say so.
+    /// Does it make the metadata larger, and may be refused for that? No `_` arm: a new operation must say so.
     pub fn grows(&self) -> bool {
         match self {
             Self::Make { .. }
@@ -398,6 +413,8 @@ impl Op {
             Self::Unlink { .. }
             | Self::Rmdir { .. }
             | Self::Remove { .. }
+            // The programs have been told; see `Lease::sole`.
+            | Self::Place { .. }
             | Self::Rename { .. }
             | Self::SetAttr { .. }
             | Self::RemoveXattr { .. }
@@ -435,6 +452,32 @@ pub struct NewInode {
     pub rdev: u32,
     /// Symlinks only, else empty.
     pub target: Vec<u8>,
+}
+
+impl NewInode {
+    /// What becomes of it in a directory that has no default list of permissions.
+    pub fn attr(&self, ino: Ino, parent: &Attr, time: Time) -> Attr {
+        let is_directory = self.kind == Kind::Directory;
+        let inherits = parent.mode & mode::SETGID != 0;
+        let setgid = if inherits && is_directory { mode::SETGID } else { 0 };
+        let is_device = matches!(self.kind, Kind::CharDevice | Kind::BlockDevice);
+        Attr {
+            ino,
+            kind: self.kind,
+            mode: self.mode & mode::PERMISSIONS & !(self.mode >> UMASK_SHIFT) | setgid,
+            uid: self.uid,
+            gid: if inherits { parent.gid } else { self.gid },
+            nlink: if is_directory { 2 } else { 1 },
+            size: self.target.len() as u64,
+            stored: 0,
+            rdev: if is_device { self.rdev } else { 0 },
+            atime: time,
+            mtime: time,
+            ctime: time,
+            btime: time,
+            data_version: 0,
+        }
+    }
 }
 
 /// Where the umask is in `NewInode::mode`.

@@ -248,9 +248,11 @@ impl Committer {
                 tracing::warn!("there are as many sessions as there may be: a mount is refused");
                 Err(Refusal::Unavailable)
             }
-            Command::Mutate { session, op: Op::Make { open: true, .. } | Op::MakeUnnamed { .. }, .. } => {
-                self.core.sessions.lock().admit_opens(*session, 1)
-            }
+            Command::Mutate {
+                session,
+                op: Op::Make { open: true, .. } | Op::Place { open: true, .. } | Op::MakeUnnamed { .. },
+                ..
+            } => self.core.sessions.lock().admit_opens(*session, 1),
             Command::Reclaim { inos } => {
                 let sessions = self.core.sessions.lock();
                 inos.retain(|ino| !sessions.is_open(*ino));
@@ -316,7 +318,10 @@ impl Committer {
                 // Stored again: whoever does that may need time for more.
                 self.core.vanished.lock().clear();
             }
-            (Op::Make { open: true, .. } | Op::MakeUnnamed { .. }, Ok(Reply::Mutated(Mutated::Inode { attr, .. }))) => {
+            (
+                Op::Make { open: true, .. } | Op::Place { open: true, .. } | Op::MakeUnnamed { .. },
+                Ok(Reply::Mutated(Mutated::Inode { attr, .. })),
+            ) => {
                 self.hold_open(*session, attr.ino);
             }
             _ => {}
@@ -334,7 +339,13 @@ impl Committer {
         if directories.is_empty() {
             return Vec::new();
         }
-        self.core.leases.applied(*session, &directories, op.made_directory(outcome), self.core.clock.monotonic())
+        let (made, now) = (op.made_directory(outcome), self.core.clock.monotonic());
+        let mut leases = self.core.leases.applied(*session, &directories, made, now);
+        if self.core.full.load(Ordering::Relaxed) {
+            // What a mount's programs have been told is made cannot be refused: so they are not told any more.
+            leases.iter_mut().for_each(|lease| lease.sole = 0);
+        }
+        leases
     }
 
     fn hold_open(&self, session: SessionId, ino: Ino) {

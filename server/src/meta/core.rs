@@ -7,7 +7,7 @@ use std::sync::{
 
 use holdfast_common::planted::{Bug, is_planted};
 use holdfast_common::{
-    BlockHash, ClusterId, Epoch, Ino, Position, Refusal, Sequence, ServerId, SessionId, Time,
+    BlockHash, ClusterId, Epoch, Ino, Kind, Position, Refusal, Sequence, ServerId, SessionId, Time,
     clock::Clock,
     cluster::Standing,
     disk::Disk,
@@ -38,7 +38,7 @@ use super::{
     recent::Recent,
     recovery::Recovery,
     sessions::Sessions,
-    state::{Command, StorageError},
+    state::{Command, StorageError, query, settled},
     store::Store,
     unsynced::Unsynced,
 };
@@ -258,7 +258,26 @@ impl Core {
         }
         self.check_old_leases(session)?;
         let now = || self.clock.monotonic();
-        Ok(Some(self.leases.change(session, directories, now, |holder, lease| self.recall(holder, lease)).await))
+        loop {
+            let target = self.removed_directory(op);
+            let all = directories.iter().copied().chain(target).collect();
+            let changing = self.leases.change(session, all, now, |holder, lease| self.recall(holder, lease)).await;
+            if self.removed_directory(op) == target {
+                return Ok(Some(changing));
+            }
+        }
+    }
+
+    /// The directory that the change takes away, if it is one and is there: a mount may know more of what is in it than this server.
+    fn removed_directory(&self, op: &Op) -> Option<Ino> {
+        let (parent, name) = match op {
+            Op::Rmdir { parent, name } | Op::Remove { parent, name, .. } => (*parent, name),
+            Op::Rename { to, to_name, .. } => (*to, to_name),
+            _ => return None,
+        };
+        // A fault will be met by whoever applies the change.
+        let found = self.store.ask(|rows| settled(query::lookup(rows, parent, name))).ok()?.ok()?;
+        (found.kind == Kind::Directory).then_some(found.ino)
     }
 
     /// Returns when this server knows all that any mount but `session` has told its programs of names in `directory`. `Unavailable` as above.
@@ -295,6 +314,7 @@ impl Core {
 
     /// Nobody is waited for any more.
     pub fn end_recovery(&self) {
+        self.leases.await_old(self.clock.monotonic());
         self.recovering.send_replace(false);
         self.note_replayed();
     }

@@ -28,6 +28,8 @@ const ROW_BEFORE_LEASE: u32 = 2;
 const RECALLS_COUNTED_MAX: u32 = 8;
 /// Nobody has a directory for himself at which somebody else has looked within this.
 const LOOKED_LATELY: Duration = Duration::from_secs(10);
+/// Between two looks whether a change has been applied.
+const SOON: Duration = Duration::from_millis(5);
 /// Directories of which it is known who changes them, besides those that are being changed at the moment.
 const DIRECTORIES_MAX: usize = 64 << 10;
 
@@ -38,7 +40,7 @@ pub struct Leases {
     /// A lease has been given back.
     ended: Notify,
     /// By when those of the server's last life have run out.
-    old_until: Duration,
+    old_until: Mutex<Duration>,
 }
 
 /// Somebody changes directories: until this is dropped, others get no lease on them.
@@ -58,12 +60,17 @@ impl Drop for ChangingNames {
 impl Leases {
     /// Of a life of the server that begins now, by its clock.
     pub fn new(now: Duration) -> Self {
-        Self { table: Mutex::default(), ended: Notify::new(), old_until: now + OLD_LEASES }
+        Self { table: Mutex::default(), ended: Notify::new(), old_until: Mutex::new(now + OLD_LEASES) }
     }
 
     /// May a mount still rely on a lease of the server's last life, if not all have noticed that there is a new one?
     pub fn may_be_old(&self, now: Duration) -> bool {
-        now < self.old_until
+        now < *self.old_until.lock()
+    }
+
+    /// Mounts can say only from now on what they have done under leases of the server's last life.
+    pub fn await_old(&self, now: Duration) {
+        *self.old_until.lock() = now + OLD_LEASES;
     }
 
     /// Returns when nobody but `session` has a lease on any of the directories, and nobody gets one: after as long as a lease lasts at most.
@@ -279,6 +286,10 @@ impl LeaseTable {
             return Obstacles::default();
         };
         if !is_leased {
+            // What it has done under it has come, and waits to be applied.
+            if directory.changing.contains(&holder.session) {
+                return Obstacles { recalls: Vec::new(), until: Some(now + SOON) };
+            }
             holder.sole = 0;
             return Obstacles::default();
         }

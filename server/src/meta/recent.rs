@@ -74,6 +74,7 @@ pub fn changes_of(op: &Op, outcome: &Mutated) -> Vec<Change> {
     let name = |parent: &holdfast_common::Ino, name: &[u8]| Change::Name(*parent, name.to_vec());
     match op {
         Op::Make { parent, name: n, .. }
+        | Op::Place { parent, name: n, .. }
         | Op::Link { parent, name: n, .. }
         | Op::Unlink { parent, name: n }
         | Op::Rmdir { parent, name: n }

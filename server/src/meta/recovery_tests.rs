@@ -209,6 +209,8 @@ async fn a_mount_that_comes_too_late_has_its_changes_made_last_and_nothing_befor
     let mut cluster = cluster.restarted(disk);
     cluster.clock.advance(Duration::from_secs(6));
     cluster.until("the window is over", |cluster| !cluster.core().is_recovering()).await;
+    // Nor may those that did not come rely on any lease still.
+    cluster.clock.advance(OLD_LEASES);
     let harness = Mount { session: cluster.session, done: Vec::new() };
     harness.replay(&cluster).await;
     let other = cluster.create("other", false).await.unwrap();
@@ -320,6 +322,8 @@ async fn what_comes_late_waits_for_the_leases_that_others_have_by_then() {
     let cluster = cluster.restarted(disk);
     cluster.clock.advance(Duration::from_secs(6));
     cluster.until("the window is over", |cluster| !cluster.core().is_recovering()).await;
+    // Nor may those that did not come rely on any lease still.
+    cluster.clock.advance(OLD_LEASES);
     a.replay(&cluster).await;
     for (sequence, name) in [(2, "x"), (3, "y")] {
         let op = words::make(directory.ino, name, Kind::File);

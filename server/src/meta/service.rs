@@ -334,6 +334,8 @@ impl Service {
             changed.push(match outcome {
                 Ok(Reply::Mutated(outcome)) => Ok(meta::Changed { position, outcome, directories, leases }),
                 Ok(_) => return Err(Refusal::Fault),
+                // None of the rest is made: all that is asked for again in another session is found to be made, or is made.
+                Err(Refusal::SessionExpired) => return Err(Refusal::SessionExpired),
                 Err(refusal) => Err(refusal),
             });
         }
@@ -421,6 +423,9 @@ impl Service {
                     return Err(Refusal::Unavailable);
                 }
                 self.core.sessions.lock().reopen(session, bounded(&opens)?, is_behind, now)?;
+                if is_behind {
+                    self.core.leases.await_old(now);
+                }
                 self.core.recovery.lock().heard(session);
                 let replay_after = self.core.sessions.lock().owes(session);
                 return Ok(MetaAnswer::Reopened { replay_after });

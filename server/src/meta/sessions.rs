@@ -218,7 +218,10 @@ impl Sessions {
 
     /// Have all but this one said that they rely on nothing of an earlier life of the server any more?
     pub fn rely_on_nothing(&self, except: SessionId) -> bool {
-        self.mounts.iter().all(|(id, mount)| *id == except || mount.confirmed && !mount.is_behind)
+        // Who is behind itself does not wait for others that are: it would be waited for.
+        let is_behind = self.mounts.get(&except).is_some_and(|mount| mount.is_behind);
+        let relies = |mount: &Mount| !mount.confirmed || mount.is_behind && !is_behind;
+        !self.mounts.iter().any(|(id, mount)| *id != except && relies(mount))
     }
 
     /// Shortens everybody's silence by a time in which nobody could be heard.

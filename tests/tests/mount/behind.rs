@@ -1,4 +1,4 @@
-//! Names that a mount takes away before the metadata server knows, and everybody who could notice.
+//! Names that a mount makes and takes away before the metadata server knows, and everybody who could notice.
 
 use std::{
     fs, io,
@@ -55,11 +55,14 @@ impl Looks {
     }
 }
 
-/// A mount that is alone in `work`.
+/// A mount that is alone in a directory.
 struct Alone {
-    cluster: Cluster,
+    // Before its servers, when the test ends.
     mount: Mount,
+    cluster: Cluster,
     rounds: usize,
+    /// The directory's name.
+    work: String,
     /// How the directory looked when all was removed and the server did not know.
     looked: Option<Looks>,
 }
@@ -68,19 +71,53 @@ impl Alone {
     fn start() -> Self {
         let cluster = Cluster::start();
         let mount = cluster.mount();
-        fs::create_dir(mount.join("work")).expect("mkdir");
-        Self { cluster, mount, rounds: 0, looked: None }
+        let mut alone = Self { cluster, mount, rounds: 0, work: String::new(), looked: None };
+        alone.begin_anew();
+        alone
     }
 
-    /// Makes a row of directories and removes it while the server is stopped; again, until it did not have to wait for that. Returns what
+    /// With another directory: where somebody else has looked, the mount has nothing for itself for a while.
+    fn begin_anew(&mut self) {
+        self.work = format!("work-{}", self.rounds);
+        fs::create_dir(self.at("")).expect("mkdir");
+    }
+
+    fn at(&self, name: &str) -> PathBuf {
+        self.mount.join(&self.work).join(name)
+    }
+
+    /// Makes a row of directories, and removes it while the server is stopped; again, until it did not have to wait for that. Returns what
     /// was removed, with the server still stopped.
     fn remove_a_row(&mut self) -> Vec<PathBuf> {
+        let make = |path: &Path| fs::create_dir(path).expect("mkdir");
+        self.change_a_row(make, |path| fs::remove_dir(path).expect("rmdir"))
+    }
+
+    /// The same, of what is made while the server is stopped.
+    fn make_a_row(&mut self) -> Vec<PathBuf> {
+        let nothing = |_: &Path| {};
+        self.change_a_row(nothing, |path| {
+            fs::create_dir(path).expect("mkdir");
+            fs::create_dir(path.join("inside")).expect("mkdir");
+            std::os::unix::fs::symlink("to", path.join("link")).expect("symlink");
+        })
+    }
+
+    fn change_a_row(&mut self, before: fn(&Path), stopped: fn(&Path)) -> Vec<PathBuf> {
         let mut row = Vec::new();
-        wait::until("a row is removed without the server", PATIENCE, || {
+        wait::until("a row is changed without the server", PATIENCE, || {
             self.rounds += 1;
-            row = (0..ROW).map(|number| self.mount.join(format!("work/{}-{number:02}", self.rounds))).collect();
-            row.iter().for_each(|path| fs::create_dir(path).expect("mkdir"));
-            self.looked = self.remove_while_stopped(row.clone());
+            row = (0..ROW).map(|number| self.at(&format!("{}-{number:02}", self.rounds))).collect();
+            // By which the mount has the directory for itself again, after a pause.
+            (0..3).for_each(|number| {
+                let path = self.at(&format!("warm-{}-{number}", self.rounds));
+                fs::create_dir(&path).expect("mkdir");
+                fs::remove_dir(&path).expect("rmdir");
+            });
+            row.iter().for_each(|path| before(path));
+            // So that the server knows of that much.
+            fs::File::open(self.at("")).expect("open").sync_all().expect("fsync");
+            self.looked = self.do_while_stopped(row.clone(), stopped);
             if self.looked.is_none() {
                 self.cluster.meta().thaw();
             }
@@ -90,12 +127,12 @@ impl Alone {
     }
 
     /// `None`: it had to wait.
-    fn remove_while_stopped(&self, row: Vec<PathBuf>) -> Option<Looks> {
-        let directory = fs::File::open(self.mount.join("work")).expect("open");
+    fn do_while_stopped(&self, row: Vec<PathBuf>, work: fn(&Path)) -> Option<Looks> {
+        let directory = fs::File::open(self.at("")).expect("open");
         self.cluster.meta().freeze();
         let (tell, told) = mpsc::channel();
         drop(thread::spawn(move || {
-            row.iter().for_each(|path| fs::remove_dir(path).expect("rmdir"));
+            row.iter().for_each(|path| work(path));
             let looked = Looks::of(&directory.metadata().expect("stat"));
             // Nobody listens any more if it took too long.
             let _late = tell.send(looked);
@@ -110,17 +147,57 @@ fn what_a_mount_removes_by_itself_nobody_finds_any_more() {
     let mut alone = Alone::start();
     let other = alone.cluster.mount();
     for _ in 0..5 {
-        fs::write(alone.mount.join("work/stays"), b"here").expect("write");
+        fs::write(alone.at("stays"), b"here").expect("write");
         let row = alone.remove_a_row();
-        let looked_for = other.join("work").join(row[ROW - 1].file_name().expect("a name"));
+        let looked_for = other.join(&alone.work).join(row[ROW - 1].file_name().expect("a name"));
         let looking = thread::spawn(move || is_there(&looked_for));
         alone.cluster.meta().thaw();
         assert!(!looking.join().expect("a look"), "the last of them is found");
-        assert_eq!(names(&other.join("work")), ["stays"]);
-        assert_eq!(names(&alone.mount.join("work")), ["stays"]);
-        // The other has looked: for a while the first has nothing for itself, so begin with another directory.
-        fs::rename(alone.mount.join("work"), alone.mount.join(format!("done-{}", alone.rounds))).expect("rename");
-        fs::create_dir(alone.mount.join("work")).expect("mkdir");
+        assert_eq!(names(&other.join(&alone.work)), ["stays"]);
+        assert_eq!(names(&alone.at("")), ["stays"]);
+        alone.begin_anew();
+    }
+}
+
+/// "What a mount makes in a directory that nobody else looks at is there for its programs at once, and for whoever looks when the server has heard of it."
+#[test]
+fn what_a_mount_makes_by_itself_everybody_finds() {
+    let mut alone = Alone::start();
+    let other = alone.cluster.mount();
+    for _ in 0..5 {
+        let row = alone.make_a_row();
+        let last = other.join(&alone.work).join(row[ROW - 1].file_name().expect("a name"));
+        let looked_for = last.clone();
+        let looking = thread::spawn(move || is_there(&looked_for));
+        alone.cluster.meta().thaw();
+        assert!(looking.join().expect("a look"), "the last of them is missing");
+        assert_eq!(names(&last), ["inside", "link"]);
+        assert_eq!(fs::read_link(last.join("link")).expect("readlink"), Path::new("to"));
+        fs::write(last.join("inside/from-b"), b"b").expect("write");
+        assert_eq!(fs::read(row[ROW - 1].join("inside/from-b")).expect("read"), b"b");
+        let own = |path: &Path| {
+            let meta = fs::symlink_metadata(path).expect("stat");
+            (meta.ino(), meta.mode(), meta.uid(), meta.nlink())
+        };
+        for path in &row {
+            let inside = other.join(&alone.work).join(path.file_name().expect("a name"));
+            assert_eq!(own(path), own(&inside));
+        }
+        alone.begin_anew();
+    }
+}
+
+#[test]
+fn what_was_made_survives_the_death_of_a_server_that_did_not_know() {
+    let mut alone = Alone::start();
+    let row = alone.make_a_row();
+    alone.cluster.meta().kill();
+    alone.cluster.meta().start();
+    let other = alone.cluster.mount();
+    for path in &row {
+        let there = other.join(&alone.work).join(path.file_name().expect("a name"));
+        assert_eq!(names(&there), ["inside", "link"]);
+        assert_eq!(names(path), ["inside", "link"]);
     }
 }
 
@@ -130,10 +207,10 @@ fn a_directory_looks_the_same_before_and_after_the_server_knows() {
     alone.remove_a_row();
     let before = alone.looked.expect("it was looked at");
     alone.cluster.meta().thaw();
-    let looks = |mount: &Mount| Looks::of(&fs::metadata(mount.join("work")).expect("stat"));
+    let looks = |mount: &Mount| Looks::of(&fs::metadata(mount.join(&alone.work)).expect("stat"));
     assert_eq!(looks(&alone.mount), before);
     let other = alone.cluster.mount();
-    assert_eq!(names(&other.join("work")), [""; 0]);
+    assert_eq!(names(&other.join(&alone.work)), [""; 0]);
     assert_eq!(looks(&other), before, "as the server has it");
     assert_eq!(before.links, 2, "no directory is left in it");
 }
@@ -141,13 +218,13 @@ fn a_directory_looks_the_same_before_and_after_the_server_knows() {
 #[test]
 fn what_was_removed_survives_the_death_of_a_server_that_did_not_know() {
     let mut alone = Alone::start();
-    fs::write(alone.mount.join("work/stays"), b"here").expect("write");
+    fs::write(alone.at("stays"), b"here").expect("write");
     alone.remove_a_row();
     alone.cluster.meta().kill();
     alone.cluster.meta().start();
     let other = alone.cluster.mount();
-    assert_eq!(names(&other.join("work")), ["stays"]);
-    assert_eq!(names(&alone.mount.join("work")), ["stays"]);
+    assert_eq!(names(&other.join(&alone.work)), ["stays"]);
+    assert_eq!(names(&alone.at("")), ["stays"]);
 }
 
 /// "A mount that is killed loses what it had removed in the last moments and not yet told: the last of it, and nothing that was synced before."
@@ -161,7 +238,7 @@ fn a_mount_that_is_killed_loses_the_last_of_what_it_removed() {
     let names_of = |row: &[PathBuf]| -> Vec<String> {
         row.iter().map(|path| path.file_name().expect("a name").to_string_lossy().into_owned()).collect()
     };
-    let left = names(&other.join("work"));
+    let left = names(&other.join(&alone.work));
     assert!((0..=ROW).any(|first| left == names_of(&row[first..])), "{left:?} are not the last of {row:?}");
 }
 
@@ -170,12 +247,12 @@ fn fsync_of_a_directory_waits_for_what_was_removed_in_it() {
     let mut alone = Alone::start();
     let row = alone.remove_a_row();
     alone.cluster.meta().thaw();
-    fs::File::open(alone.mount.join("work")).expect("open").sync_all().expect("fsync");
+    fs::File::open(alone.at("")).expect("open").sync_all().expect("fsync");
     alone.mount.kill();
     alone.cluster.meta().kill();
     alone.cluster.meta().start();
     let other = alone.cluster.mount();
-    assert_eq!(names(&other.join("work")), [""; 0], "of {row:?}");
+    assert_eq!(names(&other.join(&alone.work)), [""; 0], "of {row:?}");
 }
 
 #[test]
@@ -201,9 +278,31 @@ fn a_directory_that_is_not_empty_stays_whoever_filled_it() {
 }
 
 #[test]
+fn a_directory_is_as_full_for_others_as_for_the_mount_that_fills_it() {
+    let alone = Alone::start();
+    let other = alone.cluster.mount();
+    for round in 0..100 {
+        let name = format!("{}/{round}", alone.work);
+        let (own, theirs) = (alone.mount.join(&name), other.join(&name));
+        fs::create_dir(&own).expect("mkdir");
+        // It knows the directory from here on, and need not ask for it.
+        assert!(is_there(&theirs));
+        for warm in 0..3 {
+            fs::create_dir(own.join(warm.to_string())).expect("mkdir");
+            fs::remove_dir(own.join(warm.to_string())).expect("rmdir");
+        }
+        fs::create_dir(own.join("n")).expect("mkdir");
+        let refused = fs::remove_dir(&theirs).expect_err("it is not empty");
+        assert_eq!(refused.raw_os_error(), Some(libc::ENOTEMPTY), "{round}");
+        fs::remove_dir(own.join("n")).expect("rmdir");
+        fs::remove_dir(&theirs).expect("it is empty");
+    }
+}
+
+#[test]
 fn the_names_that_are_left_of_a_file_are_counted() {
     let alone = Alone::start();
-    let at = |name: &str| alone.mount.join(format!("work/{name}"));
+    let at = |name: &str| alone.at(name);
     for round in 0..50 {
         fs::write(at("file"), b"here").expect("write");
         fs::hard_link(at("file"), at("other")).expect("link");
@@ -211,7 +310,7 @@ fn the_names_that_are_left_of_a_file_are_counted() {
         assert_eq!(fs::metadata(at("other")).expect("stat").nlink(), 1, "{round}");
         assert_eq!(fs::read(at("other")).expect("read"), b"here");
         fs::remove_file(at("other")).expect("unlink");
-        assert_eq!(names(&alone.mount.join("work")), [""; 0]);
+        assert_eq!(names(&alone.at("")), [""; 0]);
     }
 }
 
@@ -231,5 +330,5 @@ fn trees_are_removed_whole_while_another_mount_watches() {
         assert!(!is_there(&other.join(format!("tree-{round}"))));
         assert!(!is_there(&tree));
     }
-    assert_eq!(names(other.path()), ["work"]);
+    assert_eq!(names(other.path()), std::slice::from_ref(&alone.work));
 }

@@ -42,9 +42,10 @@ fn knows_alone(cluster: &Cluster, missing: PathBuf) -> bool {
 
 /// Two mounts, and a directory in which the first of them works and for which it answers by itself.
 struct Pair {
-    cluster: Cluster,
+    // Before their servers, when the test ends.
     a: Mount,
     b: Mount,
+    cluster: Cluster,
 }
 
 impl Pair {

@@ -22,7 +22,7 @@ const NAMES: [&[u8]; 4] = [b"a", b"b", b"c", b"d"];
 const STEPS: u32 = 1500;
 /// For so long a name is gone for everybody that a mount has taken away, whatever the network does.
 const GONE_FOR_SURE: u64 = 450;
-/// Names taken away in one message.
+/// Changes in one message.
 const BATCH: usize = 3;
 /// Entries in one page of a listing: few, so that much happens between two.
 const PAGE: usize = 2;
@@ -76,8 +76,8 @@ struct Mount<'a> {
     instance: u64,
     next: u64,
     underway: BTreeMap<u64, Underway<'a>>,
-    /// Names taken away that the server has not been asked for, and those that it has.
-    behind: VecDeque<Gone>,
+    /// Changes of names that the server has not been asked for, and those that it has.
+    behind: VecDeque<Ahead>,
     sent_behind: Option<Sent>,
     /// Leases that go back when as many removals have been made.
     returns: Vec<(Lease, u64, u64)>,
@@ -85,10 +85,12 @@ struct Mount<'a> {
     behind_ended: u64,
     /// Directories that it has found or made: in others nobody there can do anything.
     found: BTreeSet<Ino>,
+    /// How many numbers it has given to new inodes.
+    chosen: u32,
 }
 
 #[derive(Clone, Debug)]
-struct Gone {
+struct Ahead {
     op: Op,
     place: (Ino, Vec<u8>),
     /// True time.
@@ -98,7 +100,7 @@ struct Gone {
 struct Sent {
     first: u64,
     asked: Asked,
-    gone: Vec<Gone>,
+    gone: Vec<Ahead>,
 }
 
 #[derive(Clone, Debug)]
@@ -219,6 +221,7 @@ impl<'a> World<'a> {
                 behind_begun: 0,
                 behind_ended: 0,
                 found: BTreeSet::new(),
+                chosen: 0,
             })
             .collect();
         // Where somebody has looked, nobody removes ahead for long; where nobody looks, nobody finds what others have made.
@@ -289,7 +292,8 @@ impl<'a> World<'a> {
             match self.random.random_range(0..100) {
                 0..=29 => self.look(mount),
                 30..=31 if self.random.random_bool(self.curiosity) => self.ask_for(mount),
-                32..=64 => self.remove_ahead(mount),
+                32..=44 => self.remove_ahead(mount),
+                45..=64 => self.make_ahead(mount),
                 65..=97 => self.mutate(mount),
                 98 => self.give_up(mount),
                 _ if self.random.random_bool(0.3) => {
@@ -313,7 +317,7 @@ impl<'a> World<'a> {
     }
 
     /// What programs of all mounts have been told is gone.
-    fn gone(&self) -> impl Iterator<Item = (usize, &Gone)> {
+    fn gone(&self) -> impl Iterator<Item = (usize, &Ahead)> {
         self.mounts.iter().enumerate().flat_map(|(mount, state)| {
             let sent = state.sent_behind.iter().flat_map(|sent| &sent.gone);
             sent.chain(&state.behind).map(move |gone| (mount, gone))
@@ -321,11 +325,11 @@ impl<'a> World<'a> {
     }
 
     fn answer_look(&mut self, mount: usize, place: &(Ino, Vec<u8>), since: u64) {
-        let Some(entry) = self.tree.get(place).cloned() else { return };
+        let Some(entry) = self.tree.get(place).cloned() else { return self.miss(mount, place, since) };
         if entry.kind == Kind::Directory {
             self.mounts[mount].found.insert(entry.ino);
         }
-        let told = |(other, gone): &(usize, &Gone)| {
+        let told = |(other, gone): &(usize, &Ahead)| {
             let is_meant = gone.place == *place && matches!(gone.op, Op::Remove { ino, .. } if ino == entry.ino);
             *other != mount && is_meant && gone.since < since && self.now < gone.since + GONE_FOR_SURE
         };
@@ -335,17 +339,73 @@ impl<'a> World<'a> {
         self.lies.extend(lie);
     }
 
+    /// Is a name not found that another mount has made?
+    fn miss(&mut self, mount: usize, place: &(Ino, Vec<u8>), since: u64) {
+        let made = |(other, gone): &(usize, &Ahead)| {
+            let is_meant = gone.place == *place && matches!(gone.op, Op::Place { .. });
+            *other != mount && is_meant && gone.since < since && self.now < gone.since + GONE_FOR_SURE
+        };
+        let made = self.gone().filter(made).last().map(|(other, gone)| (other, gone.clone()));
+        if let Some((other, gone)) = made
+            && self.own_view(other, place).is_some()
+        {
+            self.lies.push(format!("at {} mount {mount} misses {gone:?}, which mount {other} has made", self.now));
+        }
+    }
+
+    /// What a name stands for, as the programs of a mount know it, and whether that is a directory.
+    fn own_view(&self, mount: usize, place: &(Ino, Vec<u8>)) -> Option<(Ino, bool)> {
+        let known = self.tree.get(place).map(|entry| (entry.ino, entry.kind == Kind::Directory));
+        let own = self.gone().filter(|(own, gone)| *own == mount && gone.place == *place);
+        own.fold(known, |_, (_, gone)| match &gone.op {
+            Op::Place { ino, new, .. } => Some((*ino, new.kind == Kind::Directory)),
+            _ => None,
+        })
+    }
+
+    fn is_empty_for(&self, mount: usize, ino: Ino) -> bool {
+        NAMES.iter().all(|name| self.own_view(mount, &(ino, name.to_vec())).is_none())
+    }
+
+    fn make_ahead(&mut self, mount: usize) {
+        let place = self.some_place(mount);
+        let (parent, name) = (place.0, place.1.as_slice());
+        if self.own_view(mount, &place).is_some() || self.is_locked(mount, &[parent]) {
+            return;
+        }
+        let kind = if self.random.random_bool(0.4) { Kind::Directory } else { Kind::File };
+        let new = NewInode { kind, mode: 0o755, uid: 0, gid: 0, rdev: 0, target: Vec::new() };
+        self.mounts[mount].chosen += 1;
+        let ino = Ino::chosen(session(mount), self.mounts[mount].chosen).expect("a low session");
+        let times = (self.mount_now(mount), Time { secs: self.position.cast_signed(), nanos: 0 });
+        let mut begun = None;
+        let names = self.mounts[mount].names;
+        names.make_ahead((parent, name), &new, ino, times, |time| begun = Some(time));
+        let Some(time) = begun else { return };
+        self.ahead += 1;
+        self.mounts[mount].found.insert(ino);
+        let op = Op::Place { parent, name: name.to_vec(), new, open: false, ino, time };
+        self.go_ahead(mount, op, place);
+    }
+
+    /// The kernel lets nobody change a directory while somebody does.
+    fn is_locked(&self, mount: usize, inos: &[Ino]) -> bool {
+        let mut busy = self.mounts[mount].underway.values().flat_map(|underway| underway.op.directories());
+        busy.any(|directory| inos.contains(&directory))
+    }
+
+    fn go_ahead(&mut self, mount: usize, op: Op, place: (Ino, Vec<u8>)) {
+        let since = self.now;
+        self.mounts[mount].behind.push_back(Ahead { op, place, since });
+        self.mounts[mount].behind_begun += 1;
+        self.send_behind(mount);
+    }
+
     fn remove_ahead(&mut self, mount: usize) {
         let place = self.some_place(mount);
         let (parent, name) = (place.0, place.1.as_slice());
-        // The kernel lets nobody change a directory while somebody does.
-        let Some(target) = self.tree.get(&place).map(|entry| (entry.ino, entry.kind == Kind::Directory)) else {
-            return;
-        };
-        let is_locked = |underway: &Underway<'_>| {
-            underway.op.directories().iter().any(|directory| *directory == parent || *directory == target.0)
-        };
-        if self.mounts[mount].underway.values().any(is_locked) {
+        let Some(target) = self.own_view(mount, &place) else { return };
+        if self.is_locked(mount, &[parent, target.0]) {
             return;
         }
         let (now, clock) = (self.mount_now(mount), Time { secs: self.position.cast_signed(), nanos: 0 });
@@ -357,16 +417,10 @@ impl<'a> World<'a> {
         if ino != target.0 {
             self.lies.push(format!("at {} mount {mount} removes {ino} at {place:?}, which is {target:?}", self.now));
         }
-        let is_full = self.tree.keys().any(|(directory, name)| {
-            *directory == ino && !self.gone().any(|(own, gone)| own == mount && gone.place == (ino, name.clone()))
-        });
-        if is_full {
+        if !self.is_empty_for(mount, ino) {
             self.lies.push(format!("at {} mount {mount} removes {ino}, which is not empty", self.now));
         }
-        let since = self.now;
-        self.mounts[mount].behind.push_back(Gone { op, place, since });
-        self.mounts[mount].behind_begun += 1;
-        self.send_behind(mount);
+        self.go_ahead(mount, op, place);
     }
 
     fn send_behind(&mut self, mount: usize) {
@@ -376,7 +430,7 @@ impl<'a> World<'a> {
             return;
         }
         let count = state.behind.len().min(BATCH);
-        let gone: Vec<Gone> = state.behind.drain(..count).collect();
+        let gone: Vec<Ahead> = state.behind.drain(..count).collect();
         let first = state.next;
         state.next += gone.len() as u64;
         let answered_below = state.underway.first_key_value().map_or(first, |(first, _)| *first);
@@ -401,14 +455,14 @@ impl<'a> World<'a> {
             return self.ask_behind(mount);
         }
         let Some(Sent { asked, gone, .. }) = state.sent_behind.take() else { return };
-        for (Gone { op, place, .. }, answer) in gone.iter().zip(answers) {
-            let name = (place.0, place.1.as_slice());
+        for (Ahead { op, .. }, answer) in gone.iter().zip(answers) {
+            let Some(place) = op.ahead() else { continue };
             match answer.as_deref() {
-                None => state.names.removed(name, None),
+                None => state.names.caught_up(place, None),
                 Some(Made { outcome, position, leases }) => {
                     state.names.note_change(op, outcome, *position, leases, asked);
-                    let directory = attr(place.0, Kind::Directory, position.0);
-                    state.names.removed(name, Some((*position, &[directory])));
+                    let directory = attr(place.0.0, Kind::Directory, position.0);
+                    state.names.caught_up(place, Some((*position, &[directory])));
                 }
             }
             state.behind_ended += 1;
@@ -433,7 +487,13 @@ impl<'a> World<'a> {
     fn some_place(&mut self, mount: usize) -> (Ino, Vec<u8>) {
         let found = &self.mounts[mount].found;
         let there = self.tree.values().filter(|entry| entry.kind == Kind::Directory && found.contains(&entry.ino));
-        let directories: Vec<Ino> = std::iter::once(HOME).chain(there.map(|entry| entry.ino)).collect();
+        let pending = self.gone().filter_map(|(own, gone)| match &gone.op {
+            Op::Place { ino, new, .. } if own == mount && new.kind == Kind::Directory => {
+                (self.own_view(mount, &gone.place) == Some((*ino, true))).then_some(*ino)
+            }
+            _ => None,
+        });
+        let directories: Vec<Ino> = std::iter::once(HOME).chain(there.map(|entry| entry.ino)).chain(pending).collect();
         let directory = directories[self.random.random_range(0..directories.len())];
         (directory, NAMES[self.random.random_range(0..NAMES.len())].to_vec())
     }
@@ -441,9 +501,13 @@ impl<'a> World<'a> {
     fn look(&mut self, mount: usize) {
         let (directory, name) = self.some_place(mount);
         let now = self.mount_now(mount);
-        let truth = self.tree.get(&(directory, name.clone())).map(|entry| entry.ino);
+        let truth = self.own_view(mount, &(directory, name.clone())).map(|(ino, _)| ino);
         let said = match self.mounts[mount].names.look(directory, &name, now) {
             Known::Unknown => return,
+            // A question waits for what is behind.
+            Known::WorthListing(listing) if self.mounts[mount].behind_begun > self.mounts[mount].behind_ended => {
+                return self.mounts[mount].names.give_up_listing(listing, false);
+            }
             Known::WorthListing(listing) => {
                 return self.send(Mail::List { mount, listing, asked: now, after: 0, listed: Vec::new() });
             }
@@ -451,10 +515,6 @@ impl<'a> World<'a> {
             Known::Present(attr, _) => Some(attr.ino),
         };
         self.from_memory += 1;
-        let place = (directory, name);
-        let is_gone = self.gone().any(|(own, gone)| own == mount && gone.place == place);
-        let (directory, name) = place;
-        let truth = if is_gone { None } else { truth };
         let is_own = self.mounts[mount].underway.values().any(|underway| touches(&underway.op, directory, &name));
         if said != truth && !is_own {
             let name = String::from_utf8_lossy(&name).into_owned();
@@ -792,6 +852,14 @@ impl<'a> World<'a> {
                 self.tree.remove(&place);
                 Mutated::Removed { attr: Attr { nlink: 0, ..attr(entry.ino, entry.kind, position) } }
             }
+            Op::Place { parent, name, new, ino, .. } => {
+                let place = (*parent, name.clone());
+                if !is_there(*parent, &self.tree) || self.tree.contains_key(&place) {
+                    return None;
+                }
+                self.tree.insert(place, Entry { ino: *ino, kind: new.kind, cookie: position });
+                Mutated::Inode { attr: attr(*ino, new.kind, position), created: true }
+            }
             Op::Remove { parent, name, ino, .. } => {
                 let place = (*parent, name.clone());
                 let entry = self.tree.get(&place)?.clone();
@@ -849,7 +917,7 @@ fn what_a_mount_says_without_asking_is_what_the_server_would_say() {
         ahead += seen.ahead;
     }
     assert!(from_memory > 20_000, "only {from_memory} answers came from memory: that proves little");
-    assert!(ahead > 3000, "only {ahead} names were removed ahead: that proves little");
+    assert!(ahead > 10_000, "only {ahead} names were changed ahead: that proves little");
 }
 
 #[test]

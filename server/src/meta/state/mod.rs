@@ -313,6 +313,9 @@ fn mutate(tables: &mut Tables<'_>, op: &Op, number: &Number, now: Time) -> Step<
         Op::Make { parent, name, new, exclusive, open: _ } => {
             namespace::make(tables, (*parent, name), new, *exclusive, number, now)
         }
+        Op::Place { parent, name, new, ino, time, open: _ } => {
+            namespace::make(tables, (*parent, name), new, true, &Number::Chosen(*ino), now.min(*time))
+        }
         Op::MakeUnnamed { parent, new, linkable } => {
             namespace::make_unnamed(tables, *parent, new, *linkable, number, now)
         }

@@ -18,8 +18,6 @@ use super::{
     tables::{Result, fetch, key},
 };
 
-const SETGID: u32 = 0o2000;
-
 /// A name in a directory.
 type Place<'a> = (Ino, &'a [u8]);
 
@@ -93,6 +91,11 @@ pub(super) fn make(
     check_name(name)?;
     let mut directory = directory(tables, parent)?;
     if let Some(taken) = dentry(tables, parent, name)? {
+        // Asked for again, in another session.
+        let is_same = matches!(number, Number::Chosen(ino) if *ino == taken.ino);
+        if is_same {
+            return Ok(Mutated::Inode { attr: target(tables, &taken)?.attr(taken.ino), created: false });
+        }
         if exclusive {
             return Err(Refusal::Exists.into());
         }
@@ -145,6 +148,8 @@ pub(super) fn make_unnamed(
 #[derive(Clone, Debug)]
 pub(super) enum Number {
     Next,
+    /// One that a mount has chosen.
+    Chosen(Ino),
     /// The one that it had before it was lost, which is one of `lost`; `None`: it was not made then, but found.
     Before {
         made: Option<Ino>,
@@ -159,6 +164,9 @@ fn take_number(tables: &mut Tables<'_>, number: &Number) -> Step<Ino> {
             tables.counters.ino_next += 1;
             Ok(ino)
         }
+        Number::Chosen(ino) if !ino.is_chosen() => Err(Refusal::Invalid.into()),
+        Number::Chosen(ino) if tables.inode(*ino)?.is_some() => Err(Refusal::Exists.into()),
+        Number::Chosen(ino) => Ok(*ino),
         Number::Before { made: None, .. } => Err(Refusal::NotFound.into()),
         Number::Before { made: Some(ino), lost } if !lost.contains(&ino.0) => Err(Refusal::Invalid.into()),
         Number::Before { made: Some(ino), .. } if tables.inode(*ino)?.is_some() => Err(Refusal::Exists.into()),
@@ -177,11 +185,11 @@ fn check_new(new: &NewInode) -> Result<(), Refusal> {
 }
 
 /// A setgid directory gives its group to what is made in it, and its setgid bit to directories.
-fn child(new: &NewInode, mode: u32, directory: &Inode, now: Time) -> Inode {
-    let inherits = directory.mode & SETGID != 0;
-    let setgid = if inherits && new.kind == Kind::Directory { SETGID } else { 0 };
+fn child(new: &NewInode, permissions: u32, directory: &Inode, now: Time) -> Inode {
+    let inherits = directory.mode & mode::SETGID != 0;
+    let setgid = if inherits && new.kind == Kind::Directory { mode::SETGID } else { 0 };
     Inode {
-        mode: mode | setgid,
+        mode: permissions | setgid,
         uid: new.uid,
         gid: if inherits { directory.gid } else { new.gid },
         rdev: if matches!(new.kind, Kind::CharDevice | Kind::BlockDevice) { new.rdev } else { 0 },

@@ -540,3 +540,55 @@ fn speed_of_apply() {
         world.check();
     }
 }
+
+#[test]
+fn a_mount_can_tell_its_programs_beforehand_what_is_made() {
+    let mut world = World::new();
+    let directory = world.make(Ino::ROOT, "d", Kind::Directory).unwrap();
+    let kinds =
+        [Kind::File, Kind::Directory, Kind::Symlink, Kind::Fifo, Kind::Socket, Kind::CharDevice, Kind::BlockDevice];
+    let mut count = 0;
+    for mode in [0o755, holdfast_common::mode::SETGID | 0o777] {
+        let set = SetAttr { mode: Some(mode), gid: Some(7), ..SetAttr::default() };
+        world.mutate(Op::SetAttr { ino: directory, set }).unwrap();
+        for kind in kinds {
+            count += 1;
+            let parent = world.ask(|view| query::attr(view, directory)).unwrap();
+            let target = if kind == Kind::Symlink { b"to".to_vec() } else { Vec::new() };
+            let new = NewInode {
+                kind,
+                mode: 0o6777 | 0o027 << holdfast_common::wire::meta::UMASK_SHIFT,
+                uid: 3,
+                gid: 4,
+                rdev: 5,
+                target,
+            };
+            let (name, time) = (count.to_string().into_bytes(), Time { secs: 9, nanos: count });
+            let ino = Ino::chosen(SessionId(1), count).unwrap();
+            let expected = new.attr(ino, &parent, time);
+            let place =
+                || Op::Place { parent: directory, name: name.clone(), new: new.clone(), open: false, ino, time };
+            let made = world.mutate(place()).unwrap();
+            assert_eq!(made, Mutated::Inode { attr: expected, created: true });
+            let after = world.ask(|view| query::attr(view, directory)).unwrap();
+            let links = parent.nlink + u32::from(kind == Kind::Directory);
+            assert_eq!(
+                after,
+                holdfast_common::Attr { size: parent.size + 1, nlink: links, mtime: time, ctime: time, ..parent }
+            );
+            let again = Mutated::Inode { attr: expected, created: false };
+            assert_eq!(world.mutate(place()), Ok(again), "asked for again, in another session perhaps");
+        }
+    }
+    let (ino, time) = (Ino::chosen(SessionId(1), 1).unwrap(), Time { secs: 9, nanos: 0 });
+    let new = NewInode { kind: Kind::File, mode: 0o644, uid: 0, gid: 0, rdev: 0, target: Vec::new() };
+    let mut place = |name: &str, ino| {
+        let name = name.as_bytes().to_vec();
+        world.mutate(Op::Place { parent: directory, name, new: new.clone(), open: false, ino, time })
+    };
+    assert_eq!(place("other", ino), Err(Refusal::Exists), "the number is taken");
+    assert_eq!(place("1", Ino::chosen(SessionId(1), 99).unwrap()), Err(Refusal::Exists), "the name is");
+    assert_eq!(place("low", Ino(4711)), Err(Refusal::Invalid), "the server gives such numbers itself");
+    assert!(Ino::chosen(SessionId(1 << 30), 1).is_none());
+    world.check();
+}
