@@ -195,9 +195,10 @@ impl Names {
 
     /// A change is about to be asked for.
     pub fn begin_change(&self, op: &Op, session: SessionId, sequence: Sequence) -> Pending<'_> {
-        let directories = op.directories();
+        let mut directories = op.directories();
         if !directories.is_empty() {
             let mut state = self.0.lock();
+            directories.extend(state.taken_away(op));
             directories.iter().for_each(|ino| *state.changing.entry(*ino).or_default() += 1);
             if let Op::Rename { from, from_name, to, to_name, .. } = op {
                 state.unhide((*from, from_name));
@@ -510,6 +511,17 @@ impl State {
             (Op::Accessed { files, .. }, _) => files.iter().for_each(|(ino, _)| self.distrust_attr(*ino, asked)),
             _ => {}
         }
+    }
+
+    /// The directory that the change takes away.
+    fn taken_away(&self, op: &Op) -> Option<Ino> {
+        let (parent, name) = match op {
+            Op::Rmdir { parent, name } => (*parent, name),
+            Op::Rename { to, to_name, .. } => (*to, to_name),
+            _ => return None,
+        };
+        let (ino, _) = self.directories.get(&parent)?.names.get(name.as_slice())?;
+        ino.filter(|ino| self.directories.contains_key(ino))
     }
 
     /// What has that name may get another, where somebody else finds it.

@@ -54,6 +54,8 @@ enum Flaw {
     BlindRemoval,
     /// A mount does not tell a restarted server that it has removed more than that knows.
     HastyGreeting,
+    /// Whoever removes a directory does not wait for who knows what is in it.
+    OpenDoor,
 }
 
 #[derive(Clone, Debug)]
@@ -65,6 +67,8 @@ struct Entry {
 
 struct Underway<'a> {
     op: Op,
+    /// The directories that the kernel keeps others from meanwhile.
+    locked: Vec<Ino>,
     asked: Asked,
     changing: Pending<'a>,
 }
@@ -134,7 +138,6 @@ struct Batch {
     first: u64,
     ops: VecDeque<(u64, Op)>,
     answers: Vec<Answer>,
-    has_begun: bool,
 }
 
 struct World<'a> {
@@ -159,6 +162,10 @@ struct World<'a> {
     replies: BTreeMap<(usize, u64), Answer>,
     answered_below: [u64; MOUNTS],
     batches: Vec<Batch>,
+    /// What changes that are not applied yet concern.
+    begun: BTreeMap<(usize, u64), Vec<Ino>>,
+    /// All directories that there have ever been.
+    ever: BTreeSet<Ino>,
     /// Questions that wait for a lease: who asks, for which name, since when.
     lookers: Vec<(usize, Ino, Vec<u8>, u64)>,
     // What was seen.
@@ -245,6 +252,8 @@ impl<'a> World<'a> {
             replies: BTreeMap::new(),
             answered_below: [1; MOUNTS],
             batches: Vec::new(),
+            begun: BTreeMap::new(),
+            ever: BTreeSet::new(),
             lookers: Vec::new(),
             from_memory: 0,
             ahead: 0,
@@ -390,8 +399,9 @@ impl<'a> World<'a> {
 
     /// The kernel lets nobody change a directory while somebody does.
     fn is_locked(&self, mount: usize, inos: &[Ino]) -> bool {
-        let mut busy = self.mounts[mount].underway.values().flat_map(|underway| underway.op.directories());
-        busy.any(|directory| inos.contains(&directory))
+        let mut busy = self.mounts[mount].underway.values();
+        // Nor does it lead anybody to what another mount has put in the place of what is being removed.
+        busy.any(|Underway { op, locked, .. }| locked.iter().chain(&self.concerned(op)).any(|ino| inos.contains(ino)))
     }
 
     fn go_ahead(&mut self, mount: usize, op: Op, place: (Ino, Vec<u8>)) {
@@ -527,6 +537,7 @@ impl<'a> World<'a> {
 
     fn mutate(&mut self, mount: usize) {
         let (parent, name) = self.some_place(mount);
+        let target = self.tree.get(&(parent, name.clone())).map(|entry| entry.ino);
         let op = match (self.tree.get(&(parent, name.clone())), self.random.random_range(0..4)) {
             (Some(entry), 0..=2) if entry.kind == Kind::Directory => Op::Rmdir { parent, name },
             (Some(_), 0..=1) => Op::Unlink { parent, name },
@@ -545,12 +556,13 @@ impl<'a> World<'a> {
         if state.behind_begun > state.behind_ended {
             return;
         }
+        let locked = op.directories().into_iter().chain(target).collect();
         let sequence = state.next;
         state.next += 1;
         let changing = state.names.begin_change(&op, session(mount), Sequence(sequence));
         let answered_below = state.underway.first_key_value().map_or(sequence, |(first, _)| *first);
         let asked = Asked { at, session: session(mount), answered_below: Sequence(answered_below) };
-        state.underway.insert(sequence, Underway { op, asked, changing });
+        state.underway.insert(sequence, Underway { op, locked, asked, changing });
         self.ask(mount, sequence);
     }
 
@@ -579,6 +591,7 @@ impl<'a> World<'a> {
         self.waiting.clear();
         self.cleared.clear();
         self.batches.clear();
+        self.begun.clear();
         self.lookers.clear();
         self.confirmed.clear();
         for mount in 0..MOUNTS {
@@ -654,7 +667,7 @@ impl<'a> World<'a> {
         let now = self.mount_now(mount);
         let late_clock = self.has(Flaw::LateClock);
         let state = &mut self.mounts[mount];
-        let Some(Underway { op, asked, changing }) = state.underway.remove(&sequence) else { return };
+        let Some(Underway { op, asked, changing, .. }) = state.underway.remove(&sequence) else { return };
         if let Some(Made { outcome, position, leases }) = answer.as_deref() {
             let asked = if late_clock { Asked { at: now, ..asked } } else { asked };
             state.names.note_change(&op, outcome, *position, leases, asked);
@@ -710,10 +723,43 @@ impl<'a> World<'a> {
             let answer = answer.map(|made| Box::new(Made { leases: Vec::new(), ..*made }));
             return self.send(Mail::Answer { mount, sequence, answer, instance: self.instance });
         }
-        if !self.has(Flaw::NoBeginning) {
-            self.table.begin(session(mount), &op.directories(), self.server_now());
-        }
+        self.begin(mount, sequence, &op);
         self.waiting.push((mount, sequence, op));
+    }
+
+    /// The directories that a change concerns; the one that it takes away as well, for somebody may know more of what is in it.
+    fn concerned(&self, op: &Op) -> Vec<Ino> {
+        let target = match op {
+            Op::Rmdir { parent, name } | Op::Remove { parent, name, .. } => self.tree.get(&(*parent, name.clone())),
+            _ => None,
+        };
+        let target = target.filter(|entry| entry.kind == Kind::Directory && !self.has(Flaw::OpenDoor));
+        op.directories().into_iter().chain(target.map(|entry| entry.ino)).collect()
+    }
+
+    fn begin(&mut self, mount: usize, sequence: u64, op: &Op) -> Vec<Ino> {
+        let (all, now) = (self.concerned(op), self.server_now());
+        let before = self.begun.insert((mount, sequence), all.clone());
+        if before.as_ref() != Some(&all) && !self.has(Flaw::NoBeginning) {
+            self.table.finish(session(mount), &before.unwrap_or_default());
+            self.table.begin(session(mount), &all, now);
+        }
+        all
+    }
+
+    fn finish(&mut self, mount: usize, sequence: u64) {
+        let all = self.begun.remove(&(mount, sequence)).unwrap_or_default();
+        self.table.finish(session(mount), &all);
+    }
+
+    /// What a mount's programs have been told is done, in a directory that is or was there, may not be refused soon after.
+    fn note_refused(&mut self, mount: usize, op: &Op) {
+        let Some(((parent, _), _)) = op.ahead() else { return };
+        let is_early = |gone: &Ahead| gone.op == *op && self.now < gone.since + GONE_FOR_SURE;
+        let is_told = self.gone().any(|(own, gone)| own == mount && is_early(gone));
+        if is_told && (parent == HOME || self.ever.contains(&parent)) {
+            self.lies.push(format!("at {} mount {mount} is refused what it had said is done: {op:?}", self.now));
+        }
     }
 
     fn admit_batch(&mut self, mount: usize, first: u64, ops: Vec<Op>) {
@@ -721,7 +767,7 @@ impl<'a> World<'a> {
             return;
         }
         let ops = (first..).zip(ops).collect();
-        self.batches.push(Batch { mount, first, ops, answers: Vec::new(), has_begun: false });
+        self.batches.push(Batch { mount, first, ops, answers: Vec::new() });
     }
 
     fn recall(&mut self, recalls: Vec<(SessionId, Lease)>) {
@@ -750,20 +796,19 @@ impl<'a> World<'a> {
                     batch.answers.push(answer.map(|made| Box::new(Made { leases: Vec::new(), ..*made })));
                     continue;
                 }
-                let (who, directories) = (session(batch.mount), op.directories());
-                if !std::mem::replace(&mut batch.has_begun, true) {
-                    self.table.begin(who, &directories, now);
-                }
-                let obstacles = self.table.obstacles(who, &directories, now);
+                let directories = self.begin(batch.mount, sequence, &op);
+                let obstacles = self.table.obstacles(session(batch.mount), &directories, now);
                 self.recall(obstacles.recalls);
                 if obstacles.until.is_some() || self.random.random_bool(0.3) {
                     break;
                 }
                 let answer = self.apply(batch.mount, &op);
-                self.table.finish(who, &directories);
+                if answer.is_none() {
+                    self.note_refused(batch.mount, &op);
+                }
+                self.finish(batch.mount, sequence);
                 self.replies.insert((batch.mount, sequence), answer.clone());
                 batch.answers.push(answer);
-                batch.has_begun = false;
                 batch.ops.pop_front();
             }
             if batch.ops.is_empty() {
@@ -799,7 +844,7 @@ impl<'a> World<'a> {
                 continue;
             }
             let now = self.server_now();
-            let directories = op.directories();
+            let directories = self.begin(mount, sequence, &op);
             let obstacles = self.table.obstacles(session(mount), &directories, now);
             self.recall(obstacles.recalls);
             match obstacles.until.is_some() && !self.has(Flaw::NoWaiting) {
@@ -812,9 +857,8 @@ impl<'a> World<'a> {
                 self.cleared.push((mount, sequence, op));
                 continue;
             }
-            let directories = op.directories();
             let answer = if sequence < self.answered_below[mount] { None } else { self.apply(mount, &op) };
-            self.table.finish(session(mount), &directories);
+            self.finish(mount, sequence);
             self.replies.insert((mount, sequence), answer.clone());
             self.send(Mail::Answer { mount, sequence, answer, instance: self.instance });
         }
@@ -823,6 +867,7 @@ impl<'a> World<'a> {
     fn apply(&mut self, mount: usize, op: &Op) -> Answer {
         let outcome = self.change(op)?;
         let made = op.made_directory(&outcome);
+        self.ever.extend(made);
         let leases = self.table.applied(session(mount), &op.directories(), made, self.server_now());
         Some(Box::new(Made { outcome, position: Position(self.position), leases }))
     }
@@ -935,6 +980,7 @@ fn each_rule_is_needed() {
         Flaw::HastyReturn,
         Flaw::BlindRemoval,
         Flaw::HastyGreeting,
+        Flaw::OpenDoor,
     ] {
         let convicted = (0..2000).any(|seed| !run(seed, Some(flaw)).lies.is_empty());
         assert!(convicted, "{flaw:?} is not noticed");
