@@ -207,20 +207,43 @@ impl Caller {
 }
 
 async fn peer_is_gone(address: SocketAddr, line: &Line) {
+    let mut heard = Heard::default();
     loop {
         if line.waiting.calls.load(Ordering::Relaxed) == 0 {
             line.waiting.begun.notified().await;
         }
-        let received = line.connection.stats().udp_rx.datagrams;
+        heard.update(&line.connection);
         sleep(SILENCE_MAX).await;
-        let silent = line.connection.stats().udp_rx.datagrams == received;
+        let (silent, unanswered) = heard.update(&line.connection);
         let owed = line.waiting.calls.load(Ordering::Relaxed) > 0;
         if silent && owed {
-            nudge(&line.connection).await;
+            if unanswered {
+                nudge(&line.connection).await;
+            }
             if timeout(ASK_TIMEOUT, socket::refused(address)).await.is_ok() {
                 return;
             }
         }
+    }
+}
+
+/// How many datagrams had come when the last one was noticed, and how many had been sent by then.
+#[derive(Default)]
+struct Heard {
+    received: u64,
+    sent: u64,
+}
+
+impl Heard {
+    /// Has nothing come since the last time, and has something been sent since anything came?
+    fn update(&mut self, connection: &Connection) -> (bool, bool) {
+        let stats = connection.stats();
+        let (received, sent) = (stats.udp_rx.datagrams, stats.udp_tx.datagrams);
+        let silent = received == self.received;
+        if !silent {
+            *self = Self { received, sent };
+        }
+        (silent, sent > self.sent)
     }
 }
 
