@@ -144,6 +144,30 @@ pub struct Attr {
     pub data_version: u64,
 }
 
+impl Attr {
+    /// An inode for tests: 0o755, one link, nothing in it, made at the beginning of time.
+    #[doc(hidden)]
+    pub fn example(ino: u64, kind: Kind) -> Self {
+        let time = Time::default();
+        Self {
+            ino: Ino(ino),
+            kind,
+            mode: 0o755,
+            uid: 0,
+            gid: 0,
+            nlink: 1,
+            size: 0,
+            stored: 0,
+            rdev: 0,
+            atime: time,
+            mtime: time,
+            ctime: time,
+            btime: time,
+            data_version: 0,
+        }
+    }
+}
+
 /// What is above the permission bits of an inode's mode: which attributes it has that the kernel asks for again and again, so that
 /// a client knows without asking that there are none.
 pub mod mode {

@@ -851,22 +851,7 @@ mod tests {
     }
 
     fn attr(ino: u64, kind: Kind) -> Attr {
-        Attr {
-            ino: Ino(ino),
-            kind,
-            mode: 0o755,
-            uid: 0,
-            gid: 0,
-            nlink: 1,
-            size: 0,
-            stored: 0,
-            rdev: 0,
-            atime: Default::default(),
-            mtime: Default::default(),
-            ctime: Default::default(),
-            btime: Default::default(),
-            data_version: 0,
-        }
+        Attr::example(ino, kind)
     }
 
     fn make(parent: Ino, name: &str, kind: Kind) -> Op {
@@ -976,7 +961,6 @@ mod tests {
             parent: HOME,
             name: b"new".to_vec(),
             new: NewInode { kind: Kind::Directory, mode: 0o750, uid: 3, gid: 4, rdev: 0, target: Vec::new() },
-            open: false,
             ino: Ino(21),
             time: made.ctime,
         };

@@ -879,22 +879,8 @@ mod tests {
 
     fn attr(size: u64, data_version: u64) -> Attr {
         let time = Time { secs: 1, nanos: 0 };
-        Attr {
-            ino: Ino(7),
-            kind: Kind::File,
-            mode: 0o644,
-            uid: 0,
-            gid: 0,
-            nlink: 1,
-            size,
-            stored: size,
-            rdev: 0,
-            atime: time,
-            mtime: time,
-            ctime: time,
-            btime: time,
-            data_version,
-        }
+        let example = Attr::example(7, Kind::File);
+        Attr { size, stored: size, mtime: time, ctime: time, data_version, ..example }
     }
 
     fn inode(size: u64) -> Arc<Inode> {

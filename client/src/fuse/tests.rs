@@ -39,22 +39,8 @@ struct ThreeEntries;
 
 fn attr(ino: u64, kind: Kind, size: u64) -> Attr {
     let time = Time { secs: -2, nanos: 800_000_000 };
-    Attr {
-        ino: Ino(ino),
-        kind,
-        mode: 0o755,
-        uid: 7,
-        gid: 8,
-        nlink: 2,
-        size,
-        stored: 1000,
-        rdev: 0,
-        atime: time,
-        mtime: time,
-        ctime: time,
-        btime: time,
-        data_version: 1,
-    }
+    let times = Attr { atime: time, mtime: time, ctime: time, btime: time, ..Attr::example(ino, kind) };
+    Attr { uid: 7, gid: 8, nlink: 2, size, stored: 1000, data_version: 1, ..times }
 }
 
 fn child(name: &[u8]) -> Option<(u64, Attr)> {

@@ -268,28 +268,11 @@ mod tests {
 
     #[test]
     fn old_times_are_not_taken_for_the_time() {
-        use holdfast_common::{Kind, wire::meta::NewInode};
+        use holdfast_common::{Attr, Kind};
         let behind = Behind::default();
         let at = |secs, created| {
-            let new = NewInode { kind: Kind::Directory, mode: 0, uid: 0, gid: 0, rdev: 0, target: Vec::new() };
-            let time = Time { secs, nanos: 0 };
-            let parent = holdfast_common::Attr {
-                ino: Ino(1),
-                kind: Kind::Directory,
-                mode: 0,
-                uid: 0,
-                gid: 0,
-                nlink: 2,
-                size: 0,
-                stored: 0,
-                rdev: 0,
-                atime: time,
-                mtime: time,
-                ctime: time,
-                btime: time,
-                data_version: 0,
-            };
-            Mutated::Inode { attr: new.attr(Ino(2), &parent, time), created }
+            let attr = Attr { ctime: Time { secs, nanos: 0 }, ..Attr::example(2, Kind::Directory) };
+            Mutated::Inode { attr, created }
         };
         let now = Duration::from_secs(100);
         assert_eq!(behind.server_time(now), None);

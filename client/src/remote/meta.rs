@@ -436,12 +436,12 @@ impl MetaClient {
     }
 
     /// As [`MetaClient::remove_ahead`], of something new. Returns what is made, and the directory.
-    pub fn make_ahead(self: &Arc<Self>, parent: Ino, name: &[u8], new: &NewInode, open: bool) -> Option<(Attr, Attr)> {
+    pub fn make_ahead(self: &Arc<Self>, parent: Ino, name: &[u8], new: &NewInode) -> Option<(Attr, Attr)> {
         let times = self.may_go_ahead()?;
         let ino = self.behind.choose(self.session())?;
         let mut has_to_begin = false;
         let made = self.names.make_ahead((parent, name), new, ino, times, |time| {
-            let op = Op::Place { parent, name: name.to_vec(), new: new.clone(), open, ino, time };
+            let op = Op::Place { parent, name: name.to_vec(), new: new.clone(), ino, time };
             has_to_begin = self.behind.push(op);
         });
         if has_to_begin {

@@ -252,7 +252,7 @@ pub enum Query {
     },
 }
 
-/// What changes the tree. `time` comes from the server, uid and gid of new inodes from the caller.
+/// What changes the tree. Its time comes from the server, except that of `Remove` and `Place`; uid and gid of new inodes come from the caller.
 /// Permissions are checked by the kernel (`default_permissions`), except for stickiness and the rest of
 /// what only the server can know atomically.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -355,7 +355,6 @@ pub enum Op {
         parent: Ino,
         name: Vec<u8>,
         new: NewInode,
-        open: bool,
         ino: Ino,
         time: Time,
     },
@@ -830,7 +829,6 @@ impl MetaAnswer {
             Self::Directory { entries, .. } => entries.iter().filter_map(|entry| entry.attr.as_ref()).collect(),
             Self::Mutated { outcome, .. } => outcome.attrs(),
             Self::MutatedIn { outcome, directories, .. } => outcome.attrs().into_iter().chain(directories).collect(),
-            Self::MutatedMany(changes) => changes.iter().flatten().flat_map(|change| change.outcome.attrs()).collect(),
             _ => Vec::new(),
         }
     }

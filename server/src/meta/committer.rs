@@ -248,11 +248,9 @@ impl Committer {
                 tracing::warn!("there are as many sessions as there may be: a mount is refused");
                 Err(Refusal::Unavailable)
             }
-            Command::Mutate {
-                session,
-                op: Op::Make { open: true, .. } | Op::Place { open: true, .. } | Op::MakeUnnamed { .. },
-                ..
-            } => self.core.sessions.lock().admit_opens(*session, 1),
+            Command::Mutate { session, op: Op::Make { open: true, .. } | Op::MakeUnnamed { .. }, .. } => {
+                self.core.sessions.lock().admit_opens(*session, 1)
+            }
             Command::Reclaim { inos } => {
                 let sessions = self.core.sessions.lock();
                 inos.retain(|ino| !sessions.is_open(*ino));
@@ -318,10 +316,7 @@ impl Committer {
                 // Stored again: whoever does that may need time for more.
                 self.core.vanished.lock().clear();
             }
-            (
-                Op::Make { open: true, .. } | Op::Place { open: true, .. } | Op::MakeUnnamed { .. },
-                Ok(Reply::Mutated(Mutated::Inode { attr, .. })),
-            ) => {
+            (Op::Make { open: true, .. } | Op::MakeUnnamed { .. }, Ok(Reply::Mutated(Mutated::Inode { attr, .. }))) => {
                 self.hold_open(*session, attr.ino);
             }
             _ => {}

@@ -220,7 +220,7 @@ fn ops() -> Vec<Op> {
         Op::Unlink { parent, name: name() },
         Op::Rmdir { parent, name: name() },
         Op::Remove { parent, name: name(), ino, time: time() },
-        Op::Place { parent, name: name(), new: new(Kind::Fifo, b""), open: true, ino, time: time() },
+        Op::Place { parent, name: name(), new: new(Kind::Fifo, b""), ino, time: time() },
         rename(RenameMode::Replace),
         rename(RenameMode::NoReplace),
         rename(RenameMode::Exchange),

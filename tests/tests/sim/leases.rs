@@ -180,22 +180,7 @@ fn session(mount: usize) -> SessionId {
 
 fn attr(ino: Ino, kind: Kind, position: u64) -> Attr {
     let time = Time { secs: position.cast_signed(), nanos: 0 };
-    Attr {
-        ino,
-        kind,
-        mode: 0o755,
-        uid: 0,
-        gid: 0,
-        nlink: 1,
-        size: 0,
-        stored: 0,
-        rdev: 0,
-        atime: time,
-        mtime: time,
-        ctime: time,
-        btime: time,
-        data_version: 0,
-    }
+    Attr { atime: time, mtime: time, ctime: time, btime: time, ..Attr::example(ino.0, kind) }
 }
 
 /// Does the change concern the name?
@@ -393,7 +378,7 @@ impl<'a> World<'a> {
         let Some(time) = begun else { return };
         self.ahead += 1;
         self.mounts[mount].found.insert(ino);
-        let op = Op::Place { parent, name: name.to_vec(), new, open: false, ino, time };
+        let op = Op::Place { parent, name: name.to_vec(), new, ino, time };
         self.go_ahead(mount, op, place);
     }
 

@@ -566,8 +566,7 @@ fn a_mount_can_tell_its_programs_beforehand_what_is_made() {
             let (name, time) = (count.to_string().into_bytes(), Time { secs: 9, nanos: count });
             let ino = Ino::chosen(SessionId(1), count).unwrap();
             let expected = new.attr(ino, &parent, time);
-            let place =
-                || Op::Place { parent: directory, name: name.clone(), new: new.clone(), open: false, ino, time };
+            let place = || Op::Place { parent: directory, name: name.clone(), new: new.clone(), ino, time };
             let made = world.mutate(place()).unwrap();
             assert_eq!(made, Mutated::Inode { attr: expected, created: true });
             let after = world.ask(|view| query::attr(view, directory)).unwrap();
@@ -584,7 +583,7 @@ fn a_mount_can_tell_its_programs_beforehand_what_is_made() {
     let new = NewInode { kind: Kind::File, mode: 0o644, uid: 0, gid: 0, rdev: 0, target: Vec::new() };
     let mut place = |name: &str, ino| {
         let name = name.as_bytes().to_vec();
-        world.mutate(Op::Place { parent: directory, name, new: new.clone(), open: false, ino, time })
+        world.mutate(Op::Place { parent: directory, name, new: new.clone(), ino, time })
     };
     assert_eq!(place("other", ino), Err(Refusal::Exists), "the number is taken");
     assert_eq!(place("1", Ino::chosen(SessionId(1), 99).unwrap()), Err(Refusal::Exists), "the name is");
