@@ -479,7 +479,10 @@ impl State {
     fn apply(&mut self, op: &Op, outcome: &Mutated, position: Position, asked: Duration) {
         match (op, outcome) {
             (
-                Op::Make { parent, name, .. } | Op::Place { parent, name, .. } | Op::Link { parent, name, .. },
+                Op::Make { parent, name, .. }
+                | Op::Place { parent, name, .. }
+                | Op::PlaceOpen { parent, name, .. }
+                | Op::Link { parent, name, .. },
                 Mutated::Inode { attr, .. },
             ) => {
                 self.enter(*parent, name, Some((attr, asked)), position);

@@ -7,7 +7,7 @@ use holdfast_common::{
     Attr, ChunkIndex, Ino,
     limits::{CHUNK_SIZE, FILE_SIZE_MAX},
     mode::{HAS_CAPABILITY, PERMISSIONS},
-    wire::meta::SetAttr,
+    wire::meta::{Query, SetAttr},
 };
 use tracing::warn;
 
@@ -207,11 +207,11 @@ impl Fs {
     pub async fn fsync(&self, _ino: Ino, handle: FileHandle, _data_only: bool) -> FsResult<()> {
         let file = self.file(handle)?;
         file.check_locks()?;
-        let (errors, inherited) = {
+        let (errors, is_inherited) = {
             let state = file.inode.lock();
-            (state.errors(), state.to_make_durable().is_none())
+            (state.errors(), state.is_inherited())
         };
-        let urgency = if inherited { Urgency::DurableBlocks } else { Urgency::Durable };
+        let urgency = if is_inherited { Urgency::DurableBlocks } else { Urgency::Durable };
         self.shared.write_out(&file.inode, urgency).await;
         let (failed, position) = {
             let state = file.inode.lock();
@@ -219,9 +219,18 @@ impl Fs {
         };
         if !failed && !position.is_some_and(|position| self.shared.meta.is_durable(position)) {
             self.shared.make_durable().await?;
+            self.check_made(&file.inode).await?;
             file.inode.lock().disinherit();
         }
         self.tell_error(&file)
+    }
+
+    /// `ESTALE` if the file, which was made ahead of the server, is not there. After a barrier.
+    async fn check_made(&self, inode: &Inode) -> FsResult<()> {
+        if inode.lock().is_ahead() {
+            self.shared.meta.query(Query::GetAttr { ino: inode.ino }).await?;
+        }
+        Ok(())
     }
 
     /// What the kernel has in its pages is read without a word. Who opened a file only to read it, and got those, has read it.

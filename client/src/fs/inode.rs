@@ -76,8 +76,8 @@ pub(super) struct State {
     scattered: BTreeMap<ChunkIndex, usize>,
     errors: u64,
     last_error: i32,
-    /// Of the last change of this file by this mount.
-    last_position: Position,
+    /// Of the last change of this file by this mount. `None`: it made the file, and has not heard where.
+    last_position: Option<Position>,
     /// The file was opened as it was: whether what others (or this mount, before) did to it is durable is not known.
     inherited: bool,
 }
@@ -220,7 +220,7 @@ impl Inode {
             scattered: BTreeMap::new(),
             errors: 0,
             last_error: 0,
-            last_position: Position(0),
+            last_position: Some(Position(0)),
             inherited: true,
         };
         Arc::new(Self { ino: attr.ino, state: Mutex::new(state), settled: Notify::new() })
@@ -310,17 +310,34 @@ impl State {
 
     /// This mount changed the file at `position`.
     pub(super) fn note_position(&mut self, position: Position) {
-        self.last_position = self.last_position.max(position);
+        self.last_position = self.last_position.max(Some(position));
     }
 
     /// What must become durable for an fsync; `None`: nothing may be taken for durable without asking.
     pub(super) fn to_make_durable(&self) -> Option<Position> {
-        (!self.inherited).then_some(self.last_position)
+        self.last_position.filter(|_| !self.inherited)
     }
 
-    /// Nobody but this mount has changed the file before `position`, or all that was done is durable.
+    /// May others have changed the file, or this mount before it was opened?
+    pub(super) fn is_inherited(&self) -> bool {
+        self.inherited
+    }
+
+    /// This mount has just made it, and nobody else has changed it.
+    pub(super) fn begin_with(&mut self, made_at: Option<Position>) {
+        self.inherited = false;
+        self.last_position = made_at;
+    }
+
+    /// Is it not known that the server has made it?
+    pub(super) fn is_ahead(&self) -> bool {
+        self.last_position.is_none()
+    }
+
+    /// All that was done to it before is durable.
     pub(super) fn disinherit(&mut self) {
         self.inherited = false;
+        self.last_position.get_or_insert(Position(0));
     }
 
     /// Believes nothing any more that the server has said: it may have lost it. What was written here stays.

@@ -126,7 +126,7 @@ impl Fs {
     /// mkdir, mknod, symlink.
     pub async fn make(&self, caller: Caller, parent: Ino, name: &[u8], request: MakeRequest) -> FsResult<Attr> {
         let new = new_inode(caller, request);
-        if let Some(made) = self.make_ahead(parent, name, &new) {
+        if let Some(made) = self.make_ahead(parent, name, &new, false) {
             return Ok(made);
         }
         let op = Op::Make { parent, name: name.to_vec(), new, exclusive: true, open: false };
@@ -134,8 +134,8 @@ impl Fs {
     }
 
     /// Before the server knows, if that can be.
-    fn make_ahead(&self, parent: Ino, name: &[u8], new: &NewInode) -> Option<Attr> {
-        let (made, directory) = self.shared.meta.make_ahead(parent, name, new)?;
+    pub(super) fn make_ahead(&self, parent: Ino, name: &[u8], new: &NewInode, open: bool) -> Option<Attr> {
+        let (made, directory) = self.shared.meta.make_ahead(parent, name, new, open)?;
         self.told.note(&[directory]);
         self.plain.learn(&made);
         Some(made)

@@ -155,12 +155,16 @@ impl Fs {
         let request = MakeRequest { kind: Kind::File, mode, rdev: 0, target: Vec::new() };
         let exclusive = flags & libc::O_EXCL != 0;
         let new = new_inode(caller, request);
+        if let Some(made) = self.make_ahead(parent, name, &new, true) {
+            return Ok((made, self.opened_new(made, None, flags)));
+        }
         let op = Op::Make { parent, name: name.to_vec(), new, exclusive, open: true };
         let Made { attr, created, position } = self.made(op).await?;
         if !created {
             return self.open_existing(caller, attr, flags).await;
         }
-        Ok((attr, self.opened_new(attr, position, flags)))
+        self.shared.meta.opened(attr.ino);
+        Ok((attr, self.opened_new(attr, Some(position), flags)))
     }
 
     /// `O_TMPFILE`: a file that has no name in `parent`, and gets one only by `link`, unless `flags` have `O_EXCL`.
@@ -169,17 +173,16 @@ impl Fs {
         let linkable = flags & libc::O_EXCL == 0;
         let op = Op::MakeUnnamed { parent, new: new_inode(caller, request), linkable };
         let Made { attr, position, .. } = self.made(op).await?;
-        Ok((attr, self.opened_new(attr, position, flags)))
+        self.shared.meta.opened(attr.ino);
+        Ok((attr, self.opened_new(attr, Some(position), flags)))
     }
 
-    /// The server has just made it, and knows that it is open.
-    fn opened_new(&self, attr: Attr, position: Position, flags: i32) -> Opened {
-        self.shared.meta.opened(attr.ino);
+    /// It has just been made, at this position or ahead of the server, and is counted as open there, or will be.
+    fn opened_new(&self, attr: Attr, made_at: Option<Position>, flags: i32) -> Opened {
         let inode = Inode::new(attr, KnownMap::empty(attr.data_version), attr.data_version);
         {
             let mut state = inode.lock();
-            state.disinherit();
-            state.note_position(position);
+            state.begin_with(made_at);
             state.opens += 1;
         }
         self.inodes.lock().insert(attr.ino, Arc::clone(&inode));

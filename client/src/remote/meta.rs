@@ -53,6 +53,8 @@ const REFRESH: Duration = Duration::from_secs(1);
 /// How far the newest mutation may be ahead of the oldest that has no answer: the server keeps replies for no more, and
 /// one that waits for a slow disk must not make those after it fail.
 const SEQUENCE_SPAN_MAX: u64 = 1024;
+/// Files that are open here beyond which none is made and opened before the server knows: it cannot refuse that, and refuses less of others.
+const OPENS_AHEAD_MAX: usize = 1 << 17;
 const _: () = assert!(SEQUENCE_SPAN_MAX * 2 <= REPLIES_KEPT_PER_SESSION);
 const _: () = assert!(MUTATIONS_MAX as u64 <= SEQUENCE_SPAN_MAX);
 
@@ -320,13 +322,15 @@ impl MetaClient {
         answer
     }
 
-    /// The server registered this open by itself (a create).
+    /// The server registers this open by itself (a create).
     pub fn opened(&self, ino: Ino) {
         self.opens.lock().insert(ino);
     }
 
     /// Nobody on this mount has these open any more.
     pub async fn released(self: &Arc<Self>, inos: Vec<Ino>) -> FsResult<()> {
+        // Or one of them would be opened after it.
+        self.until_behind_settled().await?;
         {
             let mut opens = self.opens.lock();
             for ino in &inos {
@@ -435,14 +439,23 @@ impl MetaClient {
         removed
     }
 
-    /// As [`MetaClient::remove_ahead`], of something new. Returns what is made, and the directory.
-    pub fn make_ahead(self: &Arc<Self>, parent: Ino, name: &[u8], new: &NewInode) -> Option<(Attr, Attr)> {
+    /// As [`MetaClient::remove_ahead`], of something new, which is `open` here then. Returns what is made, and the directory.
+    pub fn make_ahead(self: &Arc<Self>, parent: Ino, name: &[u8], new: &NewInode, open: bool) -> Option<(Attr, Attr)> {
         let times = self.may_go_ahead()?;
+        if open && self.opens.lock().len() >= OPENS_AHEAD_MAX {
+            return None;
+        }
         let ino = self.behind.choose(self.session())?;
         let mut has_to_begin = false;
         let made = self.names.make_ahead((parent, name), new, ino, times, |time| {
-            let op = Op::Place { parent, name: name.to_vec(), new: new.clone(), ino, time };
-            has_to_begin = self.behind.push(op);
+            let (name, new) = (name.to_vec(), new.clone());
+            has_to_begin = self.behind.push(match open {
+                true => {
+                    self.opened(ino);
+                    Op::PlaceOpen { parent, name, new, ino, time }
+                }
+                false => Op::Place { parent, name, new, ino, time },
+            });
         });
         if has_to_begin {
             self.begin_to_catch_up();

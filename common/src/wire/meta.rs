@@ -252,7 +252,7 @@ pub enum Query {
     },
 }
 
-/// What changes the tree. Its time comes from the server, except that of `Remove` and `Place`; uid and gid of new inodes come from the caller.
+/// What changes the tree. Its time comes from the server, except that of `Remove`, `Place` and `PlaceOpen`; uid and gid of new inodes come from the caller.
 /// Permissions are checked by the kernel (`default_permissions`), except for stickiness and the rest of
 /// what only the server can know atomically.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -358,6 +358,14 @@ pub enum Op {
         ino: Ino,
         time: Time,
     },
+    /// As a `Place`, and open by this session then, as after a `Make` with `open`, however many it has.
+    PlaceOpen {
+        parent: Ino,
+        name: Vec<u8>,
+        new: NewInode,
+        ino: Ino,
+        time: Time,
+    },
 }
 
 impl Op {
@@ -369,19 +377,20 @@ impl Op {
             | Self::Unlink { parent, .. }
             | Self::Rmdir { parent, .. }
             | Self::Remove { parent, .. }
-            | Self::Place { parent, .. } => vec![*parent],
+            | Self::Place { parent, .. }
+            | Self::PlaceOpen { parent, .. } => vec![*parent],
             Self::Rename { from, to, .. } if from == to => vec![*from],
             Self::Rename { from, to, .. } => vec![*from, *to],
             _ => Vec::new(),
         }
     }
 
-    /// The name and the inode of a `Remove` or a `Place`.
+    /// The name and the inode of a `Remove`, a `Place` or a `PlaceOpen`.
     pub fn ahead(&self) -> Option<((Ino, &[u8]), Ino)> {
         match self {
-            Self::Remove { parent, name, ino, .. } | Self::Place { parent, name, ino, .. } => {
-                Some(((*parent, name), *ino))
-            }
+            Self::Remove { parent, name, ino, .. }
+            | Self::Place { parent, name, ino, .. }
+            | Self::PlaceOpen { parent, name, ino, .. } => Some(((*parent, name), *ino)),
             _ => None,
         }
     }
@@ -414,6 +423,7 @@ impl Op {
             | Self::Remove { .. }
             // The programs have been told; see `Lease::sole`.
             | Self::Place { .. }
+            | Self::PlaceOpen { .. }
             | Self::Rename { .. }
             | Self::SetAttr { .. }
             | Self::RemoveXattr { .. }

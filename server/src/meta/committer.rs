@@ -316,7 +316,10 @@ impl Committer {
                 // Stored again: whoever does that may need time for more.
                 self.core.vanished.lock().clear();
             }
-            (Op::Make { open: true, .. } | Op::MakeUnnamed { .. }, Ok(Reply::Mutated(Mutated::Inode { attr, .. }))) => {
+            (
+                Op::Make { open: true, .. } | Op::PlaceOpen { .. } | Op::MakeUnnamed { .. },
+                Ok(Reply::Mutated(Mutated::Inode { attr, .. })),
+            ) => {
                 self.hold_open(*session, attr.ino);
             }
             _ => {}

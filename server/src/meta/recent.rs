@@ -75,6 +75,7 @@ pub fn changes_of(op: &Op, outcome: &Mutated) -> Vec<Change> {
     match op {
         Op::Make { parent, name: n, .. }
         | Op::Place { parent, name: n, .. }
+        | Op::PlaceOpen { parent, name: n, .. }
         | Op::Link { parent, name: n, .. }
         | Op::Unlink { parent, name: n }
         | Op::Rmdir { parent, name: n }

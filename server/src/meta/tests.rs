@@ -566,6 +566,21 @@ async fn unlinked_and_open_stays_until_it_is_released() {
     cluster.mutate(true, Op::Unlink { parent: Ino::ROOT, name: b"b".to_vec() }).await.unwrap();
     let inodes = |cluster: &Cluster| cluster.core().store.view().unwrap().counters().inodes;
     cluster.until("b is reclaimed", |cluster| inodes(cluster) == 2).await;
+    // One that a mount has made and opened before this server knew.
+    let new = match words::make(Ino::ROOT, "c", Kind::File) {
+        Op::Make { new, .. } => new,
+        other => panic!("{other:?}"),
+    };
+    let placed = Ino::chosen(session, 1).unwrap();
+    let time = holdfast_common::Time::default();
+    let place = Op::PlaceOpen { parent: Ino::ROOT, name: b"c".to_vec(), new, ino: placed, time };
+    cluster.mutate(true, place).await.unwrap();
+    cluster.mutate(true, Op::Unlink { parent: Ino::ROOT, name: b"c".to_vec() }).await.unwrap();
+    tokio::time::sleep(Duration::from_millis(500)).await;
+    assert_eq!(inodes(&cluster), 3, "it is open");
+    let release = SessionRequest::Opens { session, opened: vec![], released: vec![placed] };
+    cluster.ask(MOUNT, MetaRequest::Session(release)).await.unwrap();
+    cluster.until("c is reclaimed", |cluster| inodes(cluster) == 2).await;
     assert!(
         cluster.ask(MOUNT, MetaRequest::Query { session, query: open.clone() }).await.is_ok(),
         "held open by this session"

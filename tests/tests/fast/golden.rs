@@ -221,6 +221,7 @@ fn ops() -> Vec<Op> {
         Op::Rmdir { parent, name: name() },
         Op::Remove { parent, name: name(), ino, time: time() },
         Op::Place { parent, name: name(), new: new(Kind::Fifo, b""), ino, time: time() },
+        Op::PlaceOpen { parent, name: name(), new: new(Kind::File, b""), ino, time: time() },
         rename(RenameMode::Replace),
         rename(RenameMode::NoReplace),
         rename(RenameMode::Exchange),

@@ -1,7 +1,8 @@
 //! Names that a mount makes and takes away before the metadata server knows, and everybody who could notice.
 
 use std::{
-    fs, io,
+    fs,
+    io::{self, Read as _, Seek as _, Write as _},
     os::unix::fs::MetadataExt,
     path::{Path, PathBuf},
     sync::mpsc,
@@ -103,41 +104,64 @@ impl Alone {
         })
     }
 
+    /// Files that are made while the server is stopped, and open.
+    fn make_open_files(&mut self) -> Vec<(PathBuf, fs::File)> {
+        let mut made = None;
+        wait::until("files are made without the server", PATIENCE, || {
+            let row = self.begin_row();
+            let make = |path: PathBuf| {
+                let file = fs::OpenOptions::new().read(true).write(true).create_new(true).open(&path);
+                (path, file.expect("create"))
+            };
+            made = self.do_while_stopped(move || row.into_iter().map(make).collect());
+            made.is_some()
+        });
+        made.expect("they are made")
+    }
+
     fn change_a_row(&mut self, before: fn(&Path), stopped: fn(&Path)) -> Vec<PathBuf> {
         let mut row = Vec::new();
         wait::until("a row is changed without the server", PATIENCE, || {
-            self.rounds += 1;
-            row = (0..ROW).map(|number| self.at(&format!("{}-{number:02}", self.rounds))).collect();
-            // By which the mount has the directory for itself again, after a pause.
-            (0..3).for_each(|number| {
-                let path = self.at(&format!("warm-{}-{number}", self.rounds));
-                fs::create_dir(&path).expect("mkdir");
-                fs::remove_dir(&path).expect("rmdir");
-            });
+            row = self.begin_row();
             row.iter().for_each(|path| before(path));
             // So that the server knows of that much.
-            fs::File::open(self.at("")).expect("open").sync_all().expect("fsync");
-            self.looked = self.do_while_stopped(row.clone(), stopped);
-            if self.looked.is_none() {
-                self.cluster.meta().thaw();
-            }
+            let directory = fs::File::open(self.at("")).expect("open");
+            directory.sync_all().expect("fsync");
+            let changed = row.clone();
+            self.looked = self.do_while_stopped(move || {
+                changed.iter().for_each(|path| stopped(path));
+                Looks::of(&directory.metadata().expect("stat"))
+            });
             self.looked.is_some()
         });
         row
     }
 
-    /// `None`: it had to wait.
-    fn do_while_stopped(&self, row: Vec<PathBuf>, work: fn(&Path)) -> Option<Looks> {
-        let directory = fs::File::open(self.at("")).expect("open");
+    /// Names for another row, in the directory that the mount has for itself again, after a pause.
+    fn begin_row(&mut self) -> Vec<PathBuf> {
+        self.rounds += 1;
+        (0..3).for_each(|number| {
+            let path = self.at(&format!("warm-{}-{number}", self.rounds));
+            fs::create_dir(&path).expect("mkdir");
+            fs::remove_dir(&path).expect("rmdir");
+        });
+        (0..ROW).map(|number| self.at(&format!("{}-{number:02}", self.rounds))).collect()
+    }
+
+    /// The server is stopped after it. `None`: it had to wait, and the server goes on.
+    fn do_while_stopped<T: Send + 'static>(&self, work: impl FnOnce() -> T + Send + 'static) -> Option<T> {
         self.cluster.meta().freeze();
         let (tell, told) = mpsc::channel();
         drop(thread::spawn(move || {
-            row.iter().for_each(|path| work(path));
-            let looked = Looks::of(&directory.metadata().expect("stat"));
+            let done = work();
             // Nobody listens any more if it took too long.
-            let _late = tell.send(looked);
+            let _late = tell.send(done);
         }));
-        told.recv_timeout(Duration::from_millis(400)).ok()
+        let done = told.recv_timeout(Duration::from_millis(400)).ok();
+        if done.is_none() {
+            self.cluster.meta().thaw();
+        }
+        done
     }
 }
 
@@ -185,6 +209,52 @@ fn what_a_mount_makes_by_itself_everybody_finds() {
         }
         alone.begin_anew();
     }
+}
+
+/// "A file that is made in such a directory is open at once: it can be written, and is there for whoever looks."
+#[test]
+fn files_that_a_mount_makes_by_itself_are_open_and_everybody_finds_them() {
+    let mut alone = Alone::start();
+    let other = alone.cluster.mount();
+    for round in 0..3 {
+        let mut files = alone.make_open_files();
+        files.iter_mut().for_each(|(_, file)| file.write_all(b"written").expect("write"));
+        let last = other.join(&alone.work).join(files[ROW - 1].0.file_name().expect("a name"));
+        let looking = thread::spawn(move || is_there(&last));
+        alone.cluster.meta().thaw();
+        assert!(looking.join().expect("a look"), "the last of them is missing");
+        if round == 1 {
+            alone.cluster.meta().kill();
+            alone.cluster.meta().start();
+        }
+        for (path, mut file) in files {
+            let there = other.join(&alone.work).join(path.file_name().expect("a name"));
+            file.sync_all().expect("fsync");
+            assert_eq!(fs::read(&there).expect("read"), b"written");
+            fs::remove_file(&path).expect("unlink");
+            assert!(!is_there(&path));
+            let mut read = Vec::new();
+            file.rewind().expect("seek");
+            file.read_to_end(&mut read).expect("read what has no name");
+            assert_eq!(read, b"written");
+        }
+        alone.begin_anew();
+    }
+}
+
+#[test]
+fn fsync_of_an_empty_file_waits_until_the_server_has_made_it() {
+    let mut alone = Alone::start();
+    let mut files = alone.make_open_files();
+    let (path, file) = files.pop().expect("a file");
+    let syncing = thread::spawn(move || file.sync_all());
+    alone.cluster.meta().thaw();
+    syncing.join().expect("a thread").expect("fsync");
+    alone.mount.kill();
+    alone.cluster.meta().kill();
+    alone.cluster.meta().start();
+    let other = alone.cluster.mount();
+    assert!(is_there(&other.join(&alone.work).join(path.file_name().expect("a name"))));
 }
 
 #[test]

@@ -313,7 +313,7 @@ fn mutate(tables: &mut Tables<'_>, op: &Op, number: &Number, now: Time) -> Step<
         Op::Make { parent, name, new, exclusive, open: _ } => {
             namespace::make(tables, (*parent, name), new, *exclusive, number, now)
         }
-        Op::Place { parent, name, new, ino, time } => {
+        Op::Place { parent, name, new, ino, time } | Op::PlaceOpen { parent, name, new, ino, time } => {
             namespace::make(tables, (*parent, name), new, true, &Number::Chosen(*ino), now.min(*time))
         }
         Op::MakeUnnamed { parent, new, linkable } => {
