@@ -3,6 +3,7 @@
 //! A block never changes, so what is here is valid for ever. Whole blocks and single groups of 16 KiB (the proof's
 //! grain, for random reads) share one budget. Eviction is quick_cache's Clock-PRO.
 
+pub mod glimpses;
 pub mod names;
 
 use bytes::Bytes;

@@ -21,6 +21,8 @@ use holdfast_common::{
 };
 use parking_lot::Mutex;
 
+use super::glimpses::{Glimpse, Glimpsed, Glimpses};
+
 /// Names of all directories together; past it, directories are forgotten.
 const NAMES_MAX: usize = 64 << 10;
 /// Names of one directory that is known whole.
@@ -48,6 +50,8 @@ pub enum Known {
     Unknown,
     /// As `Unknown`; and it is time to list the directory, see [`Names::list`].
     WorthListing(Listing),
+    /// The same without a lease, see [`Names::put_glimpse`].
+    WorthAGlimpse(Glimpse),
 }
 
 /// A directory that is being listed.
@@ -66,6 +70,8 @@ struct State {
     directories: HashMap<Ino, Directory>,
     /// Of inodes that have a name in `directories`; and when they were asked for.
     attrs: HashMap<Ino, KnownAttr>,
+    /// In directories on which there is no lease.
+    glimpses: Glimpses,
     /// Attributes that were asked for before this may not be those of now.
     attrs_not_before: Duration,
     /// In all directories.
@@ -152,10 +158,8 @@ impl Pending<'_> {
 
 impl Drop for Pending<'_> {
     fn drop(&mut self) {
-        if self.directories.is_empty() {
-            return;
-        }
         let mut state = self.names.0.lock();
+        state.glimpses.note_change(&self.directories);
         if !self.is_settled {
             // It may still be carried out, or have been.
             for ino in &self.directories {
@@ -175,9 +179,13 @@ impl Names {
         }
         let mut state = self.0.lock();
         let is_own = state.is_own(directory, now);
-        let State { directories, attrs, .. } = &mut *state;
+        let State { directories, attrs, glimpses, .. } = &mut *state;
         let Some(known) = directories.get_mut(&directory).filter(|known| is_own || now < known.until) else {
-            return Known::Unknown;
+            return match glimpses.look(directory, name, now) {
+                Glimpsed::Present(attr, age) => Known::Present(attr, age),
+                Glimpsed::Unknown => Known::Unknown,
+                Glimpsed::WorthListing(glimpse) => Known::WorthAGlimpse(glimpse),
+            };
         };
         match known.names.get(name) {
             Some((None, _)) => Known::Absent,
@@ -196,8 +204,9 @@ impl Names {
     /// A change is about to be asked for.
     pub fn begin_change(&self, op: &Op, session: SessionId, sequence: Sequence) -> Pending<'_> {
         let mut directories = op.directories();
+        let mut state = self.0.lock();
+        state.glimpses.note_change(&directories);
         if !directories.is_empty() {
-            let mut state = self.0.lock();
             directories.extend(state.taken_away(op));
             directories.iter().for_each(|ino| *state.changing.entry(*ino).or_default() += 1);
             if let Op::Rename { from, from_name, to, to_name, .. } = op {
@@ -269,6 +278,8 @@ impl Names {
     pub fn note_change(&self, op: &Op, outcome: &Mutated, position: Position, leases: &[Lease], asked: Asked) {
         let mut state = self.0.lock();
         let made = op.made_directory(outcome);
+        state.glimpses.note_change(&op.directories());
+        outcome.attrs().iter().for_each(|attr| state.glimpses.note_heard(attr));
         for lease in leases {
             if asked.at > state.not_before && !state.is_doubted(lease.directory, asked) {
                 let is_new = (made == Some(lease.directory)).then_some(matches!(op, Op::Place { .. }));
@@ -294,8 +305,18 @@ impl Names {
     /// Attributes that the server was asked for at `asked`.
     pub fn note_attrs(&self, attrs: &[&Attr], asked: Duration) {
         let mut state = self.0.lock();
+        attrs.iter().for_each(|attr| state.glimpses.note_heard(attr));
         if !state.directories.is_empty() {
             attrs.iter().for_each(|attr| state.note_attr(attr, asked));
+        }
+    }
+
+    /// Entries of a directory on which there is no lease, asked for at `asked`; are they all? `None`: the server did not say.
+    pub fn put_glimpse(&self, glimpse: Glimpse, entries: Option<(Vec<DirEntry>, bool)>, asked: Duration) {
+        let mut state = self.0.lock();
+        match entries {
+            Some((entries, are_all)) => state.glimpses.put(glimpse, entries, are_all, asked),
+            None => state.glimpses.give_up(glimpse),
         }
     }
 
@@ -324,8 +345,11 @@ impl Names {
     /// Nothing is known any more, and what is still to be answered gives no lease.
     pub fn distrust(&self, now: Duration) {
         let mut state = self.0.lock();
-        let State { changing, ahead, ahead_begun, ahead_ended, doubted, beginnings, .. } = std::mem::take(&mut *state);
+        state.glimpses.distrust();
+        let State { changing, ahead, ahead_begun, ahead_ended, doubted, beginnings, glimpses, .. } =
+            std::mem::take(&mut *state);
         *state = State {
+            glimpses,
             changing,
             ahead,
             ahead_begun,
@@ -341,6 +365,7 @@ impl Names {
     pub fn distrust_attrs(&self, now: Duration) {
         let mut state = self.0.lock();
         state.attrs_not_before = now;
+        state.glimpses.distrust();
         state.attrs.values_mut().for_each(|known| known.asked = Duration::ZERO);
     }
 
@@ -575,6 +600,7 @@ impl State {
     }
 
     fn distrust_attr(&mut self, ino: Ino, now: Duration) {
+        self.glimpses.distrust_attr(ino);
         if let Some(known) = self.attrs.get_mut(&ino) {
             (known.asked, known.not_before) = (Duration::ZERO, now);
         }
@@ -677,6 +703,8 @@ impl State {
 
     /// Returns what stands for the position of the change.
     fn begin_ahead(&mut self, directory: Ino) -> Position {
+        self.glimpses.note_change(&[directory]);
+        self.glimpses.distrust_attr(directory);
         *self.changing.entry(directory).or_default() += 1;
         *self.ahead.entry(directory).or_default() += 1;
         self.ahead_begun += 1;

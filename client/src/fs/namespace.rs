@@ -10,12 +10,7 @@ use holdfast_common::{
 use tracing::error;
 
 use super::{Caller, Errno, FileHandle, Fs, FsResult, MakeRequest, plain};
-use crate::{
-    cache::names::{Known, Listing},
-    fs::shared::Urgency,
-    remote::meta::unexpected,
-    sys::boot_time,
-};
+use crate::{cache::names::Known, fs::shared::Urgency, remote::meta::unexpected, sys::boot_time};
 
 /// What a name stands for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -52,16 +47,17 @@ impl Fs {
                 });
             }
             Known::Present(..) | Known::Unknown => {}
-            Known::WorthListing(listing) => self.list_in_background(listing),
+            Known::WorthListing(listing) => {
+                let meta = Arc::clone(&self.shared.meta);
+                drop(tokio::spawn(async move { meta.list(listing).await }));
+            }
+            Known::WorthAGlimpse(glimpse) => {
+                let meta = Arc::clone(&self.shared.meta);
+                drop(tokio::spawn(async move { meta.glimpse(glimpse).await }));
+            }
         }
         let attr = self.ask_for_name(parent, name).await?;
         Ok(Found { attr, valid_for: self.attribute_timeout() })
-    }
-
-    /// So that it is known whole.
-    fn list_in_background(&self, listing: Listing) {
-        let meta = Arc::clone(&self.shared.meta);
-        drop(tokio::spawn(async move { meta.list(listing).await }));
     }
 
     async fn ask_for_name(&self, parent: Ino, name: &[u8]) -> FsResult<Attr> {

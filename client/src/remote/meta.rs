@@ -37,7 +37,10 @@ use super::{
     undurable::Undurable,
 };
 use crate::{
-    cache::names::{Asked, Listing, Names},
+    cache::{
+        glimpses::Glimpse,
+        names::{Asked, Listing, Names},
+    },
     fs::{Errno, FsResult},
     sys::boot_time,
 };
@@ -310,6 +313,17 @@ impl MetaClient {
                 return self.names.give_up_listing(listing, true);
             }
         }
+    }
+
+    /// Learns names in a directory, for a moment.
+    pub async fn glimpse(self: &Arc<Self>, glimpse: Glimpse) {
+        let (ino, asked) = (glimpse.directory, boot_time());
+        let page = Query::ReadDir { ino, cookie: 0, entries_max: LISTED_PAGE, plus: true };
+        let listed = match self.query(page).await {
+            Ok(MetaAnswer::Directory { entries, end, .. }) => Some((entries, end)),
+            Ok(_) | Err(_) => None,
+        };
+        self.names.put_glimpse(glimpse, listed, asked);
     }
 
     /// Registers the open with the query, so that it is known again after the server restarted.

@@ -2,6 +2,7 @@
 
 use std::{
     fs, io,
+    os::unix::fs::{MetadataExt as _, PermissionsExt as _},
     path::{Path, PathBuf},
     sync::mpsc,
     thread,
@@ -27,10 +28,15 @@ fn is_there(path: &Path) -> bool {
 
 /// Does the mount know, while the metadata server cannot say anything, that there is no such name?
 fn knows_alone(cluster: &Cluster, missing: PathBuf) -> bool {
+    is_done_alone(cluster, move || assert!(!is_there(&missing)))
+}
+
+/// Is it done soon while the metadata server cannot say anything?
+fn is_done_alone(cluster: &Cluster, work: impl FnOnce() + Send + 'static) -> bool {
     cluster.meta().freeze();
     let (tell, told) = mpsc::channel();
     let looking = thread::spawn(move || {
-        assert!(!is_there(&missing));
+        work();
         // Nobody listens any more if it took too long.
         let _late = tell.send(());
     });
@@ -100,6 +106,34 @@ fn what_one_mount_makes_the_other_finds_at_once_however_both_work_in_one_directo
         assert!(!is_there(&pair.b.join(name("a"))), "{round}");
         fs::rename(pair.a.join(name("b")), pair.a.join(name("a"))).expect("rename");
         assert!(is_there(&pair.b.join(name("a"))), "{round}");
+    }
+}
+
+/// "Who looks up a few names of a directory is told the others from memory; what another mount has changed there may look as it was for a second, and no longer."
+#[test]
+fn names_that_another_mount_works_with_are_told_from_memory_for_a_second() {
+    let pair = Pair::start();
+    let at = |mount: &Mount, number: usize| mount.join(format!("work/file-{number}"));
+    (0..100).for_each(|number| fs::write(at(&pair.a, number), b"here").expect("write"));
+    let mut first = 0;
+    wait::until("names are told from memory", PATIENCE, || {
+        // None that the kernel has been told before.
+        first = (first + 10) % 90;
+        pair.b.remount();
+        (first..first + 4).for_each(|number| assert!(is_there(&at(&pair.b, number))));
+        let rest: Vec<PathBuf> = (first + 5..first + 10).map(|number| at(&pair.b, number)).collect();
+        is_done_alone(&pair.cluster, move || rest.iter().for_each(|path| assert!(is_there(path))))
+    });
+    for round in 0..5 {
+        (0..10).for_each(|number| assert!(is_there(&at(&pair.b, 10 * round + 10 + number))));
+        fs::remove_file(at(&pair.a, 10 * round + 19)).expect("unlink");
+        fs::set_permissions(at(&pair.a, 10 * round + 18), fs::Permissions::from_mode(0o600)).expect("chmod");
+        // Its own changes a mount sees at once.
+        fs::rename(at(&pair.b, 10 * round + 17), at(&pair.b, 1000 + round)).expect("rename");
+        assert!(!is_there(&at(&pair.b, 10 * round + 17)) && is_there(&at(&pair.b, 1000 + round)));
+        thread::sleep(Duration::from_secs(1));
+        assert!(!is_there(&at(&pair.b, 10 * round + 19)), "{round}");
+        assert_eq!(fs::metadata(at(&pair.b, 10 * round + 18)).expect("stat").mode() & 0o777, 0o600, "{round}");
     }
 }
 

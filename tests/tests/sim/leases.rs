@@ -499,6 +499,10 @@ impl<'a> World<'a> {
         let truth = self.own_view(mount, &(directory, name.clone())).map(|(ino, _)| ino);
         let said = match self.mounts[mount].names.look(directory, &name, now) {
             Known::Unknown => return,
+            // What is told without a lease is told for a moment, true or not.
+            Known::WorthAGlimpse(glimpse) => {
+                return self.mounts[mount].names.put_glimpse(glimpse, None, now);
+            }
             // A question waits for what is behind.
             Known::WorthListing(listing) if self.mounts[mount].behind_begun > self.mounts[mount].behind_ended => {
                 return self.mounts[mount].names.give_up_listing(listing, false);
