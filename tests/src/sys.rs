@@ -193,3 +193,35 @@ pub fn alarm(delay_ms: u32, restart: bool) -> io::Result<()> {
         check(libc::setitimer(libc::ITIMER_REAL, &raw const timer, std::ptr::null_mut()))
     }
 }
+
+/// A directory that stays open.
+#[derive(Debug)]
+pub struct OpenDirectory(*mut libc::DIR);
+
+impl OpenDirectory {
+    /// Panics when that is not possible.
+    pub fn open(path: &Path) -> Self {
+        let path = c_path(path).expect("a path");
+        // SAFETY: the path is a C string.
+        let stream = unsafe { libc::opendir(path.as_ptr()) };
+        assert!(!stream.is_null());
+        Self(stream)
+    }
+
+    /// Goes back to the beginning, and counts what it finds from there.
+    pub fn count(&self) -> usize {
+        // SAFETY: the stream is open until this is dropped, and no other thread has it.
+        unsafe {
+            libc::rewinddir(self.0);
+            let entries = std::iter::from_fn(|| Some(libc::readdir(self.0)).filter(|entry| !entry.is_null()));
+            entries.count() - 2
+        }
+    }
+}
+
+impl Drop for OpenDirectory {
+    fn drop(&mut self) {
+        // SAFETY: it is open, and not used any more.
+        unsafe { libc::closedir(self.0) };
+    }
+}

@@ -201,6 +201,14 @@ impl Names {
         }
     }
 
+    /// The version that the directory has, if that can be said without asking.
+    pub fn version(&self, directory: Ino, now: Duration) -> Option<u64> {
+        let state = self.0.lock();
+        let known = state.directories.get(&directory)?;
+        let is_current = now < known.until || state.is_own(directory, now);
+        known.attr.filter(|_| is_current).map(|attr| attr.data_version)
+    }
+
     /// A change is about to be asked for.
     pub fn begin_change(&self, op: &Op, session: SessionId, sequence: Sequence) -> Pending<'_> {
         let mut directories = op.directories();
@@ -421,7 +429,10 @@ impl Directory {
     fn catch_up(&mut self, attr: &Attr, is_last: bool) {
         self.attr = self.attr.map(|own| match is_last {
             true => *attr,
-            false => Attr { nlink: own.nlink, size: own.size, mtime: own.mtime, ctime: own.ctime, ..*attr },
+            false => {
+                let Attr { nlink, size, mtime, ctime, data_version, .. } = own;
+                Attr { nlink, size, mtime, ctime, data_version, ..*attr }
+            }
         });
     }
 
@@ -685,6 +696,7 @@ impl State {
         let time = clock.max(attr.ctime.after_a_nanosecond());
         (attr.ctime, attr.mtime) = (time, time);
         attr.size += 1;
+        attr.data_version += 1;
         attr.nlink += u32::from(is_directory);
         let (directory, made) = (*attr, new.attr(ino, attr, time));
         let hidden_in = Some((parent, known.sole));
@@ -732,6 +744,7 @@ impl State {
         let time = clock.max(attr.ctime.after_a_nanosecond());
         (attr.ctime, attr.mtime) = (time, time);
         attr.size = attr.size.saturating_sub(1);
+        attr.data_version += 1;
         attr.nlink = attr.nlink.saturating_sub(u32::from(is_directory));
         let attr = *attr;
         let position = self.begin_ahead(parent);

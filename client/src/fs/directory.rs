@@ -8,8 +8,8 @@ use holdfast_common::{
 };
 use parking_lot::Mutex;
 
-use super::{DirectoryPage, Errno, FileHandle, Fs, FsResult};
-use crate::remote::meta::unexpected;
+use super::{DirectoryPage, Errno, FileHandle, Fs, FsResult, OpenedDirectory, listings::Filling};
+use crate::{remote::meta::unexpected, sys::boot_time};
 
 /// Cookies of `.` and `..`; those of the server come after.
 const DOT: u64 = 1;
@@ -24,6 +24,7 @@ const HANDED_OUT_MAX: usize = 128;
 pub(super) struct OpenDirectory {
     ino: Ino,
     page: Mutex<Option<Page>>,
+    filling: Mutex<Filling>,
 }
 
 /// Entries that follow `after`, with the kernel's cookies.
@@ -33,6 +34,9 @@ struct Page {
     plus: bool,
     entries: Arc<Vec<DirEntry>>,
     end: bool,
+    version: u64,
+    /// It came with the open, and nobody has been told of it.
+    is_new: bool,
 }
 
 impl Page {
@@ -55,11 +59,29 @@ impl Page {
 }
 
 impl Fs {
-    #[expect(clippy::unused_async, reason = "opening may come to ask the server; its callers need not change then")]
-    pub async fn opendir(&self, ino: Ino) -> FsResult<FileHandle> {
+    /// Asks the server only if the kernel has a listing that it might keep.
+    pub async fn opendir(&self, ino: Ino) -> FsResult<OpenedDirectory> {
+        let (keeps_listing, page) = match self.listings.kept(ino, boot_time()) {
+            Some(kept) => self.compare_listing(ino, kept).await?,
+            None => (false, None),
+        };
+        if keeps_listing {
+            // The kernel will not say that it is read.
+            self.note_listed(ino);
+        }
         let handle = self.new_handle();
-        self.directories.lock().insert(handle, Arc::new(OpenDirectory { ino, page: Mutex::default() }));
-        Ok(handle)
+        let filling = Mutex::new(self.listings.open(ino, keeps_listing, boot_time()));
+        self.directories.lock().insert(handle, Arc::new(OpenDirectory { ino, page: Mutex::new(page), filling }));
+        Ok(OpenedDirectory { handle, keeps_listing })
+    }
+
+    /// Is the directory still at version `kept`? If not, its first page.
+    async fn compare_listing(&self, ino: Ino, kept: u64) -> FsResult<(bool, Option<Page>)> {
+        if let Some(version) = self.shared.meta.names().version(ino, boot_time()) {
+            return Ok((version == kept, None));
+        }
+        let page = self.fetch_page(ino, 0, true, Some(kept)).await?;
+        Ok((page.is_none(), page))
     }
 
     /// Entries after `cookie` (0: from the start); `plus`: with attributes.
@@ -67,26 +89,45 @@ impl Fs {
         let directory = self.directories.lock().get(&handle).cloned().ok_or(Errno(libc::EBADF))?;
         if cookie == 0 {
             self.note_listed(directory.ino);
+            self.listings.note_beginning(directory.ino, boot_time());
         }
-        // A rewind has to see the directory as it is now.
-        let kept = if cookie == 0 { None } else { directory.page.lock().clone() };
-        if let Some(rest) = kept.and_then(|page| page.rest(cookie, plus)) {
-            return Ok(rest);
+        let page = self.page_from(&directory, cookie, plus).await?;
+        let rest = page.rest(cookie, plus).unwrap_or(DirectoryPage { entries: Vec::new(), end: true });
+        let mut filling = directory.filling.lock();
+        filling.note_page(page.version);
+        if rest.entries.is_empty() && rest.end {
+            self.listings.end(directory.ino, &filling);
         }
-        let page = self.fetch_page(directory.ino, cookie, plus).await?;
-        let all = page.rest(cookie, plus).unwrap_or(DirectoryPage { entries: Vec::new(), end: true });
-        *directory.page.lock() = Some(page);
-        Ok(all)
+        Ok(rest)
     }
 
-    async fn fetch_page(&self, ino: Ino, cookie: u64, plus: bool) -> FsResult<Page> {
+    /// The page that the directory's handle has, if `cookie` is in it.
+    async fn page_from(&self, directory: &OpenDirectory, cookie: u64, plus: bool) -> FsResult<Page> {
+        let kept = directory.page.lock().clone();
+        // A rewind has to see the directory as it is now.
+        let kept = kept.filter(|page| (cookie > 0 || page.is_new) && page.rest(cookie, plus).is_some());
+        let page = match kept {
+            Some(page) if !page.is_new => return Ok(page),
+            Some(page) => Page { is_new: false, ..page },
+            None => {
+                let page = self.fetch_page(directory.ino, cookie, plus, None).await?;
+                Page { is_new: false, ..page.ok_or(Errno(libc::EIO))? }
+            }
+        };
+        *directory.page.lock() = Some(page.clone());
+        Ok(page)
+    }
+
+    /// `None`: the directory is at the version `unless`.
+    async fn fetch_page(&self, ino: Ino, cookie: u64, plus: bool, unless: Option<u64>) -> FsResult<Option<Page>> {
         let after = cookie.saturating_sub(DOT_DOT);
         let entries_max = if after == 0 { PAGE_FIRST } else { PAGE };
-        match self.shared.meta.query(Query::ReadDir { ino, cookie: after, entries_max, plus }).await? {
-            MetaAnswer::Directory { entries: named, end, parent } => {
+        match self.shared.meta.query(Query::ReadDir { ino, cookie: after, entries_max, plus, unless }).await? {
+            MetaAnswer::Unchanged if unless.is_some() => Ok(None),
+            MetaAnswer::Directory { entries: named, end, parent, version } => {
                 let mut entries = dots(ino, parent.unwrap_or(ino), cookie);
                 entries.extend(named.into_iter().map(|entry| self.shown(entry)));
-                Ok(Page { after: cookie, plus, entries: Arc::new(entries), end })
+                Ok(Some(Page { after: cookie, plus, entries: Arc::new(entries), end, version, is_new: true }))
             }
             other => Err(unexpected(&other)),
         }
@@ -97,7 +138,9 @@ impl Fs {
     }
 
     pub fn releasedir(&self, _ino: Ino, handle: FileHandle) {
-        self.directories.lock().remove(&handle);
+        if let Some(directory) = self.directories.lock().remove(&handle) {
+            self.listings.close(directory.ino);
+        }
     }
 
     /// Names made and removed before are durable when this returns.

@@ -5,6 +5,7 @@ use std::{sync::Arc, time::Duration};
 use tracing::warn;
 
 use super::{Fs, access::TELL_EVERY};
+use crate::sys::boot_time;
 
 /// Written bytes are stored at the latest after this, fsynced or not.
 const DIRTY_AGE_MAX: Duration = Duration::from_secs(1);
@@ -25,6 +26,7 @@ impl Duties {
             Self::keeping(&fs),
             Self::renewing(&fs),
             Self::releasing(&fs),
+            Self::forgetting_listings(&fs),
             fs.shared.meta.keep_locks(),
             Self::telling_accesses(&fs)
         );
@@ -59,6 +61,17 @@ impl Duties {
             tokio::time::sleep(TICK).await;
             if let Err(error) = fs.shared.store_again().await {
                 warn!(?error, "what storage servers have lost could not be stored again yet");
+            }
+        }
+    }
+
+    /// Open directories are not listed from the kernel's memory for long.
+    async fn forgetting_listings(fs: &Arc<Fs>) {
+        loop {
+            tokio::time::sleep(TICK).await;
+            let old = fs.listings.take_old(boot_time());
+            if let Err(error) = fs.forget_listings(old).await {
+                warn!(?error, "the kernel was not told to forget the listings of open directories");
             }
         }
     }

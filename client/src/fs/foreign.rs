@@ -1,6 +1,6 @@
 //! What other mounts have changed is taken out of this mount's caches, and the kernel's.
 
-use std::{collections::BTreeSet, sync::Arc};
+use std::{collections::BTreeSet, sync::Arc, time::Duration};
 
 use holdfast_common::{
     Ino,
@@ -24,6 +24,7 @@ impl Fs {
         let inos: BTreeSet<Ino> = foreign.changes.iter().filter_map(changed_inode).collect();
         if !inos.is_empty() || foreign.reach != Reach::Complete {
             self.forget_attributes(&inos, foreign.reach);
+            self.forget_listings(self.listings.take_open(Duration::ZERO, boot_time())).await?;
         }
         self.forget_names(foreign.changes).await?;
         if foreign.reach == Reach::Nothing {
@@ -55,6 +56,14 @@ impl Fs {
                 kernel.attributes_changed(*ino);
             }
         }
+    }
+
+    /// Has the kernel forget what it may hand out of these directories, which are open, without asking.
+    pub(super) async fn forget_listings(&self, inos: Vec<Ino>) -> FsResult<()> {
+        let Some(kernel) = self.kernel.get().filter(|_| !inos.is_empty()) else { return Ok(()) };
+        let kernel = Arc::clone(kernel);
+        let forget = move || inos.into_iter().for_each(|ino| kernel.pages_changed(ino));
+        tokio::task::spawn_blocking(forget).await.map_err(|_| Errno(libc::EIO))
     }
 
     async fn forget_names(&self, changes: Vec<Change>) -> FsResult<()> {

@@ -9,6 +9,7 @@ mod directory;
 mod duties;
 mod foreign;
 mod inode;
+mod listings;
 mod locks;
 mod namespace;
 mod open;
@@ -43,6 +44,7 @@ use self::{
     access::Accesses,
     directory::OpenDirectory,
     inode::Inode,
+    listings::Listings,
     open::{OpenFile, Releases},
     plain::Plain,
     shared::{Shared, UPLOADS_IN_FLIGHT_MAX},
@@ -106,6 +108,13 @@ pub struct Opened {
     pub direct: bool,
 }
 
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct OpenedDirectory {
+    pub handle: FileHandle,
+    /// The kernel's listing of the directory is still true.
+    pub keeps_listing: bool,
+}
+
 /// A way to tell the kernel that it remembers something that is no longer true.
 pub trait KernelCaches: Send + Sync + std::fmt::Debug {
     /// Attributes of `ino` that were told earlier are out of date. Must not block.
@@ -145,6 +154,7 @@ pub struct Fs {
     inodes: Mutex<HashMap<Ino, Arc<Inode>>>,
     files: Mutex<HashMap<FileHandle, Arc<OpenFile>>>,
     directories: Mutex<HashMap<FileHandle, Arc<OpenDirectory>>>,
+    listings: Listings,
     next_handle: AtomicU64,
     /// The version of the data that the kernel's pages of each inode show, until the kernel forgets it.
     kernel_versions: Mutex<HashMap<Ino, u64>>,
@@ -187,6 +197,7 @@ impl Fs {
             inodes: Mutex::default(),
             files: Mutex::default(),
             directories: Mutex::default(),
+            listings: Listings::default(),
             next_handle: AtomicU64::new(1),
             kernel_versions: Mutex::default(),
             releases: Releases::default(),
@@ -217,6 +228,7 @@ impl Fs {
     fn roll_back(&self, after: Position, through: Position) {
         self.shared.retained.lock().moved(after, through);
         self.kernel_versions.lock().clear();
+        self.listings.distrust();
         self.told.forget_all();
         let inodes: Vec<Arc<Inode>> = self.inodes.lock().values().cloned().collect();
         for inode in inodes {

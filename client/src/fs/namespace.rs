@@ -52,6 +52,7 @@ impl Fs {
                 drop(tokio::spawn(async move { meta.list(listing).await }));
             }
             Known::WorthAGlimpse(glimpse) => {
+                self.listings.note_looked_at(parent, boot_time());
                 let meta = Arc::clone(&self.shared.meta);
                 drop(tokio::spawn(async move { meta.glimpse(glimpse).await }));
             }
@@ -73,6 +74,7 @@ impl Fs {
             Some(inode) => inode.lock().forget_pages(),
             None => drop(self.kernel_versions.lock().remove(&ino)),
         }
+        self.listings.forget(ino);
     }
 
     pub async fn getattr(&self, ino: Ino) -> FsResult<Attr> {

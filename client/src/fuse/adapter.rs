@@ -20,7 +20,9 @@ use super::{
     dispatch::{Dispatcher, Operation, Patience},
     past_end::PastEnd,
 };
-use crate::fs::{Caller, DirectoryPage, Errno, FileHandle, Fs, FsResult, LockAsk, MakeRequest, Opened};
+use crate::fs::{
+    Caller, DirectoryPage, Errno, FileHandle, Fs, FsResult, LockAsk, MakeRequest, Opened, OpenedDirectory,
+};
 
 /// Inode numbers are never reused, so that one generation is enough.
 const GENERATION: Generation = Generation(0);
@@ -587,7 +589,10 @@ impl Filesystem for Adapter {
         let (fs, ino) = (self.fs.clone(), convert::ino(ino));
         let work = async move { fs.opendir(ino).await };
         self.dispatcher.run(answer("opendir", request), work, move |result| match result {
-            Ok(opened) => reply.opened(Fh(opened.0), FopenFlags::empty()),
+            Ok(OpenedDirectory { handle, keeps_listing }) => {
+                let keeps = if keeps_listing { FopenFlags::FOPEN_KEEP_CACHE } else { FopenFlags::empty() };
+                reply.opened(Fh(handle.0), FopenFlags::FOPEN_CACHE_DIR | keeps);
+            }
             Err(errno) => reply.error(convert::errno(errno)),
         });
     }

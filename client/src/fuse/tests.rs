@@ -57,7 +57,7 @@ fn directory(plus: bool) -> MetaAnswer {
         Some(DirEntry { cookie, name: name.to_vec(), ino: attr.ino, kind: attr.kind, attr: plus.then_some(attr) })
     };
     let entries = [&b"sub"[..], b"link"].into_iter().filter_map(entry).collect();
-    MetaAnswer::Directory { entries, end: true, parent: Some(Ino::ROOT) }
+    MetaAnswer::Directory { entries, end: true, parent: Some(Ino::ROOT), version: 1 }
 }
 
 fn query(query: Query) -> Result<MetaAnswer, Refusal> {
@@ -69,7 +69,9 @@ fn query(query: Query) -> Result<MetaAnswer, Refusal> {
         }
         Query::ReadLink { ino: Ino(3) } => Ok(MetaAnswer::Link(LINK_TARGET.to_vec())),
         Query::ReadDir { ino, cookie: 0, plus, .. } if ino == Ino::ROOT => Ok(directory(plus)),
-        Query::ReadDir { .. } => Ok(MetaAnswer::Directory { entries: Vec::new(), end: true, parent: Some(Ino::ROOT) }),
+        Query::ReadDir { .. } => {
+            Ok(MetaAnswer::Directory { entries: Vec::new(), end: true, parent: Some(Ino::ROOT), version: 1 })
+        }
         Query::StatFs => {
             Ok(MetaAnswer::StatFs(StatFs { capacity_bytes: 4096 * 1000, free_bytes: 4096 * 600, inodes: 3 }))
         }

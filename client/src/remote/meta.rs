@@ -300,7 +300,7 @@ impl MetaClient {
         let (ino, asked) = (listing.directory, boot_time());
         let (mut listed, mut cookie) = (Vec::new(), 0);
         loop {
-            let page = Query::ReadDir { ino, cookie, entries_max: LISTED_PAGE, plus: true };
+            let page = Query::ReadDir { ino, cookie, entries_max: LISTED_PAGE, plus: true, unless: None };
             let Ok(MetaAnswer::Directory { entries, end, .. }) = self.query(page).await else {
                 return self.names.give_up_listing(listing, false);
             };
@@ -318,7 +318,7 @@ impl MetaClient {
     /// Learns names in a directory, for a moment.
     pub async fn glimpse(self: &Arc<Self>, glimpse: Glimpse) {
         let (ino, asked) = (glimpse.directory, boot_time());
-        let page = Query::ReadDir { ino, cookie: 0, entries_max: LISTED_PAGE, plus: true };
+        let page = Query::ReadDir { ino, cookie: 0, entries_max: LISTED_PAGE, plus: true, unless: None };
         let listed = match self.query(page).await {
             Ok(MetaAnswer::Directory { entries, end, .. }) => Some((entries, end)),
             Ok(_) | Err(_) => None,

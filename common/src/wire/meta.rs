@@ -218,12 +218,14 @@ pub enum Query {
     ReadLink {
         ino: Ino,
     },
-    /// Entries after `cookie` (0: from the start), without `.` and `..`: at most `entries_max` (≤ READDIR_PAGE_MAX).
+    /// Entries after `cookie` (0: from the start), without `.` and `..`: at most `entries_max` (≤ READDIR_PAGE_MAX). Only if the directory is not at
+    /// the version `unless`.
     ReadDir {
         ino: Ino,
         cookie: u64,
         entries_max: u32,
         plus: bool,
+        unless: Option<u64>,
     },
     GetXattr {
         ino: Ino,
@@ -719,11 +721,13 @@ pub enum MetaAnswer {
         map: FileMap,
     },
     Link(Vec<u8>),
-    /// With the directory's own parent if it was asked from the start; of the root, and of one that has been removed, itself.
+    /// With the directory's own parent if it was asked from the start; of the root, and of one that has been removed, itself. And its
+    /// `data_version`.
     Directory {
         entries: Vec<DirEntry>,
         end: bool,
         parent: Option<Ino>,
+        version: u64,
     },
     Bytes(Vec<u8>),
     Names(Vec<Vec<u8>>),
@@ -778,6 +782,8 @@ pub enum MetaAnswer {
     },
     /// One for each change, in order. A refusal stands for itself.
     MutatedMany(Vec<Result<Changed, Refusal>>),
+    /// `ReadDir`: the directory is at the version that the asker knows.
+    Unchanged,
 }
 
 /// A file that names a block, by one of its names.

@@ -359,10 +359,16 @@ impl Service {
             Query::GetAttr { ino } => self.ask(|view| query::attr(view, ino)).map(MetaAnswer::Attr),
             Query::Open { ino, chunks } => self.open(node, session, ino, chunks),
             Query::ReadLink { ino } => self.ask(|view| query::read_link(view, ino)).map(MetaAnswer::Link),
-            Query::ReadDir { ino, cookie, entries_max, plus } => {
+            Query::ReadDir { ino, cookie, entries_max, plus, unless } => {
                 self.core.begin_look(session, ino).await?;
-                self.ask(|view| query::read_directory(view, ino, cookie, entries_max, plus))
-                    .map(|(entries, end, parent)| MetaAnswer::Directory { entries, end, parent })
+                self.ask(|view| query::read_directory(view, ino, cookie, entries_max, plus, unless)).map(|page| {
+                    match page {
+                        Some(query::Page { entries, end, parent, version }) => {
+                            MetaAnswer::Directory { entries, end, parent, version }
+                        }
+                        None => MetaAnswer::Unchanged,
+                    }
+                })
             }
             Query::GetXattr { ino, name } => self.ask(|view| query::xattr(view, ino, &name)).map(MetaAnswer::Bytes),
             Query::ListXattr { ino } => self.ask(|view| query::xattrs(view, ino)).map(MetaAnswer::Names),

@@ -329,8 +329,14 @@ impl Cluster {
 
     fn names(&self) -> BTreeSet<String> {
         let view = self.core().store.view().unwrap();
-        let page = super::state::settled(super::state::query::read_directory(&*view, Ino::ROOT, 0, 4096, false));
-        page.unwrap().unwrap().0.into_iter().map(|entry| String::from_utf8(entry.name).unwrap()).collect()
+        let page = super::state::settled(super::state::query::read_directory(&*view, Ino::ROOT, 0, 4096, false, None));
+        page.unwrap()
+            .unwrap()
+            .unwrap()
+            .entries
+            .into_iter()
+            .map(|entry| String::from_utf8(entry.name).unwrap())
+            .collect()
     }
 
     fn holders(&self, seed: u8) -> Vec<u32> {

@@ -223,7 +223,7 @@ impl Client {
     async fn list(&self, directory: Ino, count: u64) -> Result<f64> {
         let (began, mut cookie, mut seen) = (Instant::now(), 0, 0);
         while seen < count {
-            let query = Query::ReadDir { ino: directory, cookie, entries_max: PAGE, plus: true };
+            let query = Query::ReadDir { ino: directory, cookie, entries_max: PAGE, plus: true, unless: None };
             let MetaAnswer::Directory { entries, end, .. } =
                 self.ask(&MetaRequest::Query { session: self.session, query }).await?
             else {

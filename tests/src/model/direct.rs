@@ -372,7 +372,7 @@ impl DirectTree {
         if attr.kind != Kind::Directory {
             return Err(Errno(libc::ENOTDIR));
         }
-        let handle = self.fs.opendir(attr.ino).await?;
+        let handle = self.fs.opendir(attr.ino).await?.handle;
         let (mut names, mut cookie) = (Vec::new(), 0);
         loop {
             let page = self.fs.readdir(attr.ino, handle, cookie, false).await?;

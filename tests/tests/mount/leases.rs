@@ -1,6 +1,8 @@
 //! Mounts that answer for names in their directories by themselves, and others that change those.
 
 use std::{
+    collections::BTreeSet,
+    ffi::{OsStr, OsString},
     fs, io,
     os::unix::fs::{MetadataExt as _, PermissionsExt as _},
     path::{Path, PathBuf},
@@ -12,6 +14,7 @@ use std::{
 use holdfast_tests::{
     cluster::{Cluster, PATIENCE},
     mount::Mount,
+    sys::OpenDirectory,
     wait,
 };
 
@@ -134,6 +137,76 @@ fn names_that_another_mount_works_with_are_told_from_memory_for_a_second() {
         thread::sleep(Duration::from_secs(1));
         assert!(!is_there(&at(&pair.b, 10 * round + 19)), "{round}");
         assert_eq!(fs::metadata(at(&pair.b, 10 * round + 18)).expect("stat").mode() & 0o777, 0o600, "{round}");
+    }
+}
+
+fn names(directory: &Path) -> BTreeSet<OsString> {
+    fs::read_dir(directory).expect("list").map(|entry| entry.expect("an entry").file_name()).collect()
+}
+
+/// "Who lists a directory sees what other mounts have done in it, however often it was listed before."
+#[test]
+fn listings_that_the_kernel_keeps_are_true() {
+    let pair = Pair::start();
+    let at = |mount: &Mount, name: &str| mount.join("work").join(name);
+    (0..300).for_each(|number| fs::write(at(&pair.a, &format!("file-{number}")), b"").expect("write"));
+    fs::create_dir(at(&pair.a, "inside")).expect("mkdir");
+    let mut expected = names(&pair.a.join("work"));
+    for round in 0..60 {
+        let (own, other) = if round % 3 == 0 { (&pair.a, &pair.b) } else { (&pair.b, &pair.a) };
+        for _ in 0..round % 4 {
+            assert_eq!(names(&own.join("work")), expected);
+        }
+        let (old, new) = (format!("file-{round}"), format!("new-{round}"));
+        match round % 5 {
+            0 => fs::remove_file(at(other, &old)).expect("unlink"),
+            1 => fs::write(at(other, &new), b"").expect("write"),
+            2 => fs::rename(at(other, &old), at(other, &new)).expect("rename"),
+            3 => fs::rename(at(other, &old), at(other, &format!("file-{}", round + 100))).expect("rename"),
+            _ => fs::rename(at(other, &old), at(other, &format!("inside/{old}"))).expect("rename"),
+        }
+        if round % 5 != 1 {
+            expected.remove(OsStr::new(&old));
+        }
+        if round % 5 == 1 || round % 5 == 2 {
+            expected.insert(new.into());
+        }
+        assert_eq!(names(&own.join("work")), expected, "{round}");
+    }
+}
+
+#[test]
+fn a_directory_that_a_mount_has_for_itself_is_listed_from_memory() {
+    let pair = Pair::start();
+    let inside = pair.a.join("work/inside");
+    fs::create_dir(&inside).expect("mkdir");
+    wait::until("it is listed without the server", PATIENCE, || {
+        fs::write(inside.join("file"), b"").expect("write");
+        fs::remove_file(inside.join("file")).expect("unlink");
+        fs::create_dir(inside.join("there")).expect("mkdir");
+        let listed = names(&inside);
+        // The kernel asks for the directory's time of access after that.
+        assert_eq!(names(&inside), listed);
+        let again = inside.clone();
+        let is_alone = is_done_alone(&pair.cluster, move || assert_eq!(names(&again), listed));
+        fs::remove_dir(inside.join("there")).expect("rmdir");
+        is_alone
+    });
+}
+
+/// "Who goes back to the beginning of a directory that is open sees it as it was at most a second ago."
+#[test]
+fn a_directory_that_stays_open_is_listed_anew() {
+    let pair = Pair::start();
+    (0..10).for_each(|number| fs::write(pair.a.join(format!("work/file-{number}")), b"").expect("write"));
+    let open = |mount: &Mount| OpenDirectory::open(&mount.join("work"));
+    let (first, second) = (open(&pair.b), open(&pair.b));
+    let before = first.count();
+    for number in 0..4 {
+        assert_eq!([first.count(), second.count()], [before + number; 2], "{number}");
+        drop(open(&pair.b));
+        fs::write(pair.a.join(format!("work/more-{number}")), b"").expect("write");
+        thread::sleep(Duration::from_secs(1));
     }
 }
 

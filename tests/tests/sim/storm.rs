@@ -485,7 +485,8 @@ async fn check_everything(fs: &Fs, users: &[User]) -> Result<(), Wrong> {
                 .await
                 .map_err(|wrong| format!("after a power cut: {wrong}"))?;
         }
-        let handle = fs.opendir(user.directory).await.map_err(|error| wrong("opendir", "a directory", error))?;
+        let opened = fs.opendir(user.directory).await.map_err(|error| wrong("opendir", "a directory", error))?;
+        let handle = opened.handle;
         let page = fs.readdir(user.directory, handle, 0, false).await.map_err(|error| wrong("readdir", "it", error))?;
         fs.releasedir(user.directory, handle);
         let names: BTreeSet<String> =

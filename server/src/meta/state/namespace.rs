@@ -204,6 +204,12 @@ fn check_room(directory: &Inode, kind: Kind) -> Result<(), Refusal> {
     if full { Err(Refusal::TooManyLinks) } else { Ok(()) }
 }
 
+/// The directory is not listed as before.
+fn changed(directory: &mut Inode, now: Time) {
+    directory.data_version += 1;
+    (directory.mtime, directory.ctime) = (now, now);
+}
+
 /// Gives `inode` the name, with the next cookie of `directory`. The caller puts both inodes.
 fn enter(
     tables: &mut Tables<'_>,
@@ -216,7 +222,7 @@ fn enter(
     let entry = Dentry { ino, kind: inode.kind, cookie: directory.cookie_next };
     directory.cookie_next += 1;
     directory.size += 1;
-    (directory.mtime, directory.ctime) = (now, now);
+    changed(directory, now);
     if inode.is_directory() {
         directory.nlink += 1;
         (inode.parent, inode.parent_cookie) = (parent, entry.cookie);
@@ -239,7 +245,7 @@ fn leave(
     now: Time,
 ) -> Result<()> {
     directory.size -= 1;
-    (directory.mtime, directory.ctime) = (now, now);
+    changed(directory, now);
     if entry.kind == Kind::Directory {
         directory.nlink -= 1;
     }
@@ -460,6 +466,8 @@ fn carry(
     let mut entered = directory(tables, destination.0)?;
     enter(tables, destination, &mut entered, moved.ino, &mut inode, now)?;
     tables.put_inode(destination.0, entered);
+    // A directory is listed with its parent.
+    inode.data_version += u64::from(inode.is_directory());
     inode.ctime = now;
     tables.put_inode(moved.ino, inode.clone());
     Ok(inode)
@@ -495,13 +503,14 @@ fn put_in(
         parent.nlink += u32::from(entry.kind == Kind::Directory);
         parent.nlink -= u32::from(held.kind == Kind::Directory);
     }
-    (parent.mtime, parent.ctime) = (now, now);
+    changed(&mut parent, now);
     tables.put_inode(to, parent);
     let placed = Dentry { cookie: held.cookie, ..*entry };
     write(tables, (to, to_name), &placed)?;
     let mut inode = target(tables, entry)?;
     if inode.is_directory() {
         (inode.parent, inode.parent_cookie) = (to, held.cookie);
+        inode.data_version += 1;
     }
     inode.ctime = now;
     tables.put_inode(entry.ino, inode.clone());

@@ -55,23 +55,40 @@ pub fn read_link(rows: &impl Rows, ino: Ino) -> Step<Vec<u8>> {
     }
 }
 
-/// A page of entries after `cookie`, whether it is the last, and if it is the first, the directory's parent: its own number if it has none.
+/// Entries of a directory.
+#[derive(Debug)]
+pub struct Page {
+    pub entries: Vec<DirEntry>,
+    /// Is it the last?
+    pub end: bool,
+    /// If it is the first, the directory's parent: its own number if it has none.
+    pub parent: Option<Ino>,
+    /// At which the directory is.
+    pub version: u64,
+}
+
+/// A page of entries after `cookie`; none at all if the directory is at the version `unless`.
 pub fn read_directory(
     rows: &impl Rows,
     ino: Ino,
     cookie: u64,
     entries_max: u32,
     plus: bool,
-) -> Step<(Vec<DirEntry>, bool, Option<Ino>)> {
+    unless: Option<u64>,
+) -> Step<Option<Page>> {
     let directory = existing(rows, ino)?;
     if !directory.is_directory() {
         return Err(Refusal::NotDirectory.into());
     }
+    let version = directory.data_version;
+    if unless == Some(version) {
+        return Ok(None);
+    }
     let has_parent = directory.nlink > 0 && ino != Ino::ROOT;
     let parent = (cookie == 0).then_some(if has_parent { directory.parent } else { ino });
     let count = usize::try_from(entries_max).unwrap_or(READDIR_PAGE_MAX).clamp(1, READDIR_PAGE_MAX);
-    let Some(first) = cookie.checked_add(1) else { return Ok((Vec::new(), true, parent)) };
     let (mut entries, mut end) = (Vec::new(), true);
+    let Some(first) = cookie.checked_add(1) else { return Ok(Some(Page { entries, end, parent, version })) };
     scan(rows.tree(), &key::cookie(ino, first), &past(&key::family(ino, key::COOKIE)), |_, row| {
         if entries.len() == count {
             end = false;
@@ -82,7 +99,7 @@ pub fn read_directory(
         entries.push(DirEntry { cookie: entry.cookie, name: name.to_vec(), ino: entry.ino, kind: entry.kind, attr });
         Ok(ControlFlow::Continue(()))
     })?;
-    Ok((entries, end, parent))
+    Ok(Some(Page { entries, end, parent, version }))
 }
 
 pub fn xattr(rows: &impl Rows, ino: Ino, name: &[u8]) -> Step<Vec<u8>> {

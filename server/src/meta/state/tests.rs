@@ -416,9 +416,13 @@ fn cookies_stay_valid_while_the_directory_changes() {
     for n in 0..10 {
         world.make(Ino::ROOT, &format!("f{n}"), Kind::File).unwrap();
     }
-    let page =
-        |world: &World, cookie| world.ask(|view| query::read_directory(view, Ino::ROOT, cookie, 4, true)).unwrap();
-    let (first, end, parent) = page(&world, 0);
+    let page = |world: &World, cookie| {
+        world.ask(|view| query::read_directory(view, Ino::ROOT, cookie, 4, true, None)).unwrap()
+    };
+    let page = |world: &World, cookie| page(world, cookie).expect("it is asked for in any case");
+    let query::Page { entries: first, end, parent, version } = page(&world, 0);
+    let unless = |version| world.ask(|view| query::read_directory(view, Ino::ROOT, 0, 4, true, Some(version))).unwrap();
+    assert!(unless(version).is_none() && unless(version + 1).is_some());
     assert_eq!(parent, Some(Ino::ROOT), "the root has no other");
     assert_eq!((first.len(), end), (4, false));
     let name = |n: usize| format!("f{n}").into_bytes();
@@ -426,12 +430,13 @@ fn cookies_stay_valid_while_the_directory_changes() {
         world.mutate(Op::Unlink { parent: Ino::ROOT, name: name(n) }).unwrap();
     }
     world.make(Ino::ROOT, "new", Kind::File).unwrap();
-    let (second, ..) = page(&world, first[3].cookie);
+    let query::Page { entries: second, .. } = page(&world, first[3].cookie);
     let names: Vec<_> = second.iter().map(|entry| entry.name.clone()).collect();
     assert_eq!(names, [name(5), name(6), name(7), name(8)]);
-    let (last, end, _) = page(&world, second[3].cookie);
+    let query::Page { entries: last, end, .. } = page(&world, second[3].cookie);
     assert_eq!((last.len(), end), (2, true));
-    assert_eq!(page(&world, u64::MAX), (vec![], true, None));
+    let beyond = page(&world, u64::MAX);
+    assert_eq!((beyond.entries.len(), beyond.end, beyond.parent), (0, true, None));
     assert!(last.iter().all(|entry| entry.cookie > 0 && entry.attr.is_some()));
 }
 

@@ -155,12 +155,21 @@ struct Test {
     world: World,
     model: Model,
     sent: Vec<(Sequence, Op, Result<Mutated, Refusal>)>,
+    /// Directories at each of their versions: names, and the parent.
+    listed: BTreeMap<(Ino, u64), Listed>,
 }
+
+type Listed = (BTreeMap<Vec<u8>, Ino>, Option<Ino>);
 
 impl Test {
     fn new() -> Self {
         let root = Node { directory: true, ..Node::default() };
-        Self { world: World::new(), model: Model { nodes: BTreeMap::from([(Ino::ROOT, root)]) }, sent: Vec::new() }
+        Self {
+            world: World::new(),
+            model: Model { nodes: BTreeMap::from([(Ino::ROOT, root)]) },
+            sent: Vec::new(),
+            listed: BTreeMap::new(),
+        }
     }
 
     fn send(&mut self, op: Op) -> Result<Mutated, Refusal> {
@@ -324,16 +333,21 @@ impl Test {
         assert_eq!(self.world.dump(), before);
     }
 
-    fn compare(&self) {
+    fn compare(&mut self) {
         self.world.check();
         for (ino, node) in &self.model.nodes {
             let attr = self.world.ask(|view| query::attr(view, *ino)).unwrap();
             if node.directory {
                 let subdirectories = node.names.values().filter(|child| self.model.nodes[child].directory).count();
                 assert_eq!(attr.nlink as usize, 2 + subdirectories);
-                let (entries, ..) = self.world.ask(|view| query::read_directory(view, *ino, 0, 1000, true)).unwrap();
+                let page = self.world.ask(|view| query::read_directory(view, *ino, 0, 1000, true, None)).unwrap();
+                let query::Page { entries, parent, version, .. } = page.expect("it is asked for in any case");
                 let listed: BTreeMap<_, _> = entries.into_iter().map(|entry| (entry.name, entry.ino)).collect();
                 assert_eq!(listed, node.names);
+                // Who has listed it at this version need not list it again.
+                assert_eq!(attr.data_version, version);
+                let before = self.listed.entry((*ino, version)).or_insert((listed.clone(), parent));
+                assert_eq!(*before, (listed, parent));
             } else {
                 assert_eq!(attr.nlink as usize, self.model.links(*ino));
             }

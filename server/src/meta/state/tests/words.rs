@@ -145,8 +145,12 @@ impl Shell {
 
     fn list(&self, path: &str) -> Result<String, Refusal> {
         let ino = self.ino(path)?;
-        let (entries, ..) = self.world.ask(|view| query::read_directory(view, ino, 0, 100, false))?;
-        let names: Vec<_> = entries.into_iter().map(|entry| String::from_utf8(entry.name).unwrap()).collect();
+        let page = self.world.ask(|view| query::read_directory(view, ino, 0, 100, false, None))?;
+        let names: Vec<_> = page
+            .into_iter()
+            .flat_map(|page| page.entries)
+            .map(|entry| String::from_utf8(entry.name).unwrap())
+            .collect();
         Ok(if names.is_empty() { "nothing".into() } else { names.join(" ") })
     }
 
