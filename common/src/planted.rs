@@ -21,10 +21,16 @@ pub enum Bug {
     ReferencesLeak,
     /// What is condemned is not deleted.
     GarbageKept,
+    /// A storage server answers for some blocks that it has not taken: a commit names what is nowhere.
+    PutForgotten,
+    /// A metadata server that makes changes durable does not ask whether their blocks are.
+    BarrierAsksNobody,
+    /// What is owed a copy gets none.
+    OwedForgotten,
 }
 
 impl Bug {
-    pub const ALL: [Self; 8] = [
+    pub const ALL: [Self; 11] = [
         Self::SyncSkipped,
         Self::DurableTooEarly,
         Self::AnswerForgotten,
@@ -33,6 +39,9 @@ impl Bug {
         Self::PowerCutUnnoticed,
         Self::ReferencesLeak,
         Self::GarbageKept,
+        Self::PutForgotten,
+        Self::BarrierAsksNobody,
+        Self::OwedForgotten,
     ];
 }
 

@@ -1,6 +1,8 @@
 //! The comparison of `scripts/bench`: one workload on any mounted directory, and what is made of its figures.
 
+pub mod faults;
 pub mod grow;
+pub mod reach;
 mod report;
 mod small;
 mod tools;

@@ -114,6 +114,11 @@ impl Glimpses {
         self.in_flight.remove(&glimpse.directory);
     }
 
+    /// How often this mount has begun or ended to change something.
+    pub fn changes(&self) -> u64 {
+        self.changes
+    }
+
     /// This mount begins or ends to change something in these directories, or somewhere else.
     pub fn note_change(&mut self, directories: &[Ino]) {
         self.changes += 1;

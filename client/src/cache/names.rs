@@ -209,6 +209,11 @@ impl Names {
         known.attr.filter(|_| is_current).map(|attr| attr.data_version)
     }
 
+    /// How often this mount has begun or ended to change something.
+    pub fn changes(&self) -> u64 {
+        self.0.lock().glimpses.changes()
+    }
+
     /// A change is about to be asked for.
     pub fn begin_change(&self, op: &Op, session: SessionId, sequence: Sequence) -> Pending<'_> {
         let mut directories = op.directories();

@@ -1,6 +1,6 @@
 //! Listing directories: pages from the server, handed out as the kernel's buffer has room.
 
-use std::sync::Arc;
+use std::{sync::Arc, time::Duration};
 
 use holdfast_common::{
     DirEntry, Ino, Kind,
@@ -35,9 +35,12 @@ struct Page {
     entries: Arc<Vec<DirEntry>>,
     end: bool,
     version: u64,
-    /// It came with the open, and nobody has been told of it.
-    is_new: bool,
+    /// If it came with the open, and nobody has been told of it: when it was asked for, and after how many changes of this mount.
+    opened_with: Option<(Duration, u64)>,
 }
+
+/// A page that came with the open is as good as one that is asked for now for this long, if this mount has changed nothing meanwhile.
+const OPENED_LIFE: Duration = Duration::from_millis(450);
 
 impl Page {
     /// The rest of this page after `cookie`, if the cookie is in it.
@@ -81,7 +84,9 @@ impl Fs {
             return Ok((version == kept, None));
         }
         let page = self.fetch_page(ino, 0, true, Some(kept)).await?;
-        Ok((page.is_none(), page))
+        // The server may have lost something meanwhile, and count anew.
+        let is_kept = self.listings.kept(ino, boot_time()) == Some(kept);
+        Ok((page.is_none() && is_kept, page))
     }
 
     /// Entries after `cookie` (0: from the start); `plus`: with attributes.
@@ -89,9 +94,11 @@ impl Fs {
         let directory = self.directories.lock().get(&handle).cloned().ok_or(Errno(libc::EBADF))?;
         if cookie == 0 {
             self.note_listed(directory.ino);
-            self.listings.note_beginning(directory.ino, boot_time());
+            self.listings.note_beginning(directory.ino, &directory.filling.lock(), boot_time());
         }
         let page = self.page_from(&directory, cookie, plus).await?;
+        // The kernel may have been told to forget meanwhile what it gets now.
+        self.listings.note_answer(directory.ino, boot_time());
         let rest = page.rest(cookie, plus).unwrap_or(DirectoryPage { entries: Vec::new(), end: true });
         let mut filling = directory.filling.lock();
         filling.note_page(page.version);
@@ -105,21 +112,26 @@ impl Fs {
     async fn page_from(&self, directory: &OpenDirectory, cookie: u64, plus: bool) -> FsResult<Page> {
         let kept = directory.page.lock().clone();
         // A rewind has to see the directory as it is now.
-        let kept = kept.filter(|page| (cookie > 0 || page.is_new) && page.rest(cookie, plus).is_some());
-        let page = match kept {
-            Some(page) if !page.is_new => return Ok(page),
-            Some(page) => Page { is_new: false, ..page },
-            None => {
-                let page = self.fetch_page(directory.ino, cookie, plus, None).await?;
-                Page { is_new: false, ..page.ok_or(Errno(libc::EIO))? }
-            }
+        let may_be_told = |page: &Page| match page.opened_with {
+            Some(asked) => self.is_as_if_asked_now(asked),
+            None => cookie > 0,
         };
+        let page = match kept.filter(|page| may_be_told(page) && page.rest(cookie, plus).is_some()) {
+            Some(page) => page,
+            None => self.fetch_page(directory.ino, cookie, plus, None).await?.ok_or(Errno(libc::EIO))?,
+        };
+        let page = Page { opened_with: None, ..page };
         *directory.page.lock() = Some(page.clone());
         Ok(page)
     }
 
+    fn is_as_if_asked_now(&self, (at, changes): (Duration, u64)) -> bool {
+        boot_time() < at + OPENED_LIFE && self.shared.meta.names().changes() == changes
+    }
+
     /// `None`: the directory is at the version `unless`.
     async fn fetch_page(&self, ino: Ino, cookie: u64, plus: bool, unless: Option<u64>) -> FsResult<Option<Page>> {
+        let asked = (boot_time(), self.shared.meta.names().changes());
         let after = cookie.saturating_sub(DOT_DOT);
         let entries_max = if after == 0 { PAGE_FIRST } else { PAGE };
         match self.shared.meta.query(Query::ReadDir { ino, cookie: after, entries_max, plus, unless }).await? {
@@ -127,7 +139,14 @@ impl Fs {
             MetaAnswer::Directory { entries: named, end, parent, version } => {
                 let mut entries = dots(ino, parent.unwrap_or(ino), cookie);
                 entries.extend(named.into_iter().map(|entry| self.shown(entry)));
-                Ok(Some(Page { after: cookie, plus, entries: Arc::new(entries), end, version, is_new: true }))
+                Ok(Some(Page {
+                    after: cookie,
+                    plus,
+                    entries: Arc::new(entries),
+                    end,
+                    version,
+                    opened_with: Some(asked),
+                }))
             }
             other => Err(unexpected(&other)),
         }

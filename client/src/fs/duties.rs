@@ -97,9 +97,10 @@ impl Duties {
             tokio::time::sleep(TICK).await;
             let released = fs.releases.take();
             if !released.is_empty()
-                && let Err(error) = fs.shared.meta.released(released).await
+                && let Err(error) = fs.shared.meta.released(released.clone()).await
             {
-                warn!(?error, "the server still counts closed files as open, until this session ends");
+                warn!(?error, "the server still counts closed files as open");
+                fs.releases.put_back(released);
             }
             fs.releases.told();
         }

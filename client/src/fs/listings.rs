@@ -37,6 +37,8 @@ pub(super) struct Filling {
     /// `None`: the kernel does not gather a listing from this handle's answers alone.
     begun: Option<u64>,
     version: Option<u64>,
+    /// It was opened with what the kernel had.
+    keeps: bool,
 }
 
 impl Filling {
@@ -68,12 +70,12 @@ impl Listings {
         listing.opens += 1;
         listing.kept_since.get_or_insert(now);
         if keeps {
-            return Filling { begun: None, version: None };
+            return Filling { begun: None, version: None, keeps };
         }
         listing.begun += 1;
         listing.version = None;
         // Another handle's answers may go into the same listing.
-        Filling { begun: (listing.opens == 1).then_some(listing.begun), version: None }
+        Filling { begun: (listing.opens == 1).then_some(listing.begun), version: None, keeps }
     }
 
     /// The handle has been told that there is no more.
@@ -85,8 +87,16 @@ impl Listings {
         }
     }
 
-    /// A handle looks at the beginning.
-    pub(super) fn note_beginning(&self, ino: Ino, now: Duration) {
+    /// A handle asks from the beginning.
+    pub(super) fn note_beginning(&self, ino: Ino, filling: &Filling, now: Duration) {
+        if let Some(listing) = self.0.lock().get_mut(&ino).filter(|_| filling.keeps) {
+            // So the kernel had nothing. It may not gather a listing of this directory any more: no use to compare for a while.
+            (listing.version, listing.looked_at) = (None, Some(now));
+        }
+    }
+
+    /// The kernel is told a part of the listing, and may keep it.
+    pub(super) fn note_answer(&self, ino: Ino, now: Duration) {
         if let Some(listing) = self.0.lock().get_mut(&ino) {
             listing.kept_since.get_or_insert(now);
         }
@@ -173,6 +183,11 @@ mod tests {
         listings.end(HOME, &keeping);
         listings.close(HOME);
         assert_eq!(listings.kept(HOME, ms(9000)), Some(7));
+        // The kernel has lost it after all.
+        let keeping = listings.open(HOME, true, ms(9000));
+        listings.note_beginning(HOME, &keeping, ms(9000));
+        listings.close(HOME);
+        assert_eq!(listings.kept(HOME, ms(9000)), None);
         // Another begins, and is told only a part.
         let mut filling = listings.open(HOME, false, ms(9000));
         filling.note_page(8);
@@ -209,7 +224,7 @@ mod tests {
         assert_eq!((listings.take_old(ms(500)), listings.kept(HOME, ms(500))), (vec![HOME], None));
         assert_eq!(listings.take_old(ms(5000)), []);
         // What the kernel gathers when the handle goes back is as old as that.
-        listings.note_beginning(HOME, ms(5000));
+        listings.note_answer(HOME, ms(5000));
         assert_eq!((listings.take_old(ms(5499)), listings.take_old(ms(5500))), (vec![], vec![HOME]));
         listings.end(HOME, &filling);
         assert_eq!(listings.kept(HOME, ms(5500)), None, "it may be of two times");

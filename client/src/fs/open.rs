@@ -136,6 +136,11 @@ impl Releases {
         state.in_flight.iter().copied().collect()
     }
 
+    /// The server could not be told. Before [`Releases::told`].
+    pub(super) fn put_back(&self, inos: Vec<Ino>) {
+        self.state.lock().waiting.extend(inos);
+    }
+
     pub(super) fn told(&self) {
         self.state.lock().in_flight.clear();
         self.sent.notify_waiters();

@@ -587,12 +587,16 @@ impl Filesystem for Adapter {
 
     fn opendir(&self, request: &Request, ino: INodeNo, _flags: OpenFlags, reply: ReplyOpen) {
         let (fs, ino) = (self.fs.clone(), convert::ino(ino));
-        let work = async move { fs.opendir(ino).await };
-        self.dispatcher.run(answer("opendir", request), work, move |result| match result {
-            Ok(OpenedDirectory { handle, keeps_listing }) => {
+        let work = async move {
+            let opened = fs.opendir(ino).await?;
+            Ok(Unclaimed::new(opened, move |opened| fs.releasedir(ino, opened.handle)))
+        };
+        self.dispatcher.run(answer("opendir", request), work, move |result| match result.map(Unclaimed::claim) {
+            Ok(Some(OpenedDirectory { handle, keeps_listing })) => {
                 let keeps = if keeps_listing { FopenFlags::FOPEN_KEEP_CACHE } else { FopenFlags::empty() };
                 reply.opened(Fh(handle.0), FopenFlags::FOPEN_CACHE_DIR | keeps);
             }
+            Ok(None) => reply.error(fuser::Errno::EIO),
             Err(errno) => reply.error(convert::errno(errno)),
         });
     }

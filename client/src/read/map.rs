@@ -1,6 +1,9 @@
 //! The part of a file's map that this client knows: pieces by chunk, and where their blocks are. Pure.
 
-use std::{collections::BTreeMap, sync::Arc};
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    sync::Arc,
+};
 
 use holdfast_common::{
     BlockHash, ChunkIndex, Piece, pieces,
@@ -10,6 +13,9 @@ use holdfast_common::{
 /// Chunks of one file past which the map is dropped and read again as needed.
 const CHUNKS_MAX: usize = 8192;
 
+/// Places that are not worth looking through.
+const PLACES_MIN: usize = 256;
+
 /// Pieces as of `version`. A chunk that is missing is unknown, unless the map is complete: then it is all hole.
 #[derive(Debug, Default)]
 pub struct KnownMap {
@@ -17,6 +23,8 @@ pub struct KnownMap {
     complete: bool,
     chunks: BTreeMap<ChunkIndex, Arc<Vec<Piece>>>,
     places: BTreeMap<BlockHash, Arc<BlockPlace>>,
+    /// With more places than these it is time to look for those that no piece names any more.
+    shed_at: usize,
 }
 
 impl KnownMap {
@@ -99,19 +107,38 @@ impl KnownMap {
         self.shed();
     }
 
-    /// Drops places that no known piece names any more, when they have become many.
+    /// Drops places that no known piece names any more, when as many have been added as there were: each commit pays for a few.
     fn shed(&mut self) {
-        if self.places.len() > 64 + 4 * self.chunks.len().max(1) {
-            let named: std::collections::BTreeSet<BlockHash> =
-                self.chunks.values().flat_map(|pieces| pieces.iter().map(|piece| piece.block)).collect();
-            self.places.retain(|hash, _| named.contains(hash));
+        if self.places.len() <= self.shed_at.max(PLACES_MIN) {
+            return;
         }
+        let named: BTreeSet<BlockHash> =
+            self.chunks.values().flat_map(|pieces| pieces.iter().map(|piece| piece.block)).collect();
+        self.places.retain(|hash, _| named.contains(hash));
+        self.shed_at = 2 * self.places.len();
     }
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn places_are_looked_through_now_and_then_only_and_stay_few() {
+        let mut map = KnownMap::empty(1);
+        let hash = |number: u32| BlockHash::of(&number.to_le_bytes());
+        let place = |number| BlockPlace { hash: hash(number), length: 4096, holders: Vec::new() };
+        let (mut looks, mut shed_at) = (0, 0);
+        // Each of a thousand chunks is written over, again and again.
+        for number in 0..10_000_u32 {
+            let piece = Piece { offset: 0, length: 4096, block: hash(number), block_offset: 0 };
+            map.commit(u64::from(number) + 2, &[(ChunkIndex(number % 1000), piece)], &[place(number)]);
+            looks += u32::from(std::mem::replace(&mut shed_at, map.shed_at) != map.shed_at);
+            assert!(map.places.len() <= 2 * 1000 + PLACES_MIN);
+        }
+        assert!(looks <= 16, "{looks} times");
+        assert!((9000..10_000).all(|number| map.place(hash(number)).is_some()));
+    }
 
     fn piece(offset: u32, block: u8) -> Piece {
         Piece { offset, length: 10, block: BlockHash([block; 32]), block_offset: 0 }

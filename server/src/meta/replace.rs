@@ -142,7 +142,7 @@ impl Replacer {
     }
 
     fn is_something_owed(&self) -> Result<bool, Fault> {
-        Ok(!blocks::owed_after(&*self.core.store.view()?, None, 1)?.is_empty())
+        Ok(!blocks::owed_after(&*self.core.store.view()?, blocks::Debts::All, None, 1)?.is_empty())
     }
 
     async fn list(&self, server: ServerId, after: Option<BlockHash>) -> Option<(Vec<(BlockHash, Epoch)>, bool)> {

@@ -8,9 +8,9 @@ use std::{
 };
 
 use anyhow::{Context, Result, bail};
-use holdfast_tests::bench::{Bench, Report, Sample, Sizes, Subject, grow, insert};
+use holdfast_tests::bench::{Bench, Report, Sample, Sizes, Subject, faults, grow, insert, reach};
 
-const USAGE: &str = "bench run SCRIPT WORKLOADS full|quick ARCHIVE SAMPLES | bench report SAMPLES DOCUMENT PLOT | bench grow FILES DOCUMENT";
+const USAGE: &str = "bench run SCRIPT WORKLOADS full|quick ARCHIVE SAMPLES | bench report SAMPLES DOCUMENT PLOT | bench grow FILES DOCUMENT | bench reach DOCUMENT | bench faults DOCUMENT | bench client create|stat|read DIRECTORY FILES SEED";
 
 fn main() -> ExitCode {
     let arguments: Vec<String> = std::env::args().skip(1).collect();
@@ -20,6 +20,9 @@ fn main() -> ExitCode {
             run(Subject::new(script.into()), workloads, sizes == "quick", archive.into(), Path::new(samples))
         }
         ["grow", files, document] => how_it_grows(files, Path::new(document)),
+        ["reach", document] => how_far_it_reaches(Path::new(document)),
+        ["faults", document] => how_it_heals(Path::new(document)),
+        ["client", act, directory, files, seed] => client(act, directory, files, seed),
         ["report", samples, document, plot] => report(Path::new(samples), Path::new(document), Path::new(plot)),
         _ => Err(anyhow::anyhow!(USAGE)),
     };
@@ -61,6 +64,23 @@ fn how_it_grows(files: &str, document: &Path) -> Result<()> {
     let table = grow::table(&grow::run(&steps)?);
     std::io::stdout().write_all(table.as_bytes())?;
     write_into(document, "scripts/bench --grow", &table)
+}
+
+fn how_far_it_reaches(document: &Path) -> Result<()> {
+    let table = reach::run()?;
+    std::io::stdout().write_all(table.as_bytes())?;
+    write_into(document, "scripts/bench --reach", &table)
+}
+
+fn how_it_heals(document: &Path) -> Result<()> {
+    let table = faults::run()?;
+    std::io::stdout().write_all(table.as_bytes())?;
+    write_into(document, "scripts/bench --faults", &table)
+}
+
+fn client(act: &str, directory: &str, files: &str, seed: &str) -> Result<()> {
+    let files = files.parse().context("a number of files")?;
+    reach::client(act, directory.into(), files, seed.parse().context("a seed")?)
 }
 
 fn write_into(document: &Path, command: &str, part: &str) -> Result<()> {

@@ -178,6 +178,7 @@ fn index(
         tables.put_blocks(&key::held(*added, hash), &[])?;
     }
     mark(tables, &key::owed(hash), old.is_some_and(is_owed), new.is_some_and(is_owed), &[])?;
+    mark(tables, &key::last_copy(hash), old.is_some_and(has_one_copy_left), new.is_some_and(has_one_copy_left), &[])?;
     mark(tables, &key::unnamed(hash), old.is_some_and(is_unnamed), new.is_some_and(is_unnamed), &encode_time(now))?;
     let condemned = |row: Option<&BlockRow>| {
         let list = |row: &BlockRow| if row.holders.is_empty() { key::DELETED } else { key::CONDEMNED };
@@ -225,6 +226,11 @@ pub fn is_owed(row: &BlockRow) -> bool {
     row.refs > 0 && row.holders.len() < REPLICAS
 }
 
+/// A block that pieces name and that would be lost with one more server.
+pub fn has_one_copy_left(row: &BlockRow) -> bool {
+    row.refs > 0 && row.holders.len() == 1
+}
+
 /// A block that no piece names, and that is not condemned for it yet.
 pub fn is_unnamed(row: &BlockRow) -> bool {
     row.refs == 0 && !row.condemned
@@ -234,18 +240,21 @@ pub fn block(rows: &impl Rows, hash: BlockHash) -> Result<Option<BlockRow>> {
     fetch(rows.blocks(), &key::block(hash), BlockRow::decode)
 }
 
+/// Blocks that have fewer copies than they should.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Debts {
+    All,
+    /// Those with one copy left.
+    LastCopies,
+}
+
 /// Up to `count` blocks that are owed a copy, in order, after `after`.
-pub fn owed_after(rows: &impl Rows, after: Option<BlockHash>, count: usize) -> Result<Vec<BlockHash>> {
-    let start = after.map_or(vec![key::OWED], |hash| past(&key::owed(hash)));
-    let mut owed = Vec::new();
-    scan(rows.blocks(), &start, &past(&[key::OWED]), |key, _| {
-        if owed.len() == count {
-            return Ok(ControlFlow::Break(()));
-        }
-        owed.push(hash_of(key)?);
-        Ok(ControlFlow::Continue(()))
-    })?;
-    Ok(owed)
+pub fn owed_after(rows: &impl Rows, debts: Debts, after: Option<BlockHash>, count: usize) -> Result<Vec<BlockHash>> {
+    let (list, key): (u8, fn(BlockHash) -> Vec<u8>) = match debts {
+        Debts::All => (key::OWED, key::owed),
+        Debts::LastCopies => (key::LAST_COPY, key::last_copy),
+    };
+    listed_after(rows, &[list], after.map(key), count)
 }
 
 /// Up to `count` blocks that a server is on record for, in order, after `after`.
@@ -255,17 +264,21 @@ pub fn held_after(
     after: Option<BlockHash>,
     count: usize,
 ) -> Result<Vec<BlockHash>> {
-    let all = key::held_by(server);
-    let start = after.map_or(all.clone(), |hash| past(&key::held(server, hash)));
-    let mut held = Vec::new();
-    scan(rows.blocks(), &start, &past(&all), |key, _| {
-        if held.len() == count {
+    listed_after(rows, &key::held_by(server), after.map(|hash| key::held(server, hash)), count)
+}
+
+/// Up to `count` blocks of the list whose keys begin with `list`, after the key `after`.
+fn listed_after(rows: &impl Rows, list: &[u8], after: Option<Vec<u8>>, count: usize) -> Result<Vec<BlockHash>> {
+    let start = after.map_or(list.to_vec(), |key| past(&key));
+    let mut listed = Vec::new();
+    scan(rows.blocks(), &start, &past(list), |key, _| {
+        if listed.len() == count {
             return Ok(ControlFlow::Break(()));
         }
-        held.push(hash_of(key)?);
+        listed.push(hash_of(key)?);
         Ok(ControlFlow::Continue(()))
     })?;
-    Ok(held)
+    Ok(listed)
 }
 
 /// The hash at the end of a key.

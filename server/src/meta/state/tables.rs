@@ -388,6 +388,7 @@ pub mod key {
     pub const UNNAMED: u8 = 3;
     pub const CONDEMNED: u8 = 4;
     pub const DELETED: u8 = 5;
+    pub const LAST_COPY: u8 = 6;
 
     pub const COUNTERS: u8 = 0;
     pub const SESSION: u8 = 1;
@@ -453,6 +454,9 @@ pub mod key {
     }
     pub fn owed(hash: BlockHash) -> Vec<u8> {
         tagged(OWED, &[&hash.0])
+    }
+    pub fn last_copy(hash: BlockHash) -> Vec<u8> {
+        tagged(LAST_COPY, &[&hash.0])
     }
     pub fn unnamed(hash: BlockHash) -> Vec<u8> {
         tagged(UNNAMED, &[&hash.0])

@@ -101,6 +101,13 @@ impl World {
 
     pub(crate) fn check(&self) {
         assert_eq!(violations(&self.view(), 1000).unwrap(), Vec::<String>::new());
+        let view = self.view();
+        let owed = |debts| super::blocks::owed_after(&view, debts, None, usize::MAX).unwrap();
+        let mut last_copies = owed(super::blocks::Debts::All);
+        last_copies.retain(|hash| {
+            super::blocks::has_one_copy_left(&super::blocks::block(&view, *hash).unwrap().expect("it has a row"))
+        });
+        assert_eq!(owed(super::blocks::Debts::LastCopies), last_copies);
     }
 
     pub(crate) fn make(&mut self, parent: Ino, name: &str, kind: Kind) -> Result<Ino, Refusal> {
@@ -352,9 +359,15 @@ fn copies_are_owed_counted_paid_and_lost() {
         world.check();
     }
     assert_eq!(state(&world), ([0, 1, 0, 0], 1, 1), "the last one stays on record");
+    let last_copies =
+        |world: &World| super::blocks::owed_after(&world.view(), super::blocks::Debts::LastCopies, None, 9).unwrap();
+    assert_eq!(last_copies(&world), [hash(1)]);
+    world.command(add(1)).unwrap();
+    assert_eq!((last_copies(&world), state(&world).1), (vec![], 1), "it is not the most urgent any more");
+    world.command(lose(1)).unwrap();
     world.mutate(Op::Unlink { parent: Ino::ROOT, name: b"f".to_vec() }).unwrap();
     world.command(Command::Reclaim { inos: vec![ino] }).unwrap();
-    assert_eq!((state(&world), world.view().counters().unnamed), (([0, 0, 0, 0], 0, 1), 1));
+    assert_eq!((state(&world), world.view().counters().unnamed), (([0, 0, 0, 0], 0, 2), 1));
     world.check();
 }
 
@@ -578,7 +591,14 @@ fn a_mount_can_tell_its_programs_beforehand_what_is_made() {
             let links = parent.nlink + u32::from(kind == Kind::Directory);
             assert_eq!(
                 after,
-                holdfast_common::Attr { size: parent.size + 1, nlink: links, mtime: time, ctime: time, ..parent }
+                holdfast_common::Attr {
+                    size: parent.size + 1,
+                    nlink: links,
+                    mtime: time,
+                    ctime: time,
+                    data_version: parent.data_version + 1,
+                    ..parent
+                }
             );
             let again = Mutated::Inode { attr: expected, created: false };
             assert_eq!(world.mutate(place()), Ok(again), "asked for again, in another session perhaps");

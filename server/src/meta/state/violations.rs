@@ -33,6 +33,7 @@ struct Facts {
     blocks: BTreeMap<BlockHash, BlockRow>,
     held: BTreeSet<(ServerId, BlockHash)>,
     owed: BTreeSet<BlockHash>,
+    last_copies: BTreeSet<BlockHash>,
     unnamed: BTreeSet<BlockHash>,
     /// With whether they are deleted everywhere.
     condemned: BTreeSet<(Epoch, BlockHash, bool)>,
@@ -105,6 +106,7 @@ impl Facts {
                 self.held.insert((ServerId(u32::from_be_bytes(*server)), hash));
             }
             key::OWED => drop(self.owed.insert(hash)),
+            key::LAST_COPY => drop(self.last_copies.insert(hash)),
             key::UNNAMED => drop(self.unnamed.insert(hash)),
             list @ (key::CONDEMNED | key::DELETED) => {
                 let epoch = key[1..].first_chunk::<8>().ok_or_else(damaged)?;
@@ -309,6 +311,10 @@ fn debts_are_on_record(facts: &Facts, found: &mut Vec<String>) {
     };
     for hash in with(blocks::is_owed).symmetric_difference(&facts.owed) {
         found.push(format!("block {hash} and the list of owed blocks disagree"));
+    }
+    // One that came to have one copy left before there was a list of those is in the other list only.
+    for hash in facts.last_copies.difference(&with(blocks::has_one_copy_left)) {
+        found.push(format!("block {hash} is in the list of last copies, and has others"));
     }
     for hash in with(blocks::is_unnamed).symmetric_difference(&facts.unnamed) {
         found.push(format!("block {hash} and the list of unnamed blocks disagree"));

@@ -586,6 +586,9 @@ impl Inner {
         let mut seen: BTreeMap<BlockHash, usize> = BTreeMap::new();
         let mut new: Vec<NewBlock<'_>> = Vec::new();
         for block in blocks {
+            if is_planted(Bug::PutForgotten) && block.hash().0[0] < 32 {
+                continue;
+            }
             if let Some(position) = seen.get(&block.hash()) {
                 new[*position].epoch = new[*position].epoch.max(block.epoch());
             } else if let Some(needed) = self.needed(block)? {
