@@ -31,11 +31,11 @@ const DATA_MIB: usize = 2048;
 /// Bytes of one read or write of the foreground.
 const RECORD: usize = 64 << 10;
 const RECORDS_WRITTEN: u64 = 1024;
-const CALM: Duration = Duration::from_secs(10);
+const CALM: Duration = Duration::from_secs(6);
 /// `replace_after_secs` here: how long a server is away before its copies are made elsewhere. The default is five minutes.
 const REPLACE_AFTER_SECS: u64 = 10;
-/// For so long it has to stay whole: a server that is away is replaced after `down_after` and the above.
-const WHOLE_FOR: Duration = Duration::from_secs(10 + REPLACE_AFTER_SECS + 5);
+/// By then a server that is away is replaced: after `down_after` and the above.
+const REPLACED: Duration = Duration::from_secs(10 + REPLACE_AFTER_SECS + 5);
 const WHOLE_LIMIT: Duration = Duration::from_secs(600);
 
 /// Of one kind of work, by when it was begun.
@@ -144,15 +144,19 @@ pub fn run() -> Result<String> {
         eprint!("{row}");
         table += &row;
     };
-    row("kill -9", stage.suffer(|| victim().kill(), true)?);
-    row("it returns", stage.suffer(|| victim().start(), true)?);
-    row("SIGSTOP", stage.suffer(|| victim().freeze(), true)?);
-    row("it goes on", stage.suffer(|| victim().thaw(), true)?);
-    row("its cable is cut", stage.suffer(|| stage.cluster.cut(VICTIM), true)?);
-    row("it is mended", stage.suffer(|| stage.cluster.mend(VICTIM), true)?);
-    row("it comes back with an empty disk", stage.suffer(|| stage.wipe(), true)?);
+    row("kill -9", stage.suffer(|| victim().kill(), Some(REPLACED))?);
+    row("it returns", stage.suffer(|| victim().start(), Some(CALM))?);
+    stage.spread()?;
+    row("SIGSTOP", stage.suffer(|| victim().freeze(), Some(REPLACED))?);
+    row("it goes on", stage.suffer(|| victim().thaw(), Some(CALM))?);
+    stage.spread()?;
+    row("its cable is cut", stage.suffer(|| stage.cluster.cut(VICTIM), Some(REPLACED))?);
+    row("it is mended", stage.suffer(|| stage.cluster.mend(VICTIM), Some(CALM))?);
+    stage.spread()?;
+    row("it comes back with an empty disk", stage.suffer(|| stage.wipe(), Some(CALM))?);
+    stage.spread()?;
     let slow = Slow::start(victim().pid());
-    row("it runs a tenth of the time", stage.suffer(|| slow.begin(), false)?);
+    row("it runs a tenth of the time", stage.suffer(|| slow.begin(), None)?);
     drop(slow);
     stage.wait_until_whole()?;
     table += &stage.scrub()?;
@@ -194,18 +198,29 @@ impl Stage {
         Ok(stage)
     }
 
-    /// With the foreground, some calm, and then `fault` until all copies are there again, or as long as that.
-    fn suffer(&self, fault: impl FnOnce(), is_mended: bool) -> Result<Seen> {
+    /// The victim has its share again of what was copied to others when it was away.
+    fn spread(&self) -> Result<()> {
+        let directory = self.cluster.path().to_str().context("a path in UTF-8")?;
+        let spread = self.cluster.holdfast(&["rebalance", "--dir", directory]);
+        ensure!(spread.status.success(), "rebalance: {}", String::from_utf8_lossy(&spread.stderr));
+        self.wait_until_whole()
+    }
+
+    /// With the foreground, some calm, and then `fault` until all copies are there again and stay for `whole_for`; `None`: they were never gone.
+    fn suffer(&self, fault: impl FnOnce(), whole_for: Option<Duration>) -> Result<Seen> {
         let foreground = Foreground::start(&self.mount)?;
         thread::sleep(CALM);
         let calm = Instant::now();
         fault();
         let struck = Instant::now();
         let mut states = BTreeMap::new();
-        let whole = if is_mended { Some(self.watch(struck, &mut states)?) } else { None };
-        if !is_mended {
-            thread::sleep(CALM);
-        }
+        let whole = match whole_for {
+            Some(whole_for) => Some(self.watch(struck, whole_for, &mut states)?),
+            None => {
+                thread::sleep(CALM);
+                None
+            }
+        };
         let end = struck + whole.unwrap_or(CALM).max(CALM);
         let felt =
             |latencies| [(calm - CALM, calm), (struck, end)].map(|(from, to)| Foreground::felt(latencies, from, to));
@@ -222,14 +237,14 @@ impl Stage {
 
     /// Notes when the victim comes to be in each state; returns when every block has three copies on record, and
     /// goes on having them: copies of a server that is away count until it is replaced.
-    fn watch(&self, struck: Instant, states: &mut BTreeMap<String, Duration>) -> Result<Duration> {
+    fn watch(&self, struck: Instant, whole_for: Duration, states: &mut BTreeMap<String, Duration>) -> Result<Duration> {
         let mut whole_since: Option<Instant> = None;
         loop {
             ensure!(struck.elapsed() < WHOLE_LIMIT, "copies are still owed after {WHOLE_LIMIT:?}");
             let Some(status) = self.cluster.try_status() else { continue };
             states.entry(state_of_victim(&status)?).or_insert(struck.elapsed());
             match whole_since.filter(|_| status.is_whole()) {
-                Some(since) if since.elapsed() > WHOLE_FOR => return Ok(since - struck),
+                Some(since) if since.elapsed() > whole_for => return Ok(since - struck),
                 Some(_) => {}
                 None => whole_since = status.is_whole().then(Instant::now),
             }
