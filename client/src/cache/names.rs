@@ -474,12 +474,18 @@ impl State {
             Some(known) if known.number == 0 && is_new == Some(true) => {
                 (known.number, known.until) = (lease.number, until);
                 (known.sole, known.sole_until) = (lease.sole, sole_until);
+                if lease.sole == 0 {
+                    known.hidden_in = None;
+                }
                 return;
             }
             Some(known) if known.number == lease.number => {
                 known.until = known.until.max(until);
                 // Numbers ascend; one that comes late is of no use any more.
-                if lease.sole > known.sole {
+                if lease.sole == 0 {
+                    // The server's disk is full, or somebody looks: nothing goes ahead any more, neither here nor in what was made here.
+                    (known.sole_until, known.hidden_in) = (Duration::ZERO, None);
+                } else if lease.sole > known.sole {
                     (known.sole, known.sole_until) = (lease.sole, sole_until);
                 } else if lease.sole == known.sole {
                     known.sole_until = known.sole_until.max(sole_until);
@@ -1025,6 +1031,20 @@ mod tests {
         names.recall(leases[1], ms(152));
         assert_eq!(names.look(Ino(22), b"deep", ms(153)), Known::Unknown);
         assert_eq!(make_ahead(&names, Ino(22), "more", Kind::File, 24, ms(153)), None);
+    }
+
+    #[test]
+    fn a_server_that_is_full_lets_nothing_more_be_made_ahead() {
+        let names = whole(&[]);
+        note_made_directory(&names, "d", 12, 2, ms(120), &[OWN]);
+        assert!(make_ahead(&names, HOME, "new", Kind::Directory, 21, ms(130)).is_some());
+        assert!(make_ahead(&names, Ino(21), "in", Kind::Directory, 22, ms(130)).is_some());
+        assert!(make_ahead(&names, Ino(22), "deep", Kind::File, 23, ms(130)).is_some());
+        let full = Lease { sole: 0, ..OWN };
+        note_made_directory(&names, "e", 13, 3, ms(140), &[full]);
+        assert_eq!(make_ahead(&names, HOME, "more", Kind::File, 24, ms(141)), None);
+        note_made_directory(&names, "f", 14, 4, ms(150), &[OWN]);
+        assert!(make_ahead(&names, HOME, "more", Kind::File, 24, ms(151)).is_some(), "there is room again");
     }
 
     #[test]

@@ -57,7 +57,7 @@ const REFRESH: Duration = Duration::from_secs(1);
 /// one that waits for a slow disk must not make those after it fail.
 const SEQUENCE_SPAN_MAX: u64 = 1024;
 /// Files that are open here beyond which none is made and opened before the server knows: it cannot refuse that, and refuses less of others.
-const OPENS_AHEAD_MAX: usize = 1 << 15;
+const OPENS_AHEAD_MAX: usize = 1 << 17;
 const _: () = assert!(SEQUENCE_SPAN_MAX * 2 <= REPLIES_KEPT_PER_SESSION);
 const _: () = assert!(MUTATIONS_MAX as u64 <= SEQUENCE_SPAN_MAX);
 

@@ -398,6 +398,7 @@ fn log_changes(core: &Core, batch: &Batch, applied: &[(Applied, Vec<Attr>)]) -> 
     let changed = || batch.proposed.iter().zip(applied).filter(|(_, (applied, _))| applied.changed);
     let Some((_, (first, _))) = changed().next() else { return Ok(()) };
     let entries: Vec<&[u8]> = changed().map(|((_, bytes, _), _)| bytes.as_slice()).collect();
+    core.note_logged(entries.iter().map(|entry| entry.len() as u64).sum());
     let position = core.log.lock().append(&entries)?;
     if position != first.position {
         return Err(Fault::Diverged { log: position, database: first.position });

@@ -46,6 +46,8 @@ use super::{
 /// Silence is judged several times a second, if this process runs.
 const JUDGED_EVERY_MAX: Duration = Duration::from_secs(1);
 
+/// Bytes of log after which the space on the disk is looked at again.
+const SPACE_LOOK_BYTES: u64 = 1 << 20;
 /// Until the operator's word is durable.
 const STAND_DEADLINE: Duration = Duration::from_secs(30);
 
@@ -117,6 +119,10 @@ pub struct Core {
     durable: watch::Sender<Position>,
     /// Somebody waits for durability.
     pub barrier_wanted: Notify,
+    /// The space on the disk is to be looked at.
+    pub space_wanted: Notify,
+    /// Bytes that the log has grown by since that was last wanted.
+    logged: AtomicU64,
     /// There are copies to be made.
     pub copies_wanted: Notify,
 }
@@ -204,6 +210,8 @@ impl Core {
             epoch: AtomicU64::new(epoch.0),
             durable: watch::Sender::new(durable),
             barrier_wanted: Notify::new(),
+            space_wanted: Notify::new(),
+            logged: AtomicU64::new(0),
             copies_wanted: Notify::new(),
         })
     }
@@ -347,6 +355,14 @@ impl Core {
     /// Everything through this is visible.
     pub fn applied(&self) -> Position {
         Position(self.applied.load(Ordering::Acquire))
+    }
+
+    /// The log has grown, and the tables with it: a disk may be full before the next time that its space is looked at by itself.
+    pub fn note_logged(&self, bytes: u64) {
+        if self.logged.fetch_add(bytes, Ordering::Relaxed) + bytes >= SPACE_LOOK_BYTES {
+            self.logged.store(0, Ordering::Relaxed);
+            self.space_wanted.notify_one();
+        }
     }
 
     pub fn set_applied(&self, position: Position, epoch: Epoch) {

@@ -57,7 +57,10 @@ pub async fn watch_space(core: Arc<Core>, reserve_bytes: u64) -> Result<(), Faul
             Ok(space) => note_space(&core, space.free, reserve_bytes),
             Err(error) => tracing::warn!(%error, "the space on the metadata's disk is not known"),
         }
-        tokio::time::sleep(SPACE_INTERVAL).await;
+        tokio::select! {
+            () = core.space_wanted.notified() => {}
+            () = tokio::time::sleep(SPACE_INTERVAL) => {}
+        }
     }
 }
 

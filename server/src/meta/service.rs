@@ -41,6 +41,7 @@ use super::{
     locking::{News, Outcome, Wish},
     names, operate,
     server::Authority,
+    sessions::OPENS_MAX,
     state::{Command, Newest, Reply, Rows, Step, StorageError, View, query, settled, violations::violations},
 };
 
@@ -50,8 +51,6 @@ const DURABLE_DEADLINE: Duration = Duration::from_secs(30);
 const REPLAY_DEADLINE: Duration = Duration::from_secs(120);
 /// Renewals of a session in the time after which it would end.
 const RENEWALS_PER_TIMEOUT: u32 = 30;
-/// Inodes in one `Opens` or `Reopen`.
-const OPENS_MAX: usize = 64 << 10;
 /// A storage server takes an order to scrub within this.
 const SCRUB_DEADLINE: Duration = Duration::from_secs(1);
 /// Sentences in an answer to `Check`.

@@ -8,14 +8,17 @@ use std::{
     time::Duration,
 };
 
-use holdfast_common::{Ino, Position, Refusal, SessionId, net::identity::NodeName, wire::meta::MountStatus};
+use holdfast_common::{
+    Ino, Position, Refusal, SessionId, limits::HEADER_SIZE_MAX, net::identity::NodeName, wire::meta::MountStatus,
+};
 
 use super::{cluster::millis, state::rows::SessionRow};
 
 /// Sessions at one time.
 const SESSIONS_MAX: usize = 65_536;
 /// Inodes that one session may hold open, and all together: bounds this server's memory.
-const OPENS_MAX: usize = 1 << 18;
+pub const OPENS_MAX: usize = 1 << 18;
+const _: () = assert!(OPENS_MAX * 8 + (64 << 10) <= HEADER_SIZE_MAX);
 const OPENS_TOTAL_MAX: usize = 1 << 22;
 
 #[derive(Debug)]
@@ -112,7 +115,9 @@ impl Sessions {
     }
 
     pub fn hold(&mut self, id: SessionId, inos: &[Ino]) -> Result<(), Refusal> {
-        self.admit_opens(id, inos.len())?;
+        let mount = self.mounts.get(&id).ok_or(Refusal::SessionExpired)?;
+        let new: BTreeSet<&Ino> = inos.iter().filter(|ino| !mount.opens.contains(ino)).collect();
+        self.admit_opens(id, new.len())?;
         inos.iter().try_for_each(|ino| self.hold_made(id, *ino))
     }
 
@@ -314,6 +319,7 @@ mod tests {
         }
         for id in 0..full {
             sessions.hold(SessionId(id), &inos).unwrap();
+            sessions.hold(SessionId(id), &inos).expect("it holds them already");
             assert_eq!(sessions.hold(SessionId(id), &[Ino(1 << 40)]), Err(Refusal::Unavailable), "{id}");
         }
         assert_eq!(sessions.hold(SessionId(full), &[Ino(1)]), Err(Refusal::Unavailable), "all together");

@@ -607,6 +607,20 @@ async fn unlinked_and_open_stays_until_it_is_released() {
 }
 
 #[tokio::test]
+async fn a_mount_that_holds_very_many_files_open_can_say_so_after_a_restart_and_let_them_go() {
+    let cluster = Cluster::new().await;
+    let (session, disk) = (cluster.session, cluster.disk.process_death());
+    let cluster = cluster.restarted(disk);
+    let opens: Vec<Ino> = (0..super::sessions::OPENS_MAX as u64).map(Ino).collect();
+    for is_behind in [true, false] {
+        let reopen = SessionRequest::Reopen { session, opens: opens.clone(), instance: None, is_behind };
+        assert!(cluster.ask(MOUNT, MetaRequest::Session(reopen)).await.is_ok());
+    }
+    let release = SessionRequest::Opens { session, opened: vec![], released: opens };
+    assert!(cluster.ask(MOUNT, MetaRequest::Session(release)).await.is_ok());
+}
+
+#[tokio::test]
 async fn a_session_whose_opening_never_became_durable_expires_too() {
     let options = Options { session_timeout: Duration::from_secs(3), ..options() };
     let mut cluster = Cluster::on(MemoryDisk::new(), options).await;
