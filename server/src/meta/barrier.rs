@@ -9,7 +9,6 @@ use std::{
     time::Duration,
 };
 
-use holdfast_common::planted::{Bug, is_planted};
 use holdfast_common::{
     BlockHash, BootId, Position, ServerId,
     limits::{HASH_LIST_MAX, REPLICAS_MIN},
@@ -178,9 +177,6 @@ impl Barrier {
     }
 
     async fn sync(&self, server: ServerId, copies: &Copies) -> Synced {
-        if is_planted(Bug::BarrierAsksNobody) {
-            return Synced::But(BTreeSet::new());
-        }
         let Some(boot) = self.sync_once(server).await else { return Synced::Silent };
         let doubtful: BTreeSet<BlockHash> =
             copies.iter().filter(|(known, _)| **known != boot).flat_map(|(_, hashes)| hashes.iter().copied()).collect();

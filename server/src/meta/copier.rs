@@ -6,7 +6,6 @@ use std::{
     time::Duration,
 };
 
-use holdfast_common::planted::{Bug, is_planted};
 use holdfast_common::{
     BlockHash, BootId, Epoch, ServerId,
     limits::REPLICAS,
@@ -94,9 +93,6 @@ impl Copier {
 
     /// Looks at one page of what is owed. Returns how many copies were made, and where the next page begins.
     async fn round(&self, debts: Debts, after: Option<BlockHash>) -> Result<(usize, Option<BlockHash>), Fault> {
-        if is_planted(Bug::OwedForgotten) {
-            return Ok((0, None));
-        }
         // There may be many pages of which nothing can be copied.
         tokio::task::yield_now().await;
         let (orders, next) = self.orders(debts, after)?;
