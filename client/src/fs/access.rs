@@ -119,22 +119,7 @@ mod tests {
 
     fn attr(atime: i64, mtime: i64) -> Attr {
         let at = |secs| Time { secs, nanos: 0 };
-        Attr {
-            ino: Ino(7),
-            kind: Kind::File,
-            mode: 0o644,
-            uid: 0,
-            gid: 0,
-            nlink: 1,
-            size: 0,
-            stored: 0,
-            rdev: 0,
-            atime: at(atime),
-            mtime: at(mtime),
-            ctime: at(mtime),
-            btime: at(0),
-            data_version: 1,
-        }
+        Attr { atime: at(atime), mtime: at(mtime), ctime: at(mtime), ..Attr::example(7, Kind::File) }
     }
 
     #[test]

@@ -582,8 +582,11 @@ async fn unlinked_and_open_stays_until_it_is_released() {
     let place = Op::PlaceOpen { parent: Ino::ROOT, name: b"c".to_vec(), new, ino: placed, time };
     cluster.mutate(true, place).await.unwrap();
     cluster.mutate(true, Op::Unlink { parent: Ino::ROOT, name: b"c".to_vec() }).await.unwrap();
-    tokio::time::sleep(Duration::from_millis(500)).await;
-    assert_eq!(inodes(&cluster), 3, "it is open");
+    cluster.create("d", true).await.unwrap();
+    cluster.mutate(true, Op::Unlink { parent: Ino::ROOT, name: b"d".to_vec() }).await.unwrap();
+    cluster.until("d is reclaimed", |cluster| inodes(cluster) <= 3).await;
+    let placed_is_there = MetaRequest::Query { session, query: Query::GetAttr { ino: placed } };
+    assert!(cluster.ask(MOUNT, placed_is_there).await.is_ok(), "it is open");
     let release = SessionRequest::Opens { session, opened: vec![], released: vec![placed] };
     cluster.ask(MOUNT, MetaRequest::Session(release)).await.unwrap();
     cluster.until("c is reclaimed", |cluster| inodes(cluster) == 2).await;

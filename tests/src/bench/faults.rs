@@ -267,12 +267,14 @@ impl Stage {
 
     /// How fast each server checks what it has, with and without the foreground.
     fn scrub(&self) -> Result<String> {
+        let passes = |status: &Status| status.storage_sum("scrub_passes");
         let checked = |status: &Status| status.storage_sum("scrub_checked_bytes");
         let mut table = "\n| scrubbing | MB/s, each server | reads of 64 KiB, 1/s, before and during | p99, ms |\n|---|---:|---:|---:|\n".to_owned();
         for is_busy in [false, true] {
             let foreground = is_busy.then(|| Foreground::start(&self.mount)).transpose()?;
             thread::sleep(CALM);
             let (calm, before) = (Instant::now(), checked(&self.cluster.status()));
+            let ended = passes(&self.cluster.status());
             let directory = self.cluster.path().to_str().context("a path in UTF-8")?;
             let ordered = self.cluster.holdfast(&["scrub", "--now", "--dir", directory]);
             ensure!(ordered.status.success(), "scrub --now: {}", String::from_utf8_lossy(&ordered.stderr));
@@ -295,13 +297,8 @@ impl Stage {
             if let Some(foreground) = foreground {
                 foreground.end();
             }
-            // The pass that was begun ends, so that the next begins anew.
-            let mut seen = 0;
-            wait::until("it is over", WHOLE_LIMIT, || {
-                let now = checked(&self.cluster.status());
-                thread::sleep(Duration::from_secs(3));
-                std::mem::replace(&mut seen, now) == now
-            });
+            // So that the next begins anew.
+            wait::until("it is over", WHOLE_LIMIT, || passes(&self.cluster.status()) >= ended + SERVERS as u64);
         }
         eprint!("{table}");
         Ok(table)
