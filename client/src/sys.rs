@@ -126,3 +126,17 @@ fn unmount_by_helper(target: &Path, how: Unmount) -> io::Result<()> {
 pub fn device_numbers(device: u64) -> (u32, u32) {
     (libc::major(device), libc::minor(device))
 }
+
+/// Sets an extended attribute of what is at `path`, without following a link there.
+pub fn set_attribute(path: &Path, name: &str, value: &[u8]) -> io::Result<()> {
+    let (path, name) = (c_string(path.as_os_str())?, c_string(OsStr::new(name))?);
+    // SAFETY: two C strings and `value.len()` bytes that live to the end of this function.
+    check(unsafe { libc::lsetxattr(path.as_ptr(), name.as_ptr(), value.as_ptr().cast(), value.len(), 0) })
+}
+
+/// Removes an extended attribute of what is at `path`, without following a link there.
+pub fn remove_attribute(path: &Path, name: &str) -> io::Result<()> {
+    let (path, name) = (c_string(path.as_os_str())?, c_string(OsStr::new(name))?);
+    // SAFETY: two C strings that live to the end of this function.
+    check(unsafe { libc::lremovexattr(path.as_ptr(), name.as_ptr()) })
+}

@@ -2,7 +2,7 @@
 
 use serde::{Deserialize, Serialize};
 
-use crate::types::{ServerId, Time};
+use crate::types::{Replicas, ServerId, Time};
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub enum ServerState {
@@ -98,6 +98,8 @@ pub struct ClusterMap {
     pub version: u64,
     /// Sorted by id.
     pub servers: Vec<ServerInfo>,
+    /// Of the blocks of files that have no number of their own.
+    pub replicas: Replicas,
 }
 
 impl ClusterMap {

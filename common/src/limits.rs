@@ -26,9 +26,11 @@ pub const XATTR_LIST_LENGTH_MAX: usize = 64 << 10;
 /// Names of one inode, as on ext4.
 pub const LINK_COUNT_MAX: u32 = 65_000;
 
-/// Copies of a block that the cluster keeps.
+/// Copies of a block that a cluster keeps of which nobody has said otherwise.
 pub const REPLICAS: usize = 3;
-/// Durable copies without which no write is acknowledged as durable.
+/// The most copies that can be asked for.
+pub const REPLICAS_MAX: usize = 5;
+/// Durable copies without which no write is acknowledged as durable, unless fewer are wanted.
 pub const REPLICAS_MIN: usize = 2;
 
 /// Bytes of the bincode header of one message, either way.
@@ -85,7 +87,7 @@ const _: () = assert!(PIECES_PER_CHUNK_COMPACT < PIECES_PER_CHUNK_MAX);
 const _: () = assert!(HASH_LIST_MAX * 64 <= HEADER_SIZE_MAX);
 const _: () = assert!(COMMIT_PIECES_MAX * 128 <= HEADER_SIZE_MAX);
 const _: () = assert!(READDIR_PAGE_MAX * (NAME_LENGTH_MAX + 256) <= HEADER_SIZE_MAX);
-const _: () = assert!(REPLICAS_MIN <= REPLICAS);
+const _: () = assert!(REPLICAS_MIN <= REPLICAS && REPLICAS <= REPLICAS_MAX);
 const _: () = assert!(JOURNAL_PAGE_MAX * (4 * JOURNAL_TEXT_MAX + 128) <= HEADER_SIZE_MAX);
 const _: () = assert!(PATHS_MAX * (PATH_SHOWN_MAX + 64) <= HEADER_SIZE_MAX);
 const _: () = assert!(FOREIGN_CHANGES_MAX * (NAME_LENGTH_MAX + 32) <= HEADER_SIZE_MAX);

@@ -51,13 +51,14 @@ fn score(block: BlockHash, server: ServerId, weight: u32) -> f64 {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::types::Replicas;
 
     fn map(weights: &[u32]) -> ClusterMap {
         let servers = (1..)
             .zip(weights)
             .map(|(id, &weight)| ServerInfo { id: ServerId(id), weight, ..ServerInfo::example() })
             .collect();
-        ClusterMap { version: 1, servers }
+        ClusterMap { version: 1, servers, replicas: Replicas::INHERITED }
     }
 
     #[test]

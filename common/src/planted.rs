@@ -23,10 +23,14 @@ pub enum Bug {
     GarbageKept,
     /// A storage server answers for some blocks that it has not taken: a commit names what is nowhere.
     PutForgotten,
+    /// A metadata server that makes changes durable does not ask whether their blocks are.
+    BarrierAsksNobody,
+    /// What is owed a copy gets none.
+    OwedForgotten,
 }
 
 impl Bug {
-    pub const ALL: [Self; 9] = [
+    pub const ALL: [Self; 11] = [
         Self::SyncSkipped,
         Self::DurableTooEarly,
         Self::AnswerForgotten,
@@ -36,6 +40,8 @@ impl Bug {
         Self::ReferencesLeak,
         Self::GarbageKept,
         Self::PutForgotten,
+        Self::BarrierAsksNobody,
+        Self::OwedForgotten,
     ];
 }
 

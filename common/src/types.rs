@@ -2,7 +2,10 @@
 
 use serde::{Deserialize, Serialize};
 
-use crate::block::BlockHash;
+use crate::{
+    block::BlockHash,
+    limits::{REPLICAS_MAX, REPLICAS_MIN},
+};
 
 macro_rules! number {
     ($(#[$doc:meta])* $name:ident($inner:ty)) => {
@@ -121,6 +124,46 @@ pub enum Kind {
     BlockDevice,
 }
 
+/// How many copies are kept of the blocks of a file, or of what is made in a directory: a number of its own, or the cluster's.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
+pub struct Replicas(u8);
+
+impl Replicas {
+    /// As many as the cluster has by default.
+    pub const INHERITED: Self = Self(0);
+
+    /// A number of its own; `None` unless it is in 1..=`REPLICAS_MAX`.
+    pub fn new(count: usize) -> Option<Self> {
+        let count = u8::try_from(count).ok()?;
+        (1..=REPLICAS_MAX).contains(&usize::from(count)).then_some(Self(count))
+    }
+
+    /// The number, or `default`.
+    pub fn or(self, default: usize) -> usize {
+        self.own().unwrap_or(default)
+    }
+
+    /// The number, if it is one of its own.
+    pub fn own(self) -> Option<usize> {
+        (self.0 > 0).then(|| usize::from(self.0).min(REPLICAS_MAX))
+    }
+
+    /// As a row has it: 0 for none of its own.
+    pub fn byte(self) -> u8 {
+        self.0
+    }
+
+    /// What [`Replicas::byte`] gave; `None` for anything else.
+    pub fn from_byte(byte: u8) -> Option<Self> {
+        (usize::from(byte) <= REPLICAS_MAX).then_some(Self(byte))
+    }
+}
+
+/// Of as many wanted copies so many have to be durable before a write is acknowledged as durable.
+pub fn enough_replicas(wanted: usize) -> usize {
+    wanted.min(REPLICAS_MIN)
+}
+
 /// What `stat` tells.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Attr {
@@ -142,6 +185,7 @@ pub struct Attr {
     pub btime: Time,
     /// Grows with every change of the file's bytes or size: equal numbers mean equal data.
     pub data_version: u64,
+    pub replicas: Replicas,
 }
 
 impl Attr {
@@ -164,6 +208,7 @@ impl Attr {
             ctime: time,
             btime: time,
             data_version: 0,
+            replicas: Replicas::INHERITED,
         }
     }
 }

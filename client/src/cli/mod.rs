@@ -12,6 +12,7 @@ mod metadata;
 mod mount;
 mod operate;
 mod process;
+mod replicas;
 mod scrub;
 mod status;
 
@@ -54,6 +55,7 @@ enum Command {
     Maintenance(operate::MaintenanceArgs),
     Remove(operate::RemoveArgs),
     Rebalance(operate::RebalanceArgs),
+    Replicas(replicas::ReplicasArgs),
     Meta(metadata::MetaArgs),
     Mount(mount::MountArgs),
     Init(identity::InitArgs),
@@ -85,6 +87,7 @@ impl Command {
             Self::Maintenance(args) => operate::maintenance(&args),
             Self::Remove(args) => operate::remove(&args),
             Self::Rebalance(args) => operate::rebalance(&args),
+            Self::Replicas(args) => replicas::run(&args),
             Self::Meta(args) => metadata::run(&args),
             Self::Fsck(args) => return fsck::run(&args),
             Self::Mount(args) => mount::run(args, arguments.get(1..).unwrap_or_default()),

@@ -11,8 +11,7 @@ use holdfast_common::{
     ServerId, Time,
     cluster::{ServerState, Standing},
     config::ClientConfig,
-    limits::REPLICAS,
-    wire::meta::{AdminRequest, MetaAnswer, ServerStatus},
+    wire::meta::{AdminRequest, ClusterStatus, MetaAnswer, ServerStatus},
 };
 use serde_json::json;
 
@@ -222,7 +221,7 @@ fn until_empty(config: &ClientConfig, which: &Which, standing: Standing, before:
     let mut most = before.max(1);
     let mut hindered = None;
     loop {
-        let servers = ask_status(config)?.servers;
+        let ClusterStatus { servers, replicas, .. } = ask_status(config)?;
         let Some(server) = servers.iter().find(|status| status.id == ServerId(which.server)) else {
             progress("", most, 0);
             return Ok(());
@@ -232,7 +231,7 @@ fn until_empty(config: &ClientConfig, which: &Which, standing: Standing, before:
         }
         let left = server.left.unwrap_or(most);
         most = most.max(left);
-        let hindrance = hindrance(&servers, server.id);
+        let hindrance = hindrance(&servers, server.id, replicas);
         if hindrance != hindered {
             say(hindrance.as_deref().unwrap_or("going on"))?;
             hindered = hindrance;
@@ -247,14 +246,14 @@ fn until_empty(config: &ClientConfig, which: &Which, standing: Standing, before:
 }
 
 /// Why nothing of `emptied` can be moved for now. It was not known yet when the order was given, or has come since.
-fn hindrance(servers: &[ServerStatus], emptied: ServerId) -> Option<String> {
+fn hindrance(servers: &[ServerStatus], emptied: ServerId, replicas: u64) -> Option<String> {
     let takes = |status: &&ServerStatus| {
         status.id != emptied && status.standing == Standing::Serving && status.state == ServerState::Up
     };
     let takers = servers.iter().filter(takes).count();
-    (takers < REPLICAS).then(|| {
+    ((takers as u64) < replicas).then(|| {
         format!(
-            "waiting: {takers} other storage servers are up, and each block needs {REPLICAS}; \
+            "waiting: {takers} other storage servers are up, and each block needs {replicas}; \
              `holdfast undrain {}` takes the order back",
             emptied.0
         )
@@ -271,7 +270,7 @@ fn say(sentence: &str) -> CliResult {
 }
 
 /// A bar for who watches.
-fn progress(text: &str, all: u64, left: u64) {
+pub(super) fn progress(text: &str, all: u64, left: u64) {
     let mut error = io::stderr();
     if error.is_terminal() {
         // Whoever does not see it misses nothing.
@@ -311,14 +310,14 @@ mod tests {
     fn whoever_waits_hears_that_there_is_nobody_to_take_the_blocks() {
         let up = |id| server(id, ServerState::Up, Standing::Serving);
         let drained = server(1, ServerState::Draining, Standing::Draining);
-        assert_eq!(hindrance(&[drained.clone(), up(2), up(3), up(4)], ServerId(1)), None);
+        assert_eq!(hindrance(&[drained.clone(), up(2), up(3), up(4)], ServerId(1), 3), None);
         let others = [
             server(4, ServerState::Suspect, Standing::Serving),
             server(4, ServerState::Down, Standing::Serving),
             server(4, ServerState::Draining, Standing::Leaving),
         ];
         for other in others {
-            let said = hindrance(&[drained.clone(), up(2), up(3), other], ServerId(1)).unwrap();
+            let said = hindrance(&[drained.clone(), up(2), up(3), other], ServerId(1), 3).unwrap();
             assert!(said.starts_with("waiting: 2 other") && said.contains("undrain 1`"), "{said}");
         }
     }

@@ -102,12 +102,13 @@ fn ago(silent_ms: u64) -> String {
     }
 }
 
-fn figures(status: &ClusterStatus, now: SystemTime) -> [(&'static str, String); 10] {
+fn figures(status: &ClusterStatus, now: SystemTime) -> [(&'static str, String); 11] {
     let [none, one, two, full] = status.blocks_by_copies;
     let behind = status.log_position.0.saturating_sub(status.durable_through.0);
     [
         ("Files", format!("{} inodes, {} blocks", status.inodes, status.blocks)),
-        ("Copies", format!("{full} blocks with 3, {two} with 2, {one} with 1, {none} lost")),
+        ("Copies", format!("{full} blocks with 3 or more, {two} with 2, {one} with 1, {none} lost")),
+        ("Wanted", wanted(status)),
         ("Owed", format!("{} blocks are owed a copy", status.owed)),
         ("Copies made", status.copies_made.to_string()),
         ("Bad copies met", format!("{} corrupt, {} missing", status.corrupt_copies_met, status.missing_copies_met)),
@@ -117,6 +118,15 @@ fn figures(status: &ClusterStatus, now: SystemTime) -> [(&'static str, String); 
         ("To be moved", size(status.balance_left_bytes)),
         ("Backup", backup(status.backup_secs, now)),
     ]
+}
+
+/// How many copies, and whether that is followed yet.
+fn wanted(status: &ClusterStatus) -> String {
+    let wanted = format!("{} copies of what has no number of its own", status.replicas);
+    match status.replicas_followed_percent {
+        100 => wanted,
+        percent => format!("{wanted} ({percent} % of the blocks looked through since that was said)"),
+    }
 }
 
 /// When the metadata was last copied to storage servers.
@@ -223,6 +233,8 @@ mod tests {
             durable_through: Position(118),
             backup_secs: 0,
             balance_left_bytes: 0,
+            replicas: 3,
+            replicas_followed_percent: 100,
         }
     }
 
@@ -239,7 +251,8 @@ MOUNT  HOST   MOUNTPOINT  OPEN  DIRTY    REPAIRS  HEARD
 5      alpha  /mnt/data   3     1.5 KiB  2        1.2 s ago
 
 Files             12 inodes, 17 blocks
-Copies            12 blocks with 3, 4 with 2, 1 with 1, 0 lost
+Copies            12 blocks with 3 or more, 4 with 2, 1 with 1, 0 lost
+Wanted            3 copies of what has no number of its own
 Owed              5 blocks are owed a copy
 Copies made       8
 Bad copies met    2 corrupt, 1 missing

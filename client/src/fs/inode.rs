@@ -9,7 +9,7 @@ use std::{
 
 use bytes::{Bytes, BytesMut};
 use holdfast_common::{
-    Attr, ChunkIndex, Ino, Piece, Position, Time,
+    Attr, ChunkIndex, Ino, Piece, Position, Replicas, Time,
     limits::{BLOCK_SIZE_MAX, CHUNK_SIZE, COMMIT_PIECES_MAX},
     pieces,
     wire::meta::{BlockPlace, FileMap},
@@ -256,6 +256,11 @@ impl State {
     /// The attributes have changed in a way that is not known here.
     pub(super) fn distrust_attr(&mut self) {
         self.attr_at = None;
+    }
+
+    /// The server has said how many copies are wanted, while something is being stored.
+    pub(super) fn learn_replicas(&mut self, replicas: Replicas) {
+        self.attr.replicas = replicas;
     }
 
     /// Takes in what the server said, unless something newer is known. What is dirty here keeps its times.

@@ -228,6 +228,18 @@ impl Fs {
         }
     }
 
+    /// `EPERM` unless the caller is root, or owns it.
+    pub async fn check_owner(&self, caller: Caller, ino: Ino) -> FsResult<()> {
+        if caller.uid == 0 {
+            return Ok(());
+        }
+        match self.shared.meta.query(Query::GetAttr { ino }).await? {
+            MetaAnswer::Attr(attr) if attr.uid == caller.uid => Ok(()),
+            MetaAnswer::Attr(_) => Err(Errno(libc::EPERM)),
+            other => Err(unexpected(&other)),
+        }
+    }
+
     pub async fn setxattr(&self, ino: Ino, name: &[u8], value: &[u8], mode: XattrMode) -> FsResult<()> {
         self.change_xattr(ino, Op::SetXattr { ino, name: name.to_vec(), value: value.to_vec(), mode }).await
     }

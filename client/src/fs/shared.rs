@@ -10,7 +10,8 @@ use std::{
 use holdfast_common::{
     Block, BlockHash, ChunkIndex, Position, ServerId,
     clock::Clock,
-    limits::{BLOCK_SIZE_MAX, PIECES_PER_CHUNK_COMPACT, PIECES_PER_CHUNK_MAX, REPLICAS, REPLICAS_MIN},
+    enough_replicas,
+    limits::{BLOCK_SIZE_MAX, PIECES_PER_CHUNK_COMPACT, PIECES_PER_CHUNK_MAX, REPLICAS, REPLICAS_MAX},
     wire::meta::{BlockPlace, FileCommit, MetaAnswer, Mutated, NewBlock, Op, Query},
 };
 use parking_lot::Mutex;
@@ -181,7 +182,7 @@ impl Shared {
                 self.put(inode, upload, &cut, only_over.clone(), urgency).await?;
             let op = Op::Append { file, blocks, at_size: part.at_size };
             match self.meta.mutate_until_known(op, losses, late).await {
-                Err(PUT_AGAIN) => retry.pause().await.map_err(|_| Errno(libc::EIO))?,
+                Err(PUT_AGAIN) => self.before_another_put(inode, &mut retry).await?,
                 applied => break (applied?, places, kept),
             }
         };
@@ -207,7 +208,7 @@ impl Shared {
             let Put { item, places, kept } = self.put(inode, upload, &cut, only_over.clone(), urgency).await?;
             let committed = match self.committer.commit(item, urgency == Urgency::Durable).await {
                 Err(PUT_AGAIN) => {
-                    retry.pause().await.map_err(|_| Errno(libc::EIO))?;
+                    self.before_another_put(inode, &mut retry).await?;
                     continue;
                 }
                 committed => committed?,
@@ -215,6 +216,16 @@ impl Shared {
             self.retain(committed.position, &cut, kept);
             return Ok(Stored { cut, places, committed });
         }
+    }
+
+    /// Copies do not count any more, or there were too few: more may be wanted than was known here.
+    async fn before_another_put(&self, inode: &Arc<Inode>, retry: &mut Retry) -> FsResult<()> {
+        retry.pause().await.map_err(|_| Errno(libc::EIO))?;
+        match self.meta.query(Query::GetAttr { ino: inode.ino }).await? {
+            MetaAnswer::Attr(attr) => inode.lock().learn_replicas(attr.replicas),
+            other => return Err(unexpected(&other)),
+        }
+        Ok(())
     }
 
     /// Stores the blocks of an upload, as urgently as asked.
@@ -226,7 +237,8 @@ impl Shared {
         only_over: Vec<(ChunkIndex, u64)>,
         urgency: Urgency,
     ) -> FsResult<Put> {
-        let blocks = self.blocks.put(&cut.blocks, urgency != Urgency::Visible).await?;
+        let wanted = inode.lock().attr().replicas.or(self.replicas());
+        let blocks = self.blocks.put(&cut.blocks, urgency != Urgency::Visible, wanted).await?;
         let places = blocks.iter().map(place_of).collect();
         let kept = if urgency == Urgency::Visible { blocks.clone() } else { Vec::new() };
         let file = FileCommit {
@@ -243,6 +255,11 @@ impl Shared {
             return Err(Errno(libc::ESTALE));
         }
         Ok(Put { item: Item { file, blocks, losses }, places, kept })
+    }
+
+    /// Copies of what has no number of its own, as far as this mount knows: the servers make what is missing, and delete what is too much.
+    fn replicas(&self) -> usize {
+        self.meta.map().replicas.or(REPLICAS)
     }
 
     /// Keeps blocks that their servers have not synced, unless they have by now.
@@ -275,7 +292,7 @@ impl Shared {
         let lost = self.lost(&unseen).await;
         for blocks in lost.chunks(BLOCKS_AGAIN) {
             warn!(blocks = blocks.len(), "storage servers have lost what was not durable: storing it again");
-            let named = self.blocks.put(blocks, true).await?;
+            let named = self.blocks.put(blocks, true, self.replicas()).await?;
             // A commit of no file: it only says who has the blocks now.
             match self.meta.mutate(Op::Commit { files: Vec::new(), blocks: named.clone() }, false).await {
                 // One of them is garbage by now, or was a moment ago: looked at again the next time.
@@ -299,7 +316,8 @@ impl Shared {
         let questions = asked.into_iter().map(|(server, hashes)| self.blocks.has(server, hashes));
         let present: Vec<BTreeSet<BlockHash>> = futures_util::future::join_all(questions).await;
         let copies = |block: &Block| present.iter().filter(|hashes| hashes.contains(&block.hash())).count();
-        unseen.iter().map(|kept| &kept.block).filter(|block| copies(block) < REPLICAS_MIN).cloned().collect()
+        let is_lost = |kept: &&RetainedBlock| copies(&kept.block) < enough_replicas(kept.holders.len().max(1));
+        unseen.iter().filter(is_lost).map(|kept| kept.block.clone()).collect()
     }
 
     /// The upload's extents with chunks that have come to be made of too many pieces written whole, and the digests of the
@@ -547,7 +565,7 @@ pub(super) fn chunks_of(size: u64) -> u32 {
 }
 
 fn place_of(block: &NewBlock) -> BlockPlace {
-    debug_assert!(block.holders.len() <= REPLICAS);
+    debug_assert!(block.holders.len() <= REPLICAS_MAX);
     let holders = block.holders.iter().map(|holder| holder.server).collect();
     BlockPlace { hash: block.hash, length: block.length, holders }
 }

@@ -675,7 +675,13 @@ impl Filesystem for Adapter {
             return reply.error(fuser::Errno::EOPNOTSUPP);
         }
         let (fs, ino, name, value) = (self.fs.clone(), convert::ino(ino), owned(name), value.to_vec());
-        let work = async move { fs.setxattr(ino, &name, &value, convert::xattr_mode(flags)?).await };
+        let caller = caller_of(request);
+        let work = async move {
+            if convert::is_setting(&name) {
+                fs.check_owner(caller, ino).await?;
+            }
+            fs.setxattr(ino, &name, &value, convert::xattr_mode(flags)?).await
+        };
         self.empty(answer("setxattr", request), work, reply);
     }
 
@@ -698,7 +704,11 @@ impl Filesystem for Adapter {
             return reply.error(fuser::Errno::NO_XATTR);
         }
         let (fs, ino, name) = (self.fs.clone(), convert::ino(ino), owned(name));
+        let caller = caller_of(request);
         let work = async move {
+            if convert::is_setting(&name) {
+                fs.check_owner(caller, ino).await?;
+            }
             match fs.removexattr(ino, &name).await {
                 // To take away a list that is not there is no error.
                 Err(Errno(libc::ENODATA)) if convert::is_permission_list(&name) => Ok(()),

@@ -6,7 +6,7 @@ use fuser::{FileAttr, FileType, INodeNo, RenameFlags, TimeOrNow};
 use holdfast_common::{
     Attr, Ino, Kind, Time,
     locks::LockKind,
-    wire::meta::{RenameMode, SetTime, StatFs, XattrMode},
+    wire::meta::{REPLICAS_ATTRIBUTE, RenameMode, SetTime, StatFs, XattrMode},
 };
 
 use crate::fs::{Errno, FsResult};
@@ -160,7 +160,13 @@ pub(super) fn lock_type(kind: LockKind) -> i32 {
 pub(super) fn xattr_is_kept(name: &[u8]) -> bool {
     let namespaces = [&b"user."[..], b"trusted.", b"security."];
     is_permission_list(name)
+        || is_setting(name)
         || namespaces.iter().any(|namespace| name.starts_with(namespace) && name.len() > namespace.len())
+}
+
+/// Not an attribute of somebody's choice, but a switch of this filesystem. The kernel lets whoever may write to a file use it.
+pub(super) fn is_setting(name: &[u8]) -> bool {
+    name == REPLICAS_ATTRIBUTE.as_bytes()
 }
 
 pub(super) fn is_permission_list(name: &[u8]) -> bool {
@@ -222,6 +228,8 @@ pub(super) fn statfs(figures: &StatFs) -> StatFsFigures {
 mod tests {
     use std::time::Duration;
 
+    use holdfast_common::Replicas;
+
     use super::*;
 
     fn a_file() -> Attr {
@@ -241,6 +249,7 @@ mod tests {
             ctime: time(3, 0),
             btime: time(4, 0),
             data_version: 9,
+            replicas: Replicas::INHERITED,
         }
     }
 

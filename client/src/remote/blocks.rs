@@ -16,7 +16,8 @@ use holdfast_common::planted::{Bug, is_planted};
 use holdfast_common::{
     Block, BlockHash, Epoch, Refusal, ServerId,
     cluster::{ClusterMap, ServerInfo, ServerState},
-    limits::{BLOCK_SIZE_MAX, HASH_LIST_MAX, PUT_BATCH_MAX, REPLICAS, REPLICAS_MIN},
+    enough_replicas,
+    limits::{BLOCK_SIZE_MAX, HASH_LIST_MAX, PUT_BATCH_MAX},
     net::{
         CallError, Endpoint, Frame, Peers,
         identity::{NodeName, Role},
@@ -119,26 +120,26 @@ impl BlockClient {
 
     // ---- writing ----
 
-    /// Puts each block on three servers, or on two when no third can take it (the commit will owe one).
+    /// Puts each block on as many servers as are `wanted`, or on fewer, but enough, when no others can take it (the commit will owe them).
     /// With fewer it retries until the mount's patience ends: then `EIO`, or `ENOSPC` if servers were full.
     /// The answer: for each block its holders, as a commit names them.
-    pub async fn put(&self, blocks: &[Block], durable: bool) -> FsResult<Vec<NewBlock>> {
-        let epoch = self.meta.epoch();
-        let mut puts: Vec<PutState> = blocks.iter().map(|block| PutState::new(block, epoch)).collect();
+    pub async fn put(&self, blocks: &[Block], durable: bool, wanted: usize) -> FsResult<Vec<NewBlock>> {
+        let (epoch, enough) = (self.meta.epoch(), enough_replicas(wanted));
+        let mut puts: Vec<PutState> = blocks.iter().map(|block| PutState::new(block, epoch, wanted)).collect();
         let mut retry = Retry::within(self.io_timeout);
         loop {
             self.put_rounds(&mut puts, durable).await;
-            if puts.iter().all(|put| put.holders.len() >= REPLICAS_MIN) {
+            if puts.iter().all(|put| put.holders.len() >= enough) {
                 return Ok(puts.into_iter().map(PutState::into_named).collect());
             }
             let map = self.meta.map();
-            if puts.iter().any(|put| put.holders.len() < REPLICAS_MIN && put.found_full(&map) >= REPLICAS_MIN) {
+            if puts.iter().any(|put| put.holders.len() < enough && put.found_full(&map) >= enough) {
                 error!("the storage servers are full");
                 return Err(Errno(libc::ENOSPC));
             }
             let (paused, ()) = tokio::join!(retry.pause(), self.meta.refresh_map());
             if paused.is_err() {
-                error!(within = ?self.io_timeout, "fewer than {REPLICAS_MIN} storage servers took the data");
+                error!(within = ?self.io_timeout, "fewer than {enough} storage servers took the data");
                 return Err(Errno(libc::EIO));
             }
             puts.iter_mut().for_each(PutState::forget_failures);
@@ -191,10 +192,10 @@ impl BlockClient {
         for (member, put) in puts.iter().enumerate() {
             let mut candidates = placement::candidates(&map, put.block.hash());
             candidates.retain(|server| !put.tried.contains(server));
-            let missing = REPLICAS.saturating_sub(put.holders.len());
+            let missing = put.wanted.saturating_sub(put.holders.len());
             let (well, avoided): (Vec<_>, Vec<_>) = candidates.into_iter().partition(|s| !self.health.avoided(*s));
             // A server that has just failed is asked only when the block would not be safe without it.
-            let needed = REPLICAS_MIN.saturating_sub(put.holders.len() + well.len().min(missing));
+            let needed = enough_replicas(put.wanted).saturating_sub(put.holders.len() + well.len().min(missing));
             for server in well.into_iter().take(missing).chain(avoided.into_iter().take(needed)) {
                 round.entry(server).or_default().push(member);
             }
@@ -455,6 +456,8 @@ impl Round {
 struct PutState<'a> {
     block: &'a Block,
     epoch: Epoch,
+    /// Copies.
+    wanted: usize,
     holders: Vec<Holder>,
     tried: Vec<ServerId>,
     refused_full: usize,
@@ -467,9 +470,9 @@ enum PutTrouble {
 }
 
 impl<'a> PutState<'a> {
-    fn new(block: &'a Block, epoch: Epoch) -> Self {
-        let (holders, tried) = (Vec::with_capacity(REPLICAS), Vec::with_capacity(REPLICAS));
-        Self { block, epoch, holders, tried, refused_full: 0 }
+    fn new(block: &'a Block, epoch: Epoch, wanted: usize) -> Self {
+        let (holders, tried) = (Vec::with_capacity(wanted), Vec::with_capacity(wanted));
+        Self { block, epoch, wanted, holders, tried, refused_full: 0 }
     }
 
     fn into_named(self) -> NewBlock {

@@ -61,7 +61,8 @@ const OPENS_AHEAD_MAX: usize = 1 << 17;
 const _: () = assert!(SEQUENCE_SPAN_MAX * 2 <= REPLIES_KEPT_PER_SESSION);
 const _: () = assert!(MUTATIONS_MAX as u64 <= SEQUENCE_SPAN_MAX);
 
-/// The blocks of a commit may have been deleted as garbage since they were put: the caller puts them again, and commits again.
+/// The blocks of a commit may have been deleted as garbage since they were put, or are on too few servers for what is wanted by now: the
+/// caller puts them again, and commits again.
 pub const PUT_AGAIN: Errno = Errno(libc::EREMCHG);
 
 /// Entries of a directory asked for at a time when it is to be known whole, and of how many it may have.
@@ -760,7 +761,8 @@ impl MetaClient {
             info!("the metadata server has restarted: telling it what it has to know");
             // It counts the versions of its map anew, perhaps from below.
             let old = Arc::clone(&self.map.read());
-            *self.map.write() = Arc::new(ClusterMap { version: 0, servers: old.servers.clone() });
+            *self.map.write() =
+                Arc::new(ClusterMap { version: 0, servers: old.servers.clone(), replicas: old.replicas });
             self.begin_recovery();
         }
         self.epoch.fetch_max(reply.epoch.0, Ordering::AcqRel);
@@ -1076,7 +1078,7 @@ fn session_of(request: &MetaRequest) -> Option<SessionId> {
 }
 
 fn refused(refusal: Refusal) -> Errno {
-    if refusal == Refusal::BlockGone {
+    if matches!(refusal, Refusal::BlockGone | Refusal::TooFewReplicas) {
         return PUT_AGAIN;
     }
     if refusal.errno() == libc::EIO {

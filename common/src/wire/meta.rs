@@ -9,7 +9,7 @@ use crate::{
     net::identity::Role,
     refusal::Refusal,
     types::{
-        Attr, BootId, ChunkIndex, ClusterId, DirEntry, Epoch, Ino, Kind, Piece, Position, Sequence, ServerId,
+        Attr, BootId, ChunkIndex, ClusterId, DirEntry, Epoch, Ino, Kind, Piece, Position, Replicas, Sequence, ServerId,
         SessionId, Time, mode,
     },
 };
@@ -487,9 +487,14 @@ impl NewInode {
             ctime: time,
             btime: time,
             data_version: 0,
+            replicas: parent.replicas,
         }
     }
 }
+
+/// The extended attribute of a file or directory that says how many copies are kept of its blocks, or of what is made in it: a number in
+/// decimal.
+pub const REPLICAS_ATTRIBUTE: &str = "holdfast.replicas";
 
 /// Where the umask is in `NewInode::mode`.
 pub const UMASK_SHIFT: u32 = 16;
@@ -553,7 +558,7 @@ pub struct FileCommit {
 pub struct NewBlock {
     pub hash: BlockHash,
     pub length: u32,
-    /// At least `REPLICAS_MIN`. Fewer than `REPLICAS`: the rest is owed.
+    /// At least as many as are enough ([`crate::enough_replicas`]) for the files. Fewer than these want: the rest is owed.
     pub holders: Vec<Holder>,
     /// What the holders' copies were stamped with, at least. Refused `BlockGone` if garbage of this name has been, or may have
     /// been, collected since: the block has to be put again with the epoch that the answer tells.
@@ -668,6 +673,10 @@ pub enum AdminRequest {
     },
     /// Has blocks moved until all servers are nearly equally full.
     Rebalance,
+    /// So many copies from now on of what has no number of its own. Answered `Done`, or `Declined` if they cannot be had.
+    SetReplicas {
+        replicas: Replicas,
+    },
 }
 
 /// Something that happened to the cluster, and what became of it.
@@ -916,6 +925,10 @@ pub struct ClusterStatus {
     pub backup_secs: i64,
     /// Bytes that are to be moved until all servers are nearly equally full, while that is being done.
     pub balance_left_bytes: u64,
+    /// Copies that are kept of what has no number of its own.
+    pub replicas: u64,
+    /// How much of the metadata follows the numbers of copies that are wanted, in percent. At 100 no block has too many.
+    pub replicas_followed_percent: u32,
 }
 
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]

@@ -14,7 +14,7 @@ use std::{
 use holdfast_common::{
     BlockHash, ServerId,
     cluster::{ClusterMap, ServerState},
-    limits::{BLOCK_SIZE_MAX, REPLICAS},
+    limits::BLOCK_SIZE_MAX,
     net::Peers,
     wire::meta::Severity,
 };
@@ -64,9 +64,9 @@ pub struct Plan {
 }
 
 /// What each server should store.
-pub fn aims(servers: &[Filling]) -> Vec<u64> {
+pub fn aims(servers: &[Filling], replicas: usize) -> Vec<u64> {
     let stored: u128 = servers.iter().map(|it| u128::from(it.stored)).sum();
-    let copies = REPLICAS.min(servers.len()).max(1) as u128;
+    let copies = replicas.min(servers.len()).max(1) as u128;
     // No server can have more than one copy of everything.
     let most = stored / copies;
     let parts = 1_u128 << 40;
@@ -81,8 +81,8 @@ pub fn aims(servers: &[Filling]) -> Vec<u64> {
 }
 
 /// `None`: nobody is off the aim by more than `percent` of the space.
-pub fn plan(servers: &[Filling], percent: u64) -> Option<Plan> {
-    let aims = aims(servers);
+pub fn plan(servers: &[Filling], percent: u64, replicas: usize) -> Option<Plan> {
+    let aims = aims(servers, replicas);
     let off = |(it, aim): (&Filling, &u64)| {
         let off = it.stored.abs_diff(*aim);
         off >= LITTLE && u128::from(off) * 100 > u128::from(it.space) * u128::from(percent)
@@ -170,9 +170,12 @@ impl Balancer {
         if !asked && self.core.clock.monotonic() < self.resting_until {
             return Ok(());
         }
-        let fillings = self.core.cluster.lock().fillings();
+        let (fillings, replicas) = {
+            let cluster = self.core.cluster.lock();
+            (cluster.fillings(), cluster.replicas())
+        };
         let percent = if self.balancing || asked { END_PERCENT } else { BEGIN_PERCENT };
-        let found = plan(&fillings, percent);
+        let found = plan(&fillings, percent, replicas);
         self.show(found.as_ref(), asked);
         let Some(mut plan) = found else { return Ok(()) };
         let began = self.core.clock.monotonic();
@@ -263,9 +266,9 @@ impl Balancer {
                 continue;
             }
             let others = row.holders.iter().filter(|holder| **holder != from && cluster.counts(**holder)).count();
-            if others < REPLICAS {
+            if others < row.wanted {
                 let target = target(&map, &row, from, room).filter(|_| row.holders.len() < HOLDERS_MAX);
-                let Some(target) = target.filter(|_| others + 1 == REPLICAS) else { continue };
+                let Some(target) = target.filter(|_| others + 1 == row.wanted) else { continue };
                 room.entry(target).and_modify(|room| *room = room.saturating_sub(u64::from(row.length)));
                 let sources = cluster.sources(&row.holders);
                 orders.push(Order { block: *block, target, sources, epoch: row.epoch });
@@ -292,7 +295,7 @@ impl Cluster {
 
 #[cfg(test)]
 mod tests {
-    use holdfast_common::{Epoch, cluster::ServerInfo};
+    use holdfast_common::{Epoch, Replicas, cluster::ServerInfo, limits::REPLICAS};
 
     use super::*;
 
@@ -304,7 +307,9 @@ mod tests {
 
     #[test]
     fn everybody_is_to_have_the_same_part_of_the_space_but_nobody_more_than_one_copy() {
-        let aims = |servers: &[Filling]| aims(servers).into_iter().map(|aim| (aim + GIB / 2) / GIB).collect::<Vec<_>>();
+        let aims = |servers: &[Filling]| {
+            aims(servers, REPLICAS).into_iter().map(|aim| (aim + GIB / 2) / GIB).collect::<Vec<_>>()
+        };
         assert_eq!(aims(&[filling(1, 30, 100), filling(2, 0, 100), filling(3, 30, 100), filling(4, 30, 100)]), [23; 4]);
         assert_eq!(
             aims(&[filling(1, 90, 400), filling(2, 0, 200), filling(3, 90, 200), filling(4, 90, 200)]),
@@ -321,19 +326,19 @@ mod tests {
     #[test]
     fn nothing_moves_for_little() {
         let nearly = [filling(1, 25, 100), filling(2, 22, 100), filling(3, 22, 100), filling(4, 24, 100)];
-        assert_eq!(plan(&nearly, BEGIN_PERCENT), None);
-        let begun = plan(&nearly, 1).unwrap();
+        assert_eq!(plan(&nearly, BEGIN_PERCENT, REPLICAS), None);
+        let begun = plan(&nearly, 1, REPLICAS).unwrap();
         assert_eq!(begun.from.len(), 2);
         assert_eq!(begun.to.len(), 2);
         let one = [filling(1, 0, 100)];
-        assert_eq!(plan(&one, END_PERCENT), None);
+        assert_eq!(plan(&one, END_PERCENT, REPLICAS), None);
     }
 
     #[test]
     fn copies_stay_in_as_many_zones() {
         let info = |id: u32, zone: &str| ServerInfo { id: ServerId(id), zone: zone.into(), ..ServerInfo::example() };
         let servers = vec![info(1, "a"), info(2, "b"), info(3, "c"), info(4, "a"), info(5, "c")];
-        let map = ClusterMap { version: 1, servers };
+        let map = ClusterMap { version: 1, servers, replicas: Replicas::INHERITED };
         let row = BlockRow { holders: vec![ServerId(1), ServerId(2), ServerId(3)], ..BlockRow::new(10, Epoch(0)) };
         let room = BTreeMap::from([(ServerId(4), 100), (ServerId(5), 200)]);
         assert_eq!(target(&map, &row, ServerId(1), &room), Some(ServerId(4)), "5 is where 3 is");
@@ -384,18 +389,19 @@ mod tests {
 
         fn map(&self) -> ClusterMap {
             let info = |id: usize| ServerInfo { id: ServerId(u32::try_from(id).unwrap()), ..ServerInfo::example() };
-            ClusterMap { version: 1, servers: (0..self.spaces.len()).map(info).collect() }
+            let servers = (0..self.spaces.len()).map(info).collect();
+            ClusterMap { version: 1, servers, replicas: Replicas::INHERITED }
         }
 
         /// What would have to be moved at least.
         fn least(&self) -> u64 {
             let fillings = self.fillings();
-            fillings.iter().zip(aims(&fillings)).map(|(it, aim)| it.stored.saturating_sub(aim)).sum()
+            fillings.iter().zip(aims(&fillings, REPLICAS)).map(|(it, aim)| it.stored.saturating_sub(aim)).sum()
         }
 
         /// One round, as `Balancer` makes it. `false`: there is nothing to do.
         fn round(&mut self, percent: u64) -> bool {
-            let Some(Plan { from, mut to }) = plan(&self.fillings(), percent) else { return false };
+            let Some(Plan { from, mut to }) = plan(&self.fillings(), percent, REPLICAS) else { return false };
             let map = self.map();
             for (from, surplus) in from {
                 let (mut left, index) = (surplus.min(ROUND_BYTES), from.0 as usize);
@@ -433,7 +439,7 @@ mod tests {
                 assert!(rounds < 1000, "{servers} servers: it does not end");
             }
             let fillings = cluster.fillings();
-            for (it, aim) in fillings.iter().zip(aims(&fillings)) {
+            for (it, aim) in fillings.iter().zip(aims(&fillings, REPLICAS)) {
                 let off = it.stored.abs_diff(aim) * 100 / it.space;
                 assert!(off < 5, "{servers} servers: {} is off by {off} %", it.id);
             }

@@ -9,9 +9,10 @@ use std::{
     time::Duration,
 };
 
+use holdfast_common::planted::{Bug, is_planted};
 use holdfast_common::{
     BlockHash, BootId, Position, ServerId,
-    limits::{HASH_LIST_MAX, REPLICAS_MIN},
+    limits::HASH_LIST_MAX,
     net::Peers,
     wire::storage::{StorageAnswer, StorageRequest},
 };
@@ -20,7 +21,7 @@ use tokio::task::JoinSet;
 use super::{
     committer::Proposer,
     core::{Core, Fault, ask},
-    state::{Command, blocks},
+    state::{Command, blocks, rows::BlockRow},
 };
 
 /// Nothing that was applied stays longer than this without a barrier having been tried.
@@ -177,6 +178,9 @@ impl Barrier {
     }
 
     async fn sync(&self, server: ServerId, copies: &Copies) -> Synced {
+        if is_planted(Bug::BarrierAsksNobody) {
+            return Synced::But(BTreeSet::new());
+        }
         let Some(boot) = self.sync_once(server).await else { return Synced::Silent };
         let doubtful: BTreeSet<BlockHash> =
             copies.iter().filter(|(known, _)| **known != boot).flat_map(|(_, hashes)| hashes.iter().copied()).collect();
@@ -252,6 +256,7 @@ impl Barrier {
                     continue;
                 }
                 let row = self.core.store.ask(|rows| blocks::block(rows, *hash))?;
+                let enough = row.as_ref().map_or(0, BlockRow::enough);
                 let holders = row.map_or(Vec::new(), |row| row.holders);
                 let good = holders.iter().filter(|holder| !is_bad(&copies, &outcomes, **holder, hash)).count();
                 let is_known = is_lost(&outcomes, *server, hash);
@@ -272,14 +277,14 @@ impl Barrier {
                     continue;
                 }
                 match holders.len() {
-                    _ if good >= REPLICAS_MIN => verdict.lose(*server, *hash),
+                    _ if good >= enough => verdict.lose(*server, *hash),
                     _ if is_known => verdict.lose(*server, *hash),
                     _ => {
                         verdict.waits = true;
                         self.core.unsynced.lock().add(*server, *boot, *hash);
                     }
                 }
-                if good < REPLICAS_MIN && holders.len() > 1 {
+                if good < enough && holders.len() > 1 {
                     self.core.thin.lock().insert(*hash);
                     self.core.copies_wanted.notify_one();
                 }
@@ -314,7 +319,7 @@ impl Barrier {
             let waited_for = self.core.unsynced.lock().servers_of(hash);
             let enough = row.is_none_or(|row| {
                 row.refs == 0
-                    || row.holders.iter().filter(|holder| !waited_for.contains(holder)).count() >= REPLICAS_MIN
+                    || row.holders.iter().filter(|holder| !waited_for.contains(holder)).count() >= row.enough()
             });
             if enough {
                 self.core.thin.lock().remove(&hash);

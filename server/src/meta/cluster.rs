@@ -3,9 +3,10 @@
 use std::{collections::BTreeMap, net::SocketAddr, time::Duration};
 
 use holdfast_common::{
-    BootId, ServerId, Time,
+    BootId, Replicas, ServerId, Time,
     cluster::{ClusterMap, ServerInfo, ServerState, Standing},
-    limits::{REPLICAS, REPLICAS_MIN},
+    enough_replicas,
+    limits::REPLICAS,
     net::{
         Endpoint,
         identity::{NodeName, Role},
@@ -54,6 +55,7 @@ pub struct Cluster {
     version: u64,
     suspect_after: Duration,
     down_after: Duration,
+    replicas: Replicas,
 }
 
 impl Cluster {
@@ -74,7 +76,24 @@ impl Cluster {
             let (pace, rhythm) = (Pace::default(), Rhythm::default());
             (id, Member { info, state, standing, left: None, pace, rhythm, boot, load, heard: now })
         };
-        Self { members: registered.into_iter().map(member).collect(), version, suspect_after, down_after }
+        Self {
+            members: registered.into_iter().map(member).collect(),
+            version,
+            suspect_after,
+            down_after,
+            replicas: Replicas::INHERITED,
+        }
+    }
+
+    /// So many copies from now on of what has no number of its own.
+    pub fn set_replicas(&mut self, replicas: Replicas) {
+        self.version += u64::from(self.replicas != replicas);
+        self.replicas = replicas;
+    }
+
+    /// Copies of what has no number of its own.
+    pub fn replicas(&self) -> usize {
+        self.replicas.or(REPLICAS)
     }
 
     /// `true`: the server is new here, or has moved, and has to be registered.
@@ -222,7 +241,8 @@ impl Cluster {
     }
 
     pub fn map(&self) -> ClusterMap {
-        ClusterMap { version: self.version, servers: self.members.values().map(|member| member.info.clone()).collect() }
+        let servers = self.members.values().map(|member| member.info.clone()).collect();
+        ClusterMap { version: self.version, servers, replicas: self.replicas }
     }
 
     pub fn is_up(&self, id: ServerId) -> bool {
@@ -295,11 +315,13 @@ impl Cluster {
         self.members.values().map(status).collect()
     }
 
-    /// What can be stored when each byte is kept on `REPLICAS` distinct servers (fewer if there are fewer).
+    /// What can be stored when each byte is kept on as many distinct servers as the cluster's number says (fewer if there are fewer).
     pub fn space(&self, inodes: u64) -> StatFs {
         let is_usable = |member: &&Member| member.state != ServerState::Down && !member.standing.is_leaving();
         let usable = || self.members.values().filter(is_usable);
-        let storable = |bytes: fn(&StorageLoad) -> u64| storable(&usable().map(|m| bytes(&m.load)).collect::<Vec<_>>());
+        let replicas = self.replicas();
+        let storable =
+            |bytes: fn(&StorageLoad) -> u64| storable(&usable().map(|m| bytes(&m.load)).collect::<Vec<_>>(), replicas);
         StatFs {
             capacity_bytes: storable(|load| load.capacity_bytes),
             free_bytes: storable(|load| load.free_bytes),
@@ -394,9 +416,9 @@ fn weight(free_bytes: u64, old: u32) -> u32 {
 }
 
 /// The largest `b` so that `b` bytes can be kept on that many distinct servers: each takes at most `b` of them.
-fn storable(bytes: &[u64]) -> u64 {
-    let copies = bytes.len().min(REPLICAS);
-    if copies < REPLICAS_MIN {
+fn storable(bytes: &[u64], replicas: usize) -> u64 {
+    let copies = bytes.len().min(replicas);
+    if copies < enough_replicas(replicas) {
         return 0;
     }
     let copies = copies as u128;
@@ -535,7 +557,9 @@ mod tests {
             (vec![100, 1, 1, 1], 1),
             (vec![6, 6, 6, 3, 3], 8),
         ] {
-            assert_eq!(storable(&bytes), expected, "{bytes:?}");
+            assert_eq!(storable(&bytes, REPLICAS), expected, "{bytes:?}");
         }
+        assert_eq!((storable(&[10], 1), storable(&[10, 4], 1)), (10, 14), "one copy each");
+        assert_eq!((storable(&[10; 5], 5), storable(&[10; 4], 5), storable(&[10], 5)), (10, 10, 0));
     }
 }

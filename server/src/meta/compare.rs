@@ -13,7 +13,7 @@ use std::{
 use holdfast_common::{
     BlockHash, BootId, Epoch, ServerId,
     inventory::{self, BUCKETS, BucketDigest},
-    limits::{HASH_LIST_MAX, LOST_MAX, REPLICAS},
+    limits::{HASH_LIST_MAX, LOST_MAX},
     net::Peers,
     wire::{
         meta::Severity,
@@ -290,8 +290,8 @@ impl Comparer {
                     }
                     // Its holders may be away for good: then this copy counts.
                     Some(row)
-                        if row.refs > 0 && row.holders.iter().filter(|it| counting.contains(it)).count() < REPLICAS => {
-                    }
+                        if row.refs > 0
+                            && row.holders.iter().filter(|it| counting.contains(it)).count() < row.wanted => {}
                     _ => unwanted.push(hash),
                 }
             }

@@ -7,7 +7,7 @@ use std::sync::{
 
 use holdfast_common::planted::{Bug, is_planted};
 use holdfast_common::{
-    BlockHash, ClusterId, Epoch, Ino, Kind, Position, Refusal, Sequence, ServerId, SessionId, Time,
+    BlockHash, ClusterId, Epoch, Ino, Kind, Position, Refusal, Replicas, Sequence, ServerId, SessionId, Time,
     clock::Clock,
     cluster::Standing,
     disk::Disk,
@@ -236,6 +236,14 @@ impl Core {
         let (position, outcome) = proposer.propose(Command::Stand { server, standing }).await?;
         outcome?;
         self.cluster.lock().stand(server, standing);
+        self.until_durable(position, STAND_DEADLINE).await
+    }
+
+    /// Records how many copies are to be kept of what has no number of its own, durably, and has it count.
+    pub async fn set_replicas(&self, proposer: &Proposer, replicas: Replicas) -> Result<(), Refusal> {
+        let (position, outcome) = proposer.propose(Command::SetReplicas { replicas }).await?;
+        outcome?;
+        self.cluster.lock().set_replicas(replicas);
         self.until_durable(position, STAND_DEADLINE).await
     }
 

@@ -10,7 +10,7 @@ use std::{
 };
 
 use holdfast_common::{
-    BlockHash, ServerId, cluster::Standing, limits::REPLICAS, net::Peers, placement::candidates, wire::meta::Severity,
+    BlockHash, ServerId, cluster::Standing, net::Peers, placement::candidates, wire::meta::Severity,
 };
 
 use super::{
@@ -137,7 +137,7 @@ impl Drainer {
         let mut orders = Vec::new();
         for block in page {
             let Some(row) = blocks::block(&*view, *block)?.filter(|row| row.refs > 0) else { continue };
-            if row.holders.iter().filter(|holder| cluster.stays(**holder)).count() >= REPLICAS {
+            if row.holders.iter().filter(|holder| cluster.stays(**holder)).count() >= row.wanted {
                 continue;
             }
             let sources = cluster.sources(&row.holders);

@@ -34,6 +34,7 @@ pub mod sessions;
 pub mod state;
 pub mod store;
 pub mod strays;
+pub mod surplus;
 pub mod unsynced;
 
 pub use server::{RunError, restore_from, run};

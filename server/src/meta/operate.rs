@@ -3,7 +3,7 @@
 use holdfast_common::{
     ServerId,
     cluster::{ServerState, Standing},
-    limits::REPLICAS,
+    enough_replicas,
     wire::meta::{ServerStatus, Severity},
 };
 use std::time::Duration;
@@ -28,8 +28,8 @@ pub fn objections(
     let others: Vec<&ServerStatus> = all.iter().filter(|status| status.id != server).collect();
     Ok(match standing {
         Standing::Serving => Vec::new(),
-        Standing::Draining | Standing::Leaving => against_emptying(this, &others),
-        Standing::Maintenance { .. } => against_absence(&others),
+        Standing::Draining | Standing::Leaving => against_emptying(this, &others, cluster.replicas()),
+        Standing::Maintenance { .. } => against_absence(&others, cluster.replicas()),
         Standing::Removed if blocks::held_after(rows, server, None, 1)?.is_empty() => Vec::new(),
         Standing::Removed => {
             vec![format!("storage server {server} is on record for blocks: `holdfast remove` empties it first")]
@@ -37,12 +37,12 @@ pub fn objections(
     })
 }
 
-fn against_emptying(this: &ServerStatus, others: &[&ServerStatus]) -> Vec<String> {
+fn against_emptying(this: &ServerStatus, others: &[&ServerStatus], replicas: usize) -> Vec<String> {
     let takers: Vec<_> =
         others.iter().filter(|it| it.state == ServerState::Up && it.standing == Standing::Serving).collect();
-    if takers.len() < REPLICAS {
+    if takers.len() < replicas {
         return vec![format!(
-            "{REPLICAS} copies need {REPLICAS} other storage servers that are up and take blocks: there are {}",
+            "{replicas} copies need {replicas} other storage servers that are up and take blocks: there are {}",
             takers.len()
         )];
     }
@@ -54,7 +54,7 @@ fn against_emptying(this: &ServerStatus, others: &[&ServerStatus]) -> Vec<String
     Vec::new()
 }
 
-fn against_absence(others: &[&ServerStatus]) -> Vec<String> {
+fn against_absence(others: &[&ServerStatus], replicas: usize) -> Vec<String> {
     let away = |it: &&&ServerStatus| it.state != ServerState::Up || matches!(it.standing, Standing::Maintenance { .. });
     let gone: Vec<String> = others.iter().filter(away).map(|it| it.id.to_string()).collect();
     let left = others.len() - gone.len();
@@ -63,10 +63,41 @@ fn against_absence(others: &[&ServerStatus]) -> Vec<String> {
         let gone = gone.join(", ");
         reasons.push(format!("storage server {gone} is away already: of some blocks there might be one copy left"));
     }
-    if left < 2 {
+    if left < enough_replicas(replicas) {
         reasons.push(format!("{left} other storage servers are up: nothing could be written"));
     }
     reasons
+}
+
+/// Why the cluster should not keep so many copies of everything: in sentences for the operator; empty if nothing speaks against it.
+pub fn objections_to_replicas(cluster: &Cluster, replicas: usize) -> Vec<String> {
+    let all = cluster.status(Duration::MAX);
+    let takers: Vec<_> =
+        all.iter().filter(|it| it.state == ServerState::Up && it.standing == Standing::Serving).collect();
+    if takers.len() < replicas {
+        let there = takers.len();
+        return vec![format!(
+            "{replicas} copies need {replicas} storage servers that are up and take blocks: there are {there}"
+        )];
+    }
+    let stored: u64 = all.iter().map(|it| it.load.stored_bytes).sum();
+    let now = cluster.replicas() as u64;
+    let more = stored / now * (replicas as u64).saturating_sub(now);
+    let free: u64 = takers.iter().map(|it| it.load.free_bytes).sum();
+    if free < more {
+        return vec![format!("the copies that are missing would take about {more} bytes, and {free} are free")];
+    }
+    Vec::new()
+}
+
+pub fn note_of_replicas(before: usize, replicas: usize) -> Note {
+    let what = format!("{replicas} copies are to be kept of what has no number of its own; it were {before}");
+    let note = Note::new(Severity::Info, "cluster", what);
+    match replicas {
+        1 => note.meaning("what is on a disk that fails is lost").doing("copies that are too many are deleted"),
+        _ if replicas < before => note.doing("copies that are too many are deleted"),
+        _ => note.doing("copies that are missing are made"),
+    }
 }
 
 pub fn note(server: ServerId, standing: Standing) -> Note {
@@ -91,7 +122,7 @@ pub fn note(server: ServerId, standing: Standing) -> Note {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use holdfast_common::{BootId, wire::meta::StorageLoad};
+    use holdfast_common::{BootId, limits::REPLICAS, wire::meta::StorageLoad};
 
     fn server(id: u32, state: ServerState, standing: Standing, free_bytes: u64) -> ServerStatus {
         ServerStatus {
@@ -112,7 +143,7 @@ mod tests {
     fn a_server_is_emptied_only_if_its_copies_have_somewhere_to_go() {
         let up = |id, free| server(id, ServerState::Up, Standing::Serving, free);
         let this = up(1, 0);
-        let against = |others: &[ServerStatus]| against_emptying(&this, &others.iter().collect::<Vec<_>>());
+        let against = |others: &[ServerStatus]| against_emptying(&this, &others.iter().collect::<Vec<_>>(), REPLICAS);
         assert!(against(&[up(2, 50), up(3, 50), up(4, 50)]).is_empty());
         assert!(against(&[up(2, 50), up(3, 50)])[0].contains("there are 2"));
         assert!(against(&[up(2, 33), up(3, 33), up(4, 33)])[0].contains("room for 99"));
@@ -124,7 +155,7 @@ mod tests {
     #[test]
     fn one_server_at_a_time_may_be_away() {
         let up = |id| server(id, ServerState::Up, Standing::Serving, 1);
-        let against = |others: &[ServerStatus]| against_absence(&others.iter().collect::<Vec<_>>());
+        let against = |others: &[ServerStatus]| against_absence(&others.iter().collect::<Vec<_>>(), REPLICAS);
         assert!(against(&[up(2), up(3)]).is_empty());
         let suspect = server(4, ServerState::Suspect, Standing::Serving, 1);
         assert!(against(&[up(2), up(3), suspect])[0].contains("storage server 4 is away already"));

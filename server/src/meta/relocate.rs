@@ -1,6 +1,6 @@
 //! Copies that are not needed where they are, because there are enough elsewhere.
 
-use holdfast_common::{BlockHash, ServerId, limits::REPLICAS, net::Peers};
+use holdfast_common::{BlockHash, ServerId, net::Peers};
 
 use super::{
     committer::Proposer,
@@ -47,7 +47,7 @@ fn spare(core: &Core, server: ServerId, page: &[BlockHash], counting: &[ServerId
     for block in page {
         let Some(row) = blocks::block(&*view, *block)?.filter(|row| row.refs > 0) else { continue };
         let others = row.holders.iter().filter(|holder| **holder != server && counting.contains(holder)).count();
-        if row.holders.contains(&server) && others >= REPLICAS {
+        if row.holders.contains(&server) && others >= row.wanted {
             spare.push(*block);
         }
     }

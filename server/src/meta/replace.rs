@@ -11,7 +11,6 @@ use std::{
 
 use holdfast_common::{
     BlockHash, Epoch, ServerId,
-    limits::REPLICAS,
     net::Peers,
     wire::{
         meta::Severity,
@@ -67,9 +66,9 @@ impl Replacer {
     /// Looks at every server once.
     pub async fn round(&mut self) -> Result<(), Fault> {
         let now = self.core.clock.monotonic();
-        let (up, gone) = {
+        let (up, gone, replicas) = {
             let cluster = self.core.cluster.lock();
-            (cluster.up(), cluster.down_for(self.after, now))
+            (cluster.up(), cluster.down_for(self.after, now), cluster.replicas())
         };
         self.seen.retain(|server| up.contains(server));
         self.replaced.retain(|server| gone.contains(server));
@@ -79,7 +78,7 @@ impl Replacer {
             }
         }
         // With fewer there is nowhere to put another copy.
-        if up.len() >= REPLICAS {
+        if up.len() >= replicas {
             for server in gone.into_iter().filter(|server| !self.replaced.contains(server)).collect::<Vec<_>>() {
                 if self.take_off(server).await? {
                     self.replaced.insert(server);

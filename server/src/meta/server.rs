@@ -49,6 +49,7 @@ use super::{
     sessions::Sessions,
     state::{self, Command, Entry, Rows, StorageError, apply, servers, session},
     store::{OpenStoreError, Store},
+    surplus::Surplus,
     unsynced::Unsynced,
 };
 use crate::datadir::{DataDir, DataDirError};
@@ -175,7 +176,8 @@ pub fn recover(
     let owing: Vec<_> = state::recovery::owing(&*view)?.into_iter().map(|(id, owed)| (id, owed.after)).collect();
 
     let version = u64::try_from(clock.now().secs).unwrap_or(0) * 1000;
-    let cluster = Cluster::new(version, servers::servers(&*view)?, now, options.suspect_after, options.down_after);
+    let mut cluster = Cluster::new(version, servers::servers(&*view)?, now, options.suspect_after, options.down_after);
+    cluster.set_replicas(view.counters().replicas);
     let mut sessions = Sessions::restored(session::sessions(&*view)?, now);
     owing.iter().for_each(|(session, after)| sessions.owe(*session, *after));
     let recovery = Recovery::new(owing.into_iter(), now, options.recovery_window, options.session_timeout);
@@ -281,6 +283,7 @@ impl Running {
         tasks.spawn(Mender::new(Arc::clone(&core), proposer.clone(), Arc::clone(&peers)).run());
         tasks.spawn(Balancer::new(Arc::clone(&core), proposer.clone(), Arc::clone(&peers)).run());
         tasks.spawn(Keeper::new(Arc::clone(&core), Arc::clone(&peers), options.backup_every).run());
+        tasks.spawn(Surplus::new(Arc::clone(&core), proposer.clone(), Arc::clone(&peers)).run());
         tasks.spawn(Drainer::new(Arc::clone(&core), proposer.clone(), Arc::clone(&peers)).run());
         let (every, grace) = (options.compare_every, options.garbage_grace);
         tasks.spawn(Collector::new(Arc::clone(&core), proposer.clone(), Arc::clone(&peers), grace).run());

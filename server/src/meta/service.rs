@@ -7,7 +7,7 @@ use std::{
 };
 
 use holdfast_common::{
-    BlockHash, ChunkIndex, Ino, Kind, Position, Refusal, Sequence, ServerId, SessionId, Time,
+    BlockHash, ChunkIndex, Ino, Kind, Position, Refusal, Replicas, Sequence, ServerId, SessionId, Time,
     cluster::Standing,
     limits::{HASH_LIST_MAX, HEADER_SIZE_MAX, LISTEN_PATIENCE, MUTATIONS_MAX},
     net::{
@@ -43,6 +43,7 @@ use super::{
     server::Authority,
     sessions::OPENS_MAX,
     state::{Command, Newest, Reply, Rows, Step, StorageError, View, query, settled, violations::violations},
+    surplus,
 };
 
 /// How long a mutation or a barrier may wait to become durable.
@@ -558,6 +559,7 @@ impl Service {
             AdminRequest::Names { blocks } => self.names(blocks).await,
             AdminRequest::Backup { backup, part } => self.backup(backup, part).await,
             AdminRequest::Rebalance => self.rebalance(),
+            AdminRequest::SetReplicas { replicas } => self.set_replicas(replicas).await,
         }
     }
 
@@ -567,6 +569,21 @@ impl Service {
             return Ok(MetaAnswer::Declined(vec![format!("{owed} blocks are owed a copy, which go first")]));
         }
         self.core.balance_wanted.store(true, Ordering::Relaxed);
+        Ok(MetaAnswer::Done)
+    }
+
+    async fn set_replicas(&self, replicas: Replicas) -> Answer {
+        let Some(count) = replicas.own() else { return Err(Refusal::Invalid) };
+        let (before, reasons) = {
+            let cluster = self.core.cluster.lock();
+            (cluster.replicas(), operate::objections_to_replicas(&cluster, count))
+        };
+        if !reasons.is_empty() {
+            return Ok(MetaAnswer::Declined(reasons));
+        }
+        self.core.set_replicas(&self.proposer, replicas).await?;
+        tracing::info!(before, count, "the operator wants another number of copies");
+        self.core.tell(operate::note_of_replicas(before, count));
         Ok(MetaAnswer::Done)
     }
 
@@ -681,6 +698,7 @@ impl Service {
         let view = self.view()?;
         let counters = view.counters();
         let now = self.core.clock.monotonic();
+        let followed_percent = surplus::followed_percent(&*view).map_err(|fault| self.fault(fault))?;
         let cluster = self.core.cluster.lock();
         Ok(ClusterStatus {
             cluster: self.core.cluster_id,
@@ -700,6 +718,8 @@ impl Service {
             collected: counters.collected,
             log_position: self.core.applied(),
             durable_through: self.core.durable(),
+            replicas: cluster.replicas() as u64,
+            replicas_followed_percent: followed_percent,
             // Asked for, and not planned yet: something.
             balance_left_bytes: self
                 .core
@@ -795,6 +815,7 @@ fn check_role(role: Role, request: &MetaRequest) -> Result<(), Refusal> {
             | AdminRequest::Check
             | AdminRequest::Compare { .. }
             | AdminRequest::Scrub
+            | AdminRequest::SetReplicas { .. }
             | AdminRequest::Stand { .. }
             | AdminRequest::Journal { .. }
             | AdminRequest::Names { .. }

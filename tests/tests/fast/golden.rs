@@ -6,8 +6,8 @@
 use std::{collections::BTreeMap, fmt::Write, fs, path::PathBuf};
 
 use holdfast_common::{
-    Attr, BlockHash, BootId, ChunkIndex, ClusterId, DirEntry, Epoch, Ino, Kind, Piece, Position, Refusal, Sequence,
-    ServerId, SessionId, Time,
+    Attr, BlockHash, BootId, ChunkIndex, ClusterId, DirEntry, Epoch, Ino, Kind, Piece, Position, Refusal, Replicas,
+    Sequence, ServerId, SessionId, Time,
     cluster::{ClusterMap, ServerInfo, ServerState, Standing},
     inventory::BucketDigest,
     locks::{Lock, LockClass, LockKind, LockOwner, LockRange},
@@ -93,6 +93,7 @@ fn attr() -> Attr {
         ctime: time(),
         btime: Time::default(),
         data_version: 9,
+        replicas: Replicas::new(2).expect("2 is in the range"),
     }
 }
 
@@ -280,6 +281,7 @@ fn admin() -> Vec<AdminRequest> {
         AdminRequest::Names { blocks: vec![hash()] },
         AdminRequest::Backup { backup: 3, part: 4 },
         AdminRequest::Rebalance,
+        AdminRequest::SetReplicas { replicas: Replicas::new(5).expect("5 is in the range") },
     ]
 }
 
@@ -333,12 +335,14 @@ fn status() -> ClusterStatus {
         durable_through: Position(11),
         backup_secs: 1_700_000_000,
         balance_left_bytes: 15,
+        replicas: 3,
+        replicas_followed_percent: 40,
     }
 }
 
 fn answers() -> Vec<MetaAnswer> {
     let entry = DirEntry { cookie: 3, name: name(), ino: Ino(7), kind: Kind::File, attr: Some(attr()) };
-    let map = ClusterMap { version: 3, servers: vec![server()] };
+    let map = ClusterMap { version: 3, servers: vec![server()], replicas: Replicas::INHERITED };
     vec![
         MetaAnswer::Session { session: SessionId(5), renew_every_ms: 2000 },
         MetaAnswer::Done,

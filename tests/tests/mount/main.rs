@@ -20,6 +20,7 @@ mod operate;
 mod pjdfstest;
 mod posix_core;
 mod repair;
+mod replicas;
 mod shell;
 mod suites;
 mod writing;

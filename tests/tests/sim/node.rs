@@ -38,8 +38,10 @@ use tokio::sync::watch;
 
 pub(crate) const STORAGE_SERVERS: RangeInclusive<u32> = 1..=3;
 pub(crate) const CLUSTER: ClusterId = ClusterId([7; 16]);
-/// A server that makes everything durable all the time shows nothing of one that forgets to.
-const FLUSH_EVERY: Duration = Duration::from_millis(if cfg!(feature = "planted") { 10_000 } else { 1 });
+/// How often a storage server does by itself what its disk needs. All the time, so that much happens in a short history; or hardly
+/// ever, so that what is durable is what somebody has asked for.
+pub(crate) const FLUSH_BUSILY: Duration = Duration::from_millis(1);
+pub(crate) const FLUSH_LAZILY: Duration = Duration::from_secs(10);
 /// How often a caller looks whether there still is power.
 const POWER_POLL: Duration = Duration::from_millis(2);
 
@@ -208,7 +210,8 @@ impl Life {
         let mut storage: Vec<Arc<dyn Serve>> = Vec::new();
         for id in STORAGE_SERVERS {
             let disk = Arc::new(disks[id as usize].clone());
-            let service: Arc<dyn Serve> = start_storage(disk, id, network.of(Role::Storage, id))?;
+            let peers = network.of(Role::Storage, id);
+            let service: Arc<dyn Serve> = start_storage(disk, id, peers, FLUSH_BUSILY)?;
             network.attach(Role::Storage, id, &service);
             storage.push(service);
         }
@@ -319,11 +322,16 @@ pub(crate) fn start_meta(disk: &SimDisk, network: &Network, options: &Options) -
 }
 
 /// `None`: the power is gone.
-pub(crate) fn start_storage(disk: Arc<dyn Disk>, id: u32, peers: Arc<dyn Peers>) -> Option<Arc<StorageService>> {
+pub(crate) fn start_storage(
+    disk: Arc<dyn Disk>,
+    id: u32,
+    peers: Arc<dyn Peers>,
+    flush_every: Duration,
+) -> Option<Arc<StorageService>> {
     let options = StoreOptions {
         segment_bytes: 64 << 10,
         reserve_bytes: 0,
-        flush_every: FLUSH_EVERY,
+        flush_every,
         flushes_per_checkpoint: 3,
         ..StoreOptions::default()
     };

@@ -50,4 +50,6 @@ each_is_found! {
     references_that_leak: ReferencesLeak,
     garbage_that_is_kept: GarbageKept,
     a_block_that_is_nowhere_when_it_is_committed: PutForgotten,
+    a_barrier_that_asks_no_storage_server: BarrierAsksNobody,
+    copies_that_are_owed_and_not_made: OwedForgotten,
 }

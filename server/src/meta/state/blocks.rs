@@ -4,8 +4,8 @@ use std::{collections::BTreeMap, ops::ControlFlow};
 
 use holdfast_common::planted::{Bug, is_planted};
 use holdfast_common::{
-    BlockHash, Epoch, Piece, Refusal, ServerId, Time,
-    limits::{BLOCK_SIZE_MAX, REPLICAS, REPLICAS_MIN},
+    BlockHash, Epoch, Piece, Refusal, Replicas, ServerId, Time,
+    limits::{BLOCK_SIZE_MAX, REPLICAS, REPLICAS_MAX},
     wire::meta::NewBlock,
 };
 
@@ -22,13 +22,29 @@ pub const HOLDERS_MAX: usize = 8;
 /// What one operation changes about blocks, gathered so that each block's row is written once.
 #[derive(Debug, Default)]
 pub(super) struct Changes {
-    references: BTreeMap<BlockHash, i64>,
+    references: BTreeMap<BlockHash, Delta>,
     fresh: BTreeMap<BlockHash, (u32, Vec<ServerId>)>,
 }
 
+/// By how much references grow: all of them, and those from files that have a number of copies of their own.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+struct Delta {
+    all: i64,
+    by_replicas: [i64; REPLICAS_MAX],
+}
+
+impl Delta {
+    fn add(&mut self, count: i64, replicas: Replicas) {
+        self.all += count;
+        if let Some(own) = replicas.own() {
+            self.by_replicas[own - 1] += count;
+        }
+    }
+}
+
 impl Changes {
-    /// Takes note of a block that a commit brings. Refused if it is named with too few copies.
-    pub(super) fn bring(&mut self, tables: &Tables<'_>, new: &NewBlock) -> Step<()> {
+    /// Takes note of a block that a commit brings. Refused if it is named with fewer than `enough` copies.
+    pub(super) fn bring(&mut self, tables: &Tables<'_>, new: &NewBlock, enough: usize) -> Step<()> {
         if new.length == 0 || new.length > BLOCK_SIZE_MAX || new.holders.len() > HOLDERS_MAX {
             return Err(Refusal::Invalid.into());
         }
@@ -43,7 +59,7 @@ impl Changes {
         if row.length != new.length || self.fresh.get(&new.hash).is_some_and(|(length, _)| *length != new.length) {
             return Err(Refusal::Invalid.into());
         }
-        if row.holders.is_empty() && holders.len() < REPLICAS_MIN {
+        if row.holders.is_empty() && holders.len() < enough {
             return Err(Refusal::TooFewReplicas.into());
         }
         let entry = self.fresh.entry(new.hash).or_insert_with(|| (new.length, Vec::new()));
@@ -63,15 +79,16 @@ impl Changes {
         }
     }
 
-    pub(super) fn name(&mut self, pieces: &[Piece]) {
-        pieces.iter().for_each(|piece| *self.references.entry(piece.block).or_default() += 1);
+    /// Pieces of a file that wants so many copies.
+    pub(super) fn name(&mut self, pieces: &[Piece], replicas: Replicas) {
+        pieces.iter().for_each(|piece| self.references.entry(piece.block).or_default().add(1, replicas));
     }
 
-    pub(super) fn unname(&mut self, pieces: &[Piece]) {
+    pub(super) fn unname(&mut self, pieces: &[Piece], replicas: Replicas) {
         if is_planted(Bug::ReferencesLeak) {
             return;
         }
-        pieces.iter().for_each(|piece| *self.references.entry(piece.block).or_default() -= 1);
+        pieces.iter().for_each(|piece| self.references.entry(piece.block).or_default().add(-1, replicas));
     }
 
     /// Writes everything.
@@ -83,23 +100,30 @@ impl Changes {
             let admitted = garbage::admitted(old.as_ref(), length, Epoch(u64::MAX), tables.counters.forgotten);
             let mut new = admitted.map_err(|_| StorageError::Damaged(format!("block {hash}: not admitted")))?;
             holders.into_iter().for_each(|holder| add_holder(&mut new, holder));
-            new.refs = recount(new.refs, references.remove(&hash).unwrap_or(0), hash)?;
-            store(tables, hash, old.as_ref(), &new, now)?;
+            recount(&mut new, references.remove(&hash).unwrap_or_default(), hash)?;
+            store(tables, hash, old.as_ref(), new, now)?;
         }
         for (hash, delta) in references {
-            if delta != 0 {
+            if delta != Delta::default() {
                 let old = known(tables, hash)?;
-                let new = BlockRow { refs: recount(old.refs, delta, hash)?, ..old.clone() };
-                store(tables, hash, Some(&old), &new, now)?;
+                let mut new = old.clone();
+                recount(&mut new, delta, hash)?;
+                store(tables, hash, Some(&old), new, now)?;
             }
         }
         Ok(())
     }
 }
 
-fn recount(refs: u64, delta: i64, hash: BlockHash) -> Result<u64> {
-    refs.checked_add_signed(delta)
-        .ok_or_else(|| StorageError::Damaged(format!("block {hash}: more pieces went than were counted")))
+fn recount(row: &mut BlockRow, delta: Delta, hash: BlockHash) -> Result<()> {
+    let counts =
+        std::iter::once((&mut row.refs, delta.all)).chain(row.refs_by_replicas.iter_mut().zip(delta.by_replicas));
+    for (count, delta) in counts {
+        *count = count
+            .checked_add_signed(delta)
+            .ok_or_else(|| StorageError::Damaged(format!("block {hash}: more pieces went than were counted")))?;
+    }
+    Ok(())
 }
 
 fn known(tables: &Tables<'_>, hash: BlockHash) -> Result<BlockRow> {
@@ -128,7 +152,7 @@ pub(super) fn hold(
     if new == old {
         return Ok(false);
     }
-    store(tables, hash, Some(&old), &new, now)?;
+    store(tables, hash, Some(&old), new, now)?;
     Ok(true)
 }
 
@@ -140,19 +164,20 @@ pub(super) fn unhold(tables: &mut Tables<'_>, hash: BlockHash, server: ServerId,
     }
     let mut new = old.clone();
     new.holders.retain(|holder| *holder != server);
-    store(tables, hash, Some(&old), &new, now)?;
+    store(tables, hash, Some(&old), new, now)?;
     Ok(true)
 }
 
-/// Writes a block's row, and the indexes and counters that follow from it.
+/// Writes a block's row, with the number of copies that it should have now, and the indexes and counters that follow from it.
 pub(super) fn store(
     tables: &mut Tables<'_>,
     hash: BlockHash,
     old: Option<&BlockRow>,
-    new: &BlockRow,
+    mut new: BlockRow,
     now: Time,
 ) -> Result<()> {
-    index(tables, hash, old, Some(new), now)?;
+    new.wanted = new.most_wanted(tables.counters.replicas());
+    index(tables, hash, old, Some(&new), now)?;
     tables.put_blocks(&key::block(hash), &new.encode())
 }
 
@@ -179,6 +204,7 @@ fn index(
     }
     mark(tables, &key::owed(hash), old.is_some_and(is_owed), new.is_some_and(is_owed), &[])?;
     mark(tables, &key::last_copy(hash), old.is_some_and(has_one_copy_left), new.is_some_and(has_one_copy_left), &[])?;
+    mark(tables, &key::surplus(hash), old.is_some_and(has_surplus), new.is_some_and(has_surplus), &[])?;
     mark(tables, &key::unnamed(hash), old.is_some_and(is_unnamed), new.is_some_and(is_unnamed), &encode_time(now))?;
     let condemned = |row: Option<&BlockRow>| {
         let list = |row: &BlockRow| if row.holders.is_empty() { key::DELETED } else { key::CONDEMNED };
@@ -223,12 +249,17 @@ fn count(tables: &mut Tables<'_>, row: &BlockRow, up: bool) {
 
 /// A block that pieces name and that has fewer copies than it should.
 pub fn is_owed(row: &BlockRow) -> bool {
-    row.refs > 0 && row.holders.len() < REPLICAS
+    row.refs > 0 && row.holders.len() < row.wanted
 }
 
-/// A block that pieces name and that would be lost with one more server.
+/// A block that pieces name and that would be lost with one more server, though it should not.
 pub fn has_one_copy_left(row: &BlockRow) -> bool {
-    row.refs > 0 && row.holders.len() == 1
+    row.refs > 0 && row.holders.len() == 1 && row.wanted > 1
+}
+
+/// A block that pieces name and that has more copies than it should.
+pub fn has_surplus(row: &BlockRow) -> bool {
+    row.refs > 0 && row.holders.len() > row.wanted
 }
 
 /// A block that no piece names, and that is not condemned for it yet.
@@ -240,19 +271,22 @@ pub fn block(rows: &impl Rows, hash: BlockHash) -> Result<Option<BlockRow>> {
     fetch(rows.blocks(), &key::block(hash), BlockRow::decode)
 }
 
-/// Blocks that have fewer copies than they should.
+/// Blocks that have fewer copies than they should, or more.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Debts {
     All,
     /// Those with one copy left.
     LastCopies,
+    /// Those that are owed less than nothing.
+    Surplus,
 }
 
-/// Up to `count` blocks that are owed a copy, in order, after `after`.
+/// Up to `count` of these blocks, in order, after `after`.
 pub fn owed_after(rows: &impl Rows, debts: Debts, after: Option<BlockHash>, count: usize) -> Result<Vec<BlockHash>> {
     let (list, key): (u8, fn(BlockHash) -> Vec<u8>) = match debts {
         Debts::All => (key::OWED, key::owed),
         Debts::LastCopies => (key::LAST_COPY, key::last_copy),
+        Debts::Surplus => (key::SURPLUS, key::surplus),
     };
     listed_after(rows, &[list], after.map(key), count)
 }

@@ -3,7 +3,7 @@
 use std::{collections::BTreeMap, ops::ControlFlow};
 
 use holdfast_common::{
-    ChunkIndex, Ino, Kind, Piece, Refusal, Time,
+    ChunkIndex, Ino, Kind, Piece, Refusal, Replicas, Time,
     limits::{ACCESSED_MAX, CHUNK_SIZE, COMMIT_FILES_MAX, COMMIT_PIECES_MAX, FILE_SIZE_MAX, PIECES_PER_CHUNK_MAX},
     mode, pieces,
     wire::meta::{FileCommit, Mutated, NewBlock, SetAttr, SetTime},
@@ -13,7 +13,8 @@ use super::{
     Rows, Step, StorageError, Tables, acl,
     blocks::Changes,
     existing,
-    rows::{Inode, decode_pieces, encode_pieces},
+    replicas::Enough,
+    rows::{Inode, decode_chunk, decode_pieces, encode_pieces},
     settled,
     tables::{Result, fetch, key, scan},
 };
@@ -31,8 +32,9 @@ pub(super) fn commit(tables: &mut Tables<'_>, files: &[FileCommit], blocks: &[Ne
         return Err(Refusal::Invalid.into());
     }
     let mut changes = Changes::default();
+    let enough = Enough::of(tables, files)?;
     for block in blocks {
-        changes.bring(tables, block)?;
+        changes.bring(tables, block, enough.copies(block.hash))?;
     }
     let mut answers = Vec::with_capacity(files.len());
     for file in files {
@@ -277,7 +279,7 @@ fn share(
 fn pieces_within(tables: &Tables<'_>, ino: Ino, bytes: std::ops::Range<u64>) -> Step<Vec<(u64, Piece)>> {
     let mut found = Vec::new();
     let mut too_many = false;
-    scan_chunks(tables, ino, &bytes, |index, pieces| {
+    scan_chunks(tables, ino, &bytes, |index, pieces, _| {
         let parts = pieces.iter().filter_map(|piece| pieces::within(piece, span(index, &bytes)));
         found.extend(parts.map(|part| (start_of(index) + u64::from(part.offset), part)));
         too_many = found.len() > COPY_PIECES_MAX;
@@ -321,14 +323,17 @@ pub(super) fn scan_chunks(
     rows: &impl Rows,
     ino: Ino,
     bytes: &std::ops::Range<u64>,
-    mut visit: impl FnMut(ChunkIndex, Vec<Piece>) -> Result<ControlFlow<()>>,
+    mut visit: impl FnMut(ChunkIndex, Vec<Piece>, Replicas) -> Result<ControlFlow<()>>,
 ) -> Result<()> {
     if bytes.is_empty() {
         return Ok(());
     }
     let start = key::pieces(ino, chunk_of(bytes.start));
     let end = key::pieces(ino, ChunkIndex(chunk_of(bytes.end - 1).0 + 1));
-    scan(rows.tree(), &start, &end, |key, row| visit(index_of(key)?, decode_pieces(row)?))
+    scan(rows.tree(), &start, &end, |key, row| {
+        let (pieces, replicas) = decode_chunk(row)?;
+        visit(index_of(key)?, pieces, replicas)
+    })
 }
 
 pub(super) fn index_of(key: &[u8]) -> Result<ChunkIndex> {
@@ -345,6 +350,8 @@ struct Rewrite {
 #[derive(Default)]
 struct Chunk {
     old: Vec<Piece>,
+    /// Under which the old ones are counted.
+    replicas: Replicas,
     new: Vec<Piece>,
 }
 
@@ -355,8 +362,9 @@ impl Rewrite {
 
     fn chunk(&mut self, tables: &Tables<'_>, index: ChunkIndex) -> Result<&mut Chunk> {
         if !self.chunks.contains_key(&index) {
-            let old = fetch(tables.tree(), &key::pieces(self.ino, index), decode_pieces)?.unwrap_or_default();
-            self.chunks.insert(index, Chunk { new: old.clone(), old });
+            let (old, replicas) =
+                fetch(tables.tree(), &key::pieces(self.ino, index), decode_chunk)?.unwrap_or_default();
+            self.chunks.insert(index, Chunk { new: old.clone(), old, replicas });
         }
         Ok(self.chunks.entry(index).or_default())
     }
@@ -382,10 +390,10 @@ impl Rewrite {
 
     fn hole(&mut self, tables: &Tables<'_>, bytes: std::ops::Range<u64>) -> Result<()> {
         let ino = self.ino;
-        scan_chunks(tables, ino, &bytes, |index, old| {
+        scan_chunks(tables, ino, &bytes, |index, old, replicas| {
             let mut new = old.clone();
             pieces::clear(&mut new, span(index, &bytes));
-            self.chunks.insert(index, Chunk { old, new });
+            self.chunks.insert(index, Chunk { old, replicas, new });
             Ok(ControlFlow::Continue(()))
         })
     }
@@ -396,17 +404,17 @@ impl Rewrite {
     }
 
     fn finish(self, tables: &mut Tables<'_>, inode: &mut Inode, changes: &mut Changes) -> Result<()> {
-        for (index, Chunk { old, new }) in self.chunks {
+        for (index, Chunk { old, replicas, new }) in self.chunks {
             if old == new {
                 continue;
             }
             inode.stored = inode.stored + pieces::stored(&new) - pieces::stored(&old);
-            changes.name(&new);
-            changes.unname(&old);
+            changes.name(&new, inode.replicas);
+            changes.unname(&old, replicas);
             let row = key::pieces(self.ino, index);
             match new.is_empty() {
                 true => tables.remove_tree(&row)?,
-                false => tables.put_tree(&row, &encode_pieces(&new))?,
+                false => tables.put_tree(&row, &encode_pieces(&new, inode.replicas))?,
             }
         }
         Ok(())

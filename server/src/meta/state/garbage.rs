@@ -7,7 +7,7 @@
 
 use std::ops::ControlFlow;
 
-use holdfast_common::{BlockHash, Epoch, Refusal, ServerId, Time, limits::REPLICAS};
+use holdfast_common::{BlockHash, Epoch, Refusal, ServerId, Time};
 
 use super::{
     Reply, Rows, Tables,
@@ -42,7 +42,7 @@ pub(super) fn condemn(tables: &mut Tables<'_>, hashes: &[BlockHash], unnamed_bef
         let Some(old) = block(tables, *hash)?.filter(is_unnamed) else { continue };
         if unnamed_since(tables, *hash)?.is_some_and(|since| since <= unnamed_before) {
             let new = BlockRow { epoch, condemned: true, ..old.clone() };
-            blocks::store(tables, *hash, Some(&old), &new, now)?;
+            blocks::store(tables, *hash, Some(&old), new, now)?;
             tables.counters.epoch = epoch;
         }
     }
@@ -73,19 +73,19 @@ pub(super) fn condemn_strays(
             Some(row) if row.condemned => {
                 let mut new = row.clone();
                 blocks::add_holder(&mut new, server);
-                blocks::store(tables, *hash, Some(row), &new, now)?;
+                blocks::store(tables, *hash, Some(row), new, now)?;
                 continue;
             }
             Some(row) => BlockRow { epoch, ..row.clone() },
         };
-        blocks::store(tables, *hash, old.as_ref(), &new, now)?;
+        blocks::store(tables, *hash, old.as_ref(), new, now)?;
         tables.counters.epoch = epoch;
         condemned.push(*hash);
     }
     Ok(Reply::Strays { epoch, condemned })
 }
 
-/// Takes a server off the record of those of `hashes` of which `REPLICAS` others of `counting` have copies, and has its own count no
+/// Takes a server off the record of those of `hashes` of which enough others of `counting` have copies, and has its own count no
 /// more. Answers with those whose copies there may be deleted. Decided here, because somebody else may just have taken another off.
 pub(super) fn retire(
     tables: &mut Tables<'_>,
@@ -101,12 +101,12 @@ pub(super) fn retire(
             continue;
         };
         let others = old.holders.iter().filter(|holder| **holder != server && counting.contains(holder)).count();
-        if others < REPLICAS {
+        if others < old.wanted {
             continue;
         }
         let mut new = BlockRow { epoch, ..old.clone() };
         new.holders.retain(|holder| *holder != server);
-        blocks::store(tables, *hash, Some(&old), &new, now)?;
+        blocks::store(tables, *hash, Some(&old), new, now)?;
         tables.counters.epoch = epoch;
         condemned.push(*hash);
     }

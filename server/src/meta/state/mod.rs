@@ -12,6 +12,7 @@ pub mod namespace;
 pub mod orphans;
 pub mod query;
 pub mod recovery;
+pub mod replicas;
 pub mod rows;
 pub mod servers;
 pub mod session;
@@ -24,7 +25,7 @@ pub mod xattr;
 pub(crate) mod tests;
 
 use holdfast_common::{
-    BlockHash, Epoch, Ino, Position, Refusal, Sequence, ServerId, SessionId, Time,
+    BlockHash, Epoch, Ino, Position, Refusal, Replicas, Sequence, ServerId, SessionId, Time,
     cluster::Standing,
     net::identity::{NodeName, Role},
     wire::meta::{CopyFault, Mutated, NewBlock, Op},
@@ -146,6 +147,16 @@ pub enum Command {
         blocks: Vec<BlockHash>,
         epoch: Epoch,
     },
+    /// So many copies from now on of all that has no number of its own.
+    SetReplicas {
+        replicas: Replicas,
+    },
+    /// The rows of the next blocks follow that.
+    Retarget,
+    /// Chunks of files whose number of copies has changed follow it.
+    Recount {
+        inos: Vec<Ino>,
+    },
 }
 
 impl Command {
@@ -177,7 +188,7 @@ pub type Outcome = Result<Reply, Refusal>;
 pub enum Reply {
     Mutated(Mutated),
     Session(SessionId),
-    /// `unfinished`: some of these inodes have rows left; propose them again.
+    /// `unfinished`: some rows are left; propose the same again.
     Reclaimed {
         unfinished: bool,
     },
@@ -291,6 +302,9 @@ pub fn apply(tables: &mut Tables<'_>, entry: &Entry) -> Result<Applied, StorageE
         Command::Deleted { server, blocks, epoch } => {
             Ok(garbage::deleted(tables, *server, blocks, *epoch, entry.time)?)
         }
+        Command::SetReplicas { replicas } => Ok(replicas::set_default(tables, *replicas)?),
+        Command::Retarget => Ok(replicas::retarget(tables, entry.time)?),
+        Command::Recount { inos } => Ok(replicas::recount(tables, inos, entry.time)?),
         Command::Forget { blocks, epoch } => Ok(garbage::forget(tables, blocks, *epoch, entry.time)?),
         Command::IssueToken { secret_hash, role, expires } => {
             settled(tokens::issue(tables, secret_hash, *role, *expires, entry.time))?

@@ -6,7 +6,7 @@
 use std::ops::Range;
 
 use holdfast_common::{
-    Ino, Kind, Refusal, Time,
+    Ino, Kind, Refusal, Replicas, Time,
     limits::{LINK_COUNT_MAX, NAME_LENGTH_MAX, SYMLINK_LENGTH_MAX},
     mode,
     wire::meta::{Mutated, NewInode, RenameMode, UMASK_SHIFT},
@@ -37,6 +37,7 @@ fn fresh(kind: Kind, now: Time) -> Inode {
         size: 0,
         stored: 0,
         data_version: 0,
+        replicas: Replicas::INHERITED,
         atime: now,
         mtime: now,
         ctime: now,
@@ -194,6 +195,7 @@ fn child(new: &NewInode, permissions: u32, directory: &Inode, now: Time) -> Inod
         gid: if inherits { directory.gid } else { new.gid },
         rdev: if matches!(new.kind, Kind::CharDevice | Kind::BlockDevice) { new.rdev } else { 0 },
         size: new.target.len() as u64,
+        replicas: directory.replicas,
         ..fresh(new.kind, now)
     }
 }

@@ -7,7 +7,7 @@ use holdfast_common::{Ino, Time};
 use super::{
     Reply, Rows, StorageError, Tables,
     blocks::Changes,
-    rows::decode_pieces,
+    rows::decode_chunk,
     tables::{Result, key, past, scan},
 };
 
@@ -49,9 +49,9 @@ fn delete_rows(tables: &mut Tables<'_>, ino: Ino, budget: &mut usize, changes: &
     let mut stored = 0;
     for (row_key, row) in &rows {
         if row_key[8] == key::PIECES {
-            let pieces = decode_pieces(row)?;
+            let (pieces, replicas) = decode_chunk(row)?;
             stored += pieces.iter().map(|piece| u64::from(piece.length)).sum::<u64>();
-            changes.unname(&pieces);
+            changes.unname(&pieces, replicas);
         }
         tables.remove_tree(row_key)?;
     }
@@ -64,6 +64,7 @@ fn delete_rows(tables: &mut Tables<'_>, ino: Ino, budget: &mut usize, changes: &
     }
     tables.remove_inode(ino);
     tables.remove_state(&key::orphan(ino))?;
+    tables.remove_state(&key::recount(ino))?;
     tables.counters.inodes -= 1;
     Ok(true)
 }

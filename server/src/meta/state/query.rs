@@ -165,7 +165,7 @@ pub fn seek(rows: &impl Rows, ino: Ino, offset: u64, hole: bool) -> Step<Sought>
     if hole && inode.stored == inode.size {
         return Ok(Sought::Found(inode.size));
     }
-    scan_chunks(rows, ino, &(offset..inode.size), |index, pieces| {
+    scan_chunks(rows, ino, &(offset..inode.size), |index, pieces, _| {
         looked_at += pieces.len();
         for piece in pieces {
             let start = start_of(index) + u64::from(piece.offset);

@@ -3,16 +3,22 @@
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 
 use holdfast_common::{
-    Attr, BlockHash, Epoch, Ino, Kind, Piece, Position, Sequence, ServerId, Time,
+    Attr, BlockHash, Epoch, Ino, Kind, Piece, Position, Replicas, Sequence, ServerId, Time,
     cluster::Standing,
+    enough_replicas,
+    limits::{REPLICAS, REPLICAS_MAX},
     net::identity::{NodeName, Role},
 };
 
 use super::tables::{Result, StorageError, key};
 
 const VERSION: u8 = 1;
+/// Of the row of an inode that has a number of copies of its own, and of a chunk whose pieces are counted under one.
+const REPLICAS_VERSION: u8 = 2;
 /// Of the row of a block that has an epoch.
-const BLOCK_VERSION: u8 = 2;
+const BLOCK_EPOCH_VERSION: u8 = 2;
+/// Of the row of a block of which somebody wants more or fewer copies than usual.
+const BLOCK_VERSION: u8 = 3;
 /// Of the row of a storage server that has a standing.
 const SERVER_VERSION: u8 = 2;
 
@@ -29,6 +35,8 @@ pub struct Inode {
     pub size: u64,
     pub stored: u64,
     pub data_version: u64,
+    /// Of its blocks; of a directory, of what is made in it.
+    pub replicas: Replicas,
     pub atime: Time,
     pub mtime: Time,
     pub ctime: Time,
@@ -58,6 +66,7 @@ impl Inode {
             ctime: self.ctime,
             btime: self.btime,
             data_version: self.data_version,
+            replicas: self.replicas,
         }
     }
 
@@ -74,11 +83,15 @@ impl Inode {
         if self.is_directory() {
             [self.parent.0, self.parent_cookie, self.cookie_next].into_iter().for_each(|field| out.u64(field));
         }
+        if self.replicas != Replicas::INHERITED {
+            out.0[0] = REPLICAS_VERSION;
+            out.u8(self.replicas.byte());
+        }
         out.0
     }
 
     pub fn decode(bytes: &[u8]) -> Result<Self> {
-        let mut row = In::new("inode", bytes)?;
+        let (mut row, version) = In::versioned("inode", bytes, REPLICAS_VERSION)?;
         let kind = kind_of(row.u8()?)?;
         let mut inode = Self {
             kind,
@@ -90,6 +103,7 @@ impl Inode {
             size: row.u64()?,
             stored: row.u64()?,
             data_version: row.u64()?,
+            replicas: Replicas::INHERITED,
             atime: row.time()?,
             mtime: row.time()?,
             ctime: row.time()?,
@@ -102,6 +116,9 @@ impl Inode {
             inode.parent = Ino(row.u64()?);
             inode.parent_cookie = row.u64()?;
             inode.cookie_next = row.u64()?;
+        }
+        if version >= REPLICAS_VERSION {
+            inode.replicas = row.replicas()?;
         }
         row.end()?;
         Ok(inode)
@@ -150,6 +167,10 @@ pub struct BlockRow {
     pub length: u32,
     /// Pieces that name it.
     pub refs: u64,
+    /// Those of them whose files have a number of copies of their own: one copy, two, and so on.
+    pub refs_by_replicas: [u64; REPLICAS_MAX],
+    /// Copies that it should have: the most that any of its files wants.
+    pub wanted: usize,
     /// Sorted.
     pub holders: Vec<ServerId>,
     /// Every copy that is put on record from now on is stamped with at least this: another may be deleted at any moment.
@@ -161,7 +182,31 @@ pub struct BlockRow {
 impl BlockRow {
     /// Of a block that nobody names yet.
     pub fn new(length: u32, epoch: Epoch) -> Self {
-        Self { length, refs: 0, holders: Vec::new(), epoch, condemned: false }
+        Self {
+            length,
+            refs: 0,
+            refs_by_replicas: [0; REPLICAS_MAX],
+            wanted: REPLICAS,
+            holders: Vec::new(),
+            epoch,
+            condemned: false,
+        }
+    }
+
+    /// Copies without which it is not durable.
+    pub fn enough(&self) -> usize {
+        enough_replicas(self.wanted)
+    }
+
+    /// What `wanted` should be when the cluster's number is `default`. Of a block that nobody names, that.
+    pub fn most_wanted(&self, default: usize) -> usize {
+        let own = (1..=REPLICAS_MAX).rev().find(|count| self.refs_by_replicas[count - 1] > 0);
+        let others = self.refs > self.refs_by_replicas.iter().sum();
+        own.filter(|own| !others || *own > default).unwrap_or(default)
+    }
+
+    fn is_usual(&self) -> bool {
+        self.wanted == REPLICAS && self.refs_by_replicas == [0; REPLICAS_MAX]
     }
 
     /// Epochs begin with the first garbage: until then the short form does.
@@ -169,10 +214,16 @@ impl BlockRow {
         let mut out = Out::new(22 + 4 * self.holders.len());
         out.u32(self.length);
         out.u64(self.refs);
-        if self.epoch > Epoch(0) || self.condemned {
-            out.0[0] = BLOCK_VERSION;
+        if self.epoch > Epoch(0) || self.condemned || !self.is_usual() {
+            out.0[0] = BLOCK_EPOCH_VERSION;
             out.u64(self.epoch.0);
             out.u8(u8::from(self.condemned));
+        }
+        if !self.is_usual() {
+            out.0[0] = BLOCK_VERSION;
+            // At most `REPLICAS_MAX`.
+            out.u8(u8::try_from(self.wanted).unwrap_or(u8::MAX));
+            self.refs_by_replicas.into_iter().for_each(|field| out.u64(field));
         }
         self.holders.iter().for_each(|holder| out.u32(holder.0));
         out.0
@@ -180,18 +231,32 @@ impl BlockRow {
 
     pub fn decode(bytes: &[u8]) -> Result<Self> {
         let (mut row, version) = In::versioned("block", bytes, BLOCK_VERSION)?;
-        let (length, refs) = (row.u32()?, row.u64()?);
-        let (epoch, condemned) = if version >= BLOCK_VERSION { (row.u64()?, row.u8()? != 0) } else { (0, false) };
-        let mut holders = Vec::with_capacity(row.bytes.len() / 4);
-        while !row.bytes.is_empty() {
-            holders.push(ServerId(row.u32()?));
+        let mut block = Self::new(row.u32()?, Epoch(0));
+        block.refs = row.u64()?;
+        if version >= BLOCK_EPOCH_VERSION {
+            (block.epoch, block.condemned) = (Epoch(row.u64()?), row.u8()? != 0);
         }
-        Ok(Self { length, refs, holders, epoch: Epoch(epoch), condemned })
+        if version >= BLOCK_VERSION {
+            block.wanted = usize::from(row.u8()?);
+            for field in &mut block.refs_by_replicas {
+                *field = row.u64()?;
+            }
+        }
+        block.holders.reserve_exact(row.bytes.len() / 4);
+        while !row.bytes.is_empty() {
+            block.holders.push(ServerId(row.u32()?));
+        }
+        Ok(block)
     }
 }
 
-pub fn encode_pieces(pieces: &[Piece]) -> Vec<u8> {
-    let mut out = Out::new(1 + 44 * pieces.len());
+/// The pieces of a chunk, and the number of copies under which its blocks' rows count them.
+pub fn encode_pieces(pieces: &[Piece], replicas: Replicas) -> Vec<u8> {
+    let mut out = Out::new(2 + 44 * pieces.len());
+    if replicas != Replicas::INHERITED {
+        out.0[0] = REPLICAS_VERSION;
+        out.u8(replicas.byte());
+    }
     for piece in pieces {
         [piece.offset, piece.length, piece.block_offset].into_iter().for_each(|field| out.u32(field));
         out.bytes(&piece.block.0);
@@ -200,13 +265,19 @@ pub fn encode_pieces(pieces: &[Piece]) -> Vec<u8> {
 }
 
 pub fn decode_pieces(bytes: &[u8]) -> Result<Vec<Piece>> {
-    let mut row = In::new("pieces", bytes)?;
+    Ok(decode_chunk(bytes)?.0)
+}
+
+/// What [`encode_pieces`] was given.
+pub fn decode_chunk(bytes: &[u8]) -> Result<(Vec<Piece>, Replicas)> {
+    let (mut row, version) = In::versioned("pieces", bytes, REPLICAS_VERSION)?;
+    let replicas = if version >= REPLICAS_VERSION { row.replicas()? } else { Replicas::INHERITED };
     let mut pieces = Vec::with_capacity(row.bytes.len() / 44);
     while !row.bytes.is_empty() {
         let (offset, length, block_offset) = (row.u32()?, row.u32()?, row.u32()?);
         pieces.push(Piece { offset, length, block_offset, block: BlockHash(row.array()?) });
     }
-    Ok(pieces)
+    Ok((pieces, replicas))
 }
 
 /// What a mount told when it opened its session.
@@ -369,6 +440,10 @@ pub struct Counters {
     pub condemned: u64,
     /// Blocks that were forgotten.
     pub collected: u64,
+    /// Copies of what has no number of its own.
+    pub replicas: Replicas,
+    /// That number has changed, and the rows of blocks up to this one follow it.
+    pub retargeted: Option<BlockHash>,
 }
 
 impl Default for Counters {
@@ -391,11 +466,18 @@ impl Default for Counters {
             forgotten: Epoch(0),
             condemned: 0,
             collected: 0,
+            replicas: Replicas::INHERITED,
+            retargeted: None,
         }
     }
 }
 
 impl Counters {
+    /// Copies of what has no number of its own.
+    pub fn replicas(&self) -> usize {
+        self.replicas.or(REPLICAS)
+    }
+
     pub fn encode(&self) -> Vec<u8> {
         let mut out = Out::new(172);
         [self.position.0, self.ino_next, self.session_next].into_iter().for_each(|field| out.u64(field));
@@ -406,6 +488,10 @@ impl Counters {
             .into_iter()
             .for_each(|field| out.u64(field));
         [self.epoch.0, self.forgotten.0, self.condemned, self.collected].into_iter().for_each(|field| out.u64(field));
+        if self.replicas != Replicas::INHERITED || self.retargeted.is_some() {
+            out.u8(self.replicas.byte());
+            self.retargeted.iter().for_each(|hash| out.bytes(&hash.0));
+        }
         out.0
     }
 
@@ -432,6 +518,12 @@ impl Counters {
             counters.forgotten = Epoch(row.u64()?);
             counters.condemned = row.u64()?;
             counters.collected = row.u64()?;
+        }
+        if !row.bytes.is_empty() {
+            counters.replicas = row.replicas()?;
+        }
+        if !row.bytes.is_empty() {
+            counters.retargeted = Some(BlockHash(row.array()?));
         }
         row.end()?;
         Ok(counters)
@@ -541,6 +633,9 @@ impl<'a> In<'a> {
     }
     fn u64(&mut self) -> Result<u64> {
         Ok(u64::from_le_bytes(self.array()?))
+    }
+    fn replicas(&mut self) -> Result<Replicas> {
+        Replicas::from_byte(self.u8()?).ok_or_else(|| self.damaged("number of copies"))
     }
     fn time(&mut self) -> Result<Time> {
         Ok(Time { secs: i64::from_le_bytes(self.array()?), nanos: self.u32()? })

@@ -389,6 +389,7 @@ pub mod key {
     pub const CONDEMNED: u8 = 4;
     pub const DELETED: u8 = 5;
     pub const LAST_COPY: u8 = 6;
+    pub const SURPLUS: u8 = 7;
 
     pub const COUNTERS: u8 = 0;
     pub const SESSION: u8 = 1;
@@ -400,6 +401,7 @@ pub mod key {
     pub const RECOVERY: u8 = 7;
     pub const OWED_BY: u8 = 8;
     pub const REMOVED: u8 = 9;
+    pub const RECOUNT: u8 = 10;
 
     /// All rows of a family of an inode: `ino, tag`.
     pub fn family(ino: Ino, tag: u8) -> Vec<u8> {
@@ -458,6 +460,9 @@ pub mod key {
     pub fn last_copy(hash: BlockHash) -> Vec<u8> {
         tagged(LAST_COPY, &[&hash.0])
     }
+    pub fn surplus(hash: BlockHash) -> Vec<u8> {
+        tagged(SURPLUS, &[&hash.0])
+    }
     pub fn unnamed(hash: BlockHash) -> Vec<u8> {
         tagged(UNNAMED, &[&hash.0])
     }
@@ -483,6 +488,9 @@ pub mod key {
     }
     pub fn orphan(ino: Ino) -> Vec<u8> {
         tagged(ORPHAN, &[&ino.0.to_be_bytes()])
+    }
+    pub fn recount(ino: Ino) -> Vec<u8> {
+        tagged(RECOUNT, &[&ino.0.to_be_bytes()])
     }
     pub fn server(id: ServerId) -> Vec<u8> {
         tagged(SERVER, &[&id.0.to_be_bytes()])

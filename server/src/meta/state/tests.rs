@@ -4,6 +4,7 @@ mod bytes;
 mod garbage;
 mod garbage_model;
 mod model;
+mod replicas;
 mod words;
 
 use std::collections::BTreeMap;

@@ -8,15 +8,16 @@ use std::{
 };
 
 use holdfast_common::{
-    BlockHash, ChunkIndex, Epoch, Ino, Kind, Piece, ServerId, SessionId,
-    limits::{FILE_SIZE_MAX, PIECES_PER_CHUNK_MAX, REPLICAS},
+    BlockHash, ChunkIndex, Epoch, Ino, Kind, Piece, Replicas, ServerId, SessionId,
+    limits::{FILE_SIZE_MAX, PIECES_PER_CHUNK_MAX, REPLICAS, REPLICAS_MAX},
     pieces,
 };
 
 use super::{
     Rows, StorageError, blocks,
     file::{index_of, start_of},
-    rows::{BlockRow, Dentry, Inode, decode_pieces},
+    replicas,
+    rows::{BlockRow, Dentry, Inode, decode_chunk},
     servers, session,
     tables::{Result, key, past, scan},
 };
@@ -28,12 +29,13 @@ struct Facts {
     symlinks: BTreeMap<Ino, u64>,
     dentries: BTreeMap<(Ino, Vec<u8>), Dentry>,
     cookies: BTreeMap<(Ino, u64), (Dentry, Vec<u8>)>,
-    pieces: BTreeMap<(Ino, ChunkIndex), Vec<Piece>>,
+    pieces: BTreeMap<(Ino, ChunkIndex), (Vec<Piece>, Replicas)>,
     others: BTreeSet<Ino>,
     blocks: BTreeMap<BlockHash, BlockRow>,
     held: BTreeSet<(ServerId, BlockHash)>,
     owed: BTreeSet<BlockHash>,
     last_copies: BTreeSet<BlockHash>,
+    surplus: BTreeSet<BlockHash>,
     unnamed: BTreeSet<BlockHash>,
     /// With whether they are deleted everywhere.
     condemned: BTreeSet<(Epoch, BlockHash, bool)>,
@@ -56,6 +58,7 @@ pub fn violations(rows: &impl Rows, count: usize) -> Result<Vec<String>> {
     references_are_counted(&facts, &mut found);
     holders_are_indexed(&facts, &mut found);
     debts_are_on_record(&facts, &mut found);
+    copies_are_wanted_as_said(&facts, rows, &mut found)?;
     nothing_condemned_is_named(&facts, rows, &mut found);
     counters_are_true(&facts, rows, &mut found);
     replies_belong_to_sessions(rows, &mut found)?;
@@ -90,7 +93,7 @@ impl Facts {
                 let cookie = u64::from_be_bytes(rest.try_into().map_err(|_| damaged())?);
                 self.cookies.insert((ino, cookie), (entry, name.to_vec()));
             }
-            key::PIECES => drop(self.pieces.insert((ino, index_of(key)?), decode_pieces(row)?)),
+            key::PIECES => drop(self.pieces.insert((ino, index_of(key)?), decode_chunk(row)?)),
             _ => return Err(damaged()),
         }
         Ok(())
@@ -107,6 +110,7 @@ impl Facts {
             }
             key::OWED => drop(self.owed.insert(hash)),
             key::LAST_COPY => drop(self.last_copies.insert(hash)),
+            key::SURPLUS => drop(self.surplus.insert(hash)),
             key::UNNAMED => drop(self.unnamed.insert(hash)),
             list @ (key::CONDEMNED | key::DELETED) => {
                 let epoch = key[1..].first_chunk::<8>().ok_or_else(damaged)?;
@@ -230,7 +234,7 @@ fn sizes_are_true(facts: &Facts, found: &mut Vec<String>) {
     let mut entries: BTreeMap<Ino, u64> = BTreeMap::new();
     facts.dentries.keys().for_each(|(parent, _)| *entries.entry(*parent).or_default() += 1);
     let mut stored: BTreeMap<Ino, u64> = BTreeMap::new();
-    for ((ino, _), pieces) in &facts.pieces {
+    for ((ino, _), (pieces, _)) in &facts.pieces {
         *stored.entry(*ino).or_default() += pieces::stored(pieces);
     }
     for (ino, inode) in &facts.inodes {
@@ -253,7 +257,7 @@ fn sizes_are_true(facts: &Facts, found: &mut Vec<String>) {
 }
 
 fn pieces_are_in_order(facts: &Facts, found: &mut Vec<String>) {
-    for ((ino, index), pieces) in &facts.pieces {
+    for ((ino, index), (pieces, _)) in &facts.pieces {
         let place = format!("chunk {index} of inode {ino}");
         if pieces.is_empty() || pieces.len() > PIECES_PER_CHUNK_MAX {
             found.push(format!("{place} has {} pieces", pieces.len()));
@@ -275,15 +279,25 @@ fn pieces_are_in_order(facts: &Facts, found: &mut Vec<String>) {
 }
 
 fn references_are_counted(facts: &Facts, found: &mut Vec<String>) {
-    let mut references: BTreeMap<BlockHash, u64> = BTreeMap::new();
-    facts.pieces.values().flatten().for_each(|piece| *references.entry(piece.block).or_default() += 1);
+    let mut references: BTreeMap<BlockHash, (u64, [u64; REPLICAS_MAX])> = BTreeMap::new();
+    for (pieces, replicas) in facts.pieces.values() {
+        for piece in pieces {
+            let (all, by_replicas) = references.entry(piece.block).or_default();
+            *all += 1;
+            replicas.own().into_iter().for_each(|own| by_replicas[own - 1] += 1);
+        }
+    }
     for hash in references.keys().filter(|hash| !facts.blocks.contains_key(hash)) {
         found.push(format!("block {hash} is named by pieces and is not known"));
     }
     for (hash, row) in &facts.blocks {
-        let expected = references.get(hash).copied().unwrap_or(0);
+        let (expected, by_replicas) = references.get(hash).copied().unwrap_or_default();
         if row.refs != expected {
             found.push(format!("block {hash} counts {} pieces, and {expected} name it", row.refs));
+        }
+        if row.refs_by_replicas != by_replicas {
+            let counted = row.refs_by_replicas;
+            found.push(format!("block {hash} counts {counted:?} pieces by copies wanted, and {by_replicas:?} name it"));
         }
     }
 }
@@ -316,9 +330,32 @@ fn debts_are_on_record(facts: &Facts, found: &mut Vec<String>) {
     for hash in facts.last_copies.difference(&with(blocks::has_one_copy_left)) {
         found.push(format!("block {hash} is in the list of last copies, and has others"));
     }
+    for hash in facts.surplus.difference(&with(blocks::has_surplus)) {
+        found.push(format!("block {hash} is in the list of those with too many copies, and has not"));
+    }
     for hash in with(blocks::is_unnamed).symmetric_difference(&facts.unnamed) {
         found.push(format!("block {hash} and the list of unnamed blocks disagree"));
     }
+}
+
+/// While numbers that have changed are still being followed, what has not followed yet is as it was.
+fn copies_are_wanted_as_said(facts: &Facts, rows: &impl Rows, found: &mut Vec<String>) -> Result<()> {
+    let counters = rows.counters();
+    let follows = |hash: &BlockHash| counters.retargeted.is_none_or(|through| *hash <= through);
+    for (hash, row) in facts.blocks.iter().filter(|(hash, _)| follows(hash)) {
+        let wanted = row.most_wanted(counters.replicas());
+        if row.wanted != wanted {
+            found.push(format!("block {hash} wants {} copies, and should want {wanted}", row.wanted));
+        }
+    }
+    let recounted: BTreeSet<Ino> = replicas::recounted_first(rows, usize::MAX)?.into_iter().collect();
+    for ((ino, index), (_, counted)) in &facts.pieces {
+        let own = facts.inodes.get(ino).map(|inode| inode.replicas);
+        if own != Some(*counted) && !recounted.contains(ino) {
+            found.push(format!("chunk {index} of inode {ino} is counted under {counted:?}, not {own:?}"));
+        }
+    }
+    Ok(())
 }
 
 fn nothing_condemned_is_named(facts: &Facts, rows: &impl Rows, found: &mut Vec<String>) {

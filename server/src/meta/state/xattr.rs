@@ -10,7 +10,7 @@ use holdfast_common::{
 };
 
 use super::{
-    Rows, Step, Tables, acl, existing,
+    Rows, Step, Tables, acl, existing, replicas,
     rows::Inode,
     tables::{Result, fetch, key, past, scan},
 };
@@ -27,6 +27,9 @@ pub(super) fn set(
     now: Time,
 ) -> Step<Mutated> {
     check_name(name)?;
+    if name == replicas::ATTRIBUTE {
+        return replicas::set(tables, ino, value, now);
+    }
     if value.len() > XATTR_VALUE_LENGTH_MAX {
         return Err(Refusal::TooLarge.into());
     }
@@ -56,6 +59,9 @@ pub(super) fn set(
 
 pub(super) fn remove(tables: &mut Tables<'_>, ino: Ino, name: &[u8], now: Time) -> Step<Mutated> {
     check_name(name)?;
+    if name == replicas::ATTRIBUTE {
+        return replicas::unset(tables, ino, now);
+    }
     let inode = existing(tables, ino)?;
     value(tables, ino, name)?.ok_or(Refusal::NoAttribute)?;
     tables.remove_tree(&key::xattr(ino, name))?;
@@ -82,6 +88,9 @@ pub(super) fn check_name(name: &[u8]) -> Result<(), Refusal> {
 }
 
 pub fn value(rows: &impl Rows, ino: Ino, name: &[u8]) -> Result<Option<Vec<u8>>> {
+    if name == replicas::ATTRIBUTE {
+        return Ok(rows.inode(ino)?.as_ref().and_then(replicas::shown));
+    }
     fetch(rows.tree(), &key::xattr(ino, name), |value| Ok(value.to_vec()))
 }
 

@@ -1,11 +1,11 @@
 //! The bytes of the rows are frozen.
 
 use holdfast_common::{
-    Epoch, Ino, Kind, Piece, Position, Sequence, ServerId, Time, cluster::Standing, net::identity::Role,
+    Epoch, Ino, Kind, Piece, Position, Replicas, Sequence, ServerId, Time, cluster::Standing, net::identity::Role,
 };
 
 use super::super::rows::{
-    BlockRow, Counters, Dentry, Inode, ServerRow, SessionRow, TokenRow, decode_pieces, encode_pieces,
+    BlockRow, Counters, Dentry, Inode, ServerRow, SessionRow, TokenRow, decode_chunk, decode_pieces, encode_pieces,
 };
 use super::{MOUNT, hash};
 
@@ -28,6 +28,7 @@ fn directory() -> Inode {
         size: 5,
         stored: 6,
         data_version: 7,
+        replicas: Replicas::INHERITED,
         atime: time(-1),
         mtime: time(2),
         ctime: time(3),
@@ -63,9 +64,23 @@ fn rows_have_their_golden_bytes_and_come_back() {
     assert_eq!(hex(&block.encode()), "0200100000000000000000000007000000000000000103000000");
     assert_eq!(BlockRow::decode(&block.encode()).unwrap(), block);
 
+    let two = Replicas::new(2).unwrap();
+    let block = BlockRow { refs: 1, refs_by_replicas: [0, 1, 0, 0, 0], wanted: 2, ..block };
+    let counts = format!("{}0100000000000000{}", "00".repeat(8), "00".repeat(24));
+    assert_eq!(hex(&block.encode()), format!("0300100000010000000000000007000000000000000102{counts}03000000"));
+    assert_eq!(BlockRow::decode(&block.encode()).unwrap(), block);
+    let own = Inode { replicas: two, ..inode.clone() };
+    assert_eq!(hex(&own.encode()), format!("02{}02", &hex(&inode.encode())[2..]));
+    assert_eq!(Inode::decode(&own.encode()).unwrap(), own);
+
     let pieces = vec![Piece { offset: 1, length: 2, block: hash(0xab), block_offset: 3 }];
-    assert_eq!(hex(&encode_pieces(&pieces)), format!("01010000000200000003000000{}", "ab".repeat(32)));
-    assert_eq!(decode_pieces(&encode_pieces(&pieces)).unwrap(), pieces);
+    let row = encode_pieces(&pieces, Replicas::INHERITED);
+    assert_eq!(hex(&row), format!("01010000000200000003000000{}", "ab".repeat(32)));
+    assert_eq!(decode_chunk(&row).unwrap(), (pieces.clone(), Replicas::INHERITED));
+    let row = encode_pieces(&pieces, two);
+    assert_eq!(hex(&row), format!("0202010000000200000003000000{}", "ab".repeat(32)));
+    assert_eq!(decode_chunk(&row).unwrap(), (pieces.clone(), two));
+    assert_eq!(decode_pieces(&row).unwrap(), pieces);
 
     let session = SessionRow {
         node: MOUNT,
@@ -100,6 +115,10 @@ fn rows_have_their_golden_bytes_and_come_back() {
     let counters = Counters { position: Position(1), blocks_by_copies: [1, 2, 3, 4], ..Counters::default() };
     let decoded = Counters::decode(&counters.encode()).unwrap();
     assert_eq!((decoded, counters.encode().len()), (counters.clone(), 161));
+    let numbers = Counters { replicas: two, retargeted: Some(hash(0xab)), ..counters.clone() };
+    assert_eq!(Counters::decode(&numbers.encode()).unwrap(), numbers);
+    let numbers = Counters { replicas: two, ..counters.clone() };
+    assert_eq!(Counters::decode(&numbers.encode()).unwrap(), numbers);
     let from_before_garbage = Counters::decode(&counters.encode()[..129]).unwrap();
     assert_eq!(from_before_garbage, counters);
 }
@@ -119,5 +138,5 @@ fn damaged_rows_are_faults_and_never_panics() {
             let _ = BlockRow::decode(&row[..length]).is_ok();
         }
     }
-    assert!(Inode::decode(&[2; 130]).unwrap_err().to_string().contains("version 2"));
+    assert!(Inode::decode(&[3; 130]).unwrap_err().to_string().contains("version 3"));
 }

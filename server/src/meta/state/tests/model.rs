@@ -7,22 +7,76 @@ use super::{
     BTreeMap, Command, FileCommit, Ino, Kind, Mutated, NewBlock, Op, Piece, Refusal, Sequence, World, block, file,
     make, query,
 };
-use holdfast_common::wire::meta::{RenameMode, SetAttr};
+use holdfast_common::{
+    Replicas,
+    wire::meta::{REPLICAS_ATTRIBUTE, RenameMode, SetAttr, XattrMode},
+};
 
 /// One random step. Files and directories are chosen by number among those that exist.
 #[derive(Clone, Debug)]
 enum Action {
-    Make { dir: usize, name: u8, kind: Kind },
-    Link { file: usize, dir: usize, name: u8 },
-    Unlink { dir: usize, name: u8 },
-    Rmdir { dir: usize, name: u8 },
-    Rename { from: usize, from_name: u8, to: usize, to_name: u8, mode: RenameMode },
-    Write { file: usize, at: u64, length: u32, skip: u32, seed: u8 },
-    Truncate { file: usize, size: u64 },
-    Punch { file: usize, at: u64, length: u64, grow: bool },
-    Copy { from: usize, from_at: u64, to: usize, to_at: u64, length: u64 },
-    Retry { back: u64 },
+    Make {
+        dir: usize,
+        name: u8,
+        kind: Kind,
+    },
+    Link {
+        file: usize,
+        dir: usize,
+        name: u8,
+    },
+    Unlink {
+        dir: usize,
+        name: u8,
+    },
+    Rmdir {
+        dir: usize,
+        name: u8,
+    },
+    Rename {
+        from: usize,
+        from_name: u8,
+        to: usize,
+        to_name: u8,
+        mode: RenameMode,
+    },
+    Write {
+        file: usize,
+        at: u64,
+        length: u32,
+        skip: u32,
+        seed: u8,
+    },
+    Truncate {
+        file: usize,
+        size: u64,
+    },
+    Punch {
+        file: usize,
+        at: u64,
+        length: u64,
+        grow: bool,
+    },
+    Copy {
+        from: usize,
+        from_at: u64,
+        to: usize,
+        to_at: u64,
+        length: u64,
+    },
+    Retry {
+        back: u64,
+    },
     Reclaim,
+    /// 0: the cluster's.
+    Replicas {
+        node: usize,
+        count: usize,
+    },
+    ClusterReplicas {
+        count: usize,
+    },
+    Follow,
 }
 
 /// Offsets crowd around the edges of the first chunks.
@@ -50,6 +104,9 @@ fn action() -> impl Strategy<Value = Action> {
             .prop_map(|(from, from_at, to, to_at, length)| Action::Copy { from, from_at, to, to_at, length }),
         1 => (0..3u64).prop_map(|back| Action::Retry { back }),
         1 => Just(Action::Reclaim),
+        2 => (0..8usize, 0..=5usize).prop_map(|(node, count)| Action::Replicas { node, count }),
+        1 => (1..=5usize).prop_map(|count| Action::ClusterReplicas { count }),
+        2 => Just(Action::Follow),
     ]
 }
 
@@ -68,6 +125,7 @@ struct Node {
     /// Only bytes that were written; all others read as zero.
     bytes: BTreeMap<u64, u8>,
     names: BTreeMap<Vec<u8>, Ino>,
+    replicas: Replicas,
 }
 
 #[derive(Default)]
@@ -199,6 +257,16 @@ impl Test {
                 let inos = super::super::orphans::orphans_after(&self.world.view(), Ino(0), 100).unwrap();
                 self.world.command(Command::Reclaim { inos }).unwrap();
             }
+            Action::Replicas { node, count } => self.set_replicas(node, count),
+            Action::ClusterReplicas { count } => {
+                let replicas = Replicas::new(count).unwrap();
+                self.world.command(Command::SetReplicas { replicas }).unwrap();
+            }
+            Action::Follow => {
+                let inos = super::super::replicas::recounted_first(&self.world.view(), 2).unwrap();
+                self.world.command(Command::Recount { inos }).unwrap();
+                self.world.command(Command::Retarget).unwrap();
+            }
             _ => self.step_on_files(action, &dirs),
         }
     }
@@ -241,6 +309,20 @@ impl Test {
         }
     }
 
+    fn set_replicas(&mut self, node: usize, count: usize) {
+        let all: Vec<Ino> = [self.model.dirs(), self.model.files()].concat();
+        let ino = all[node % all.len()];
+        let name = REPLICAS_ATTRIBUTE.as_bytes().to_vec();
+        let answer = match count {
+            0 => self.send(Op::RemoveXattr { ino, name }),
+            count => self.send(Op::SetXattr { ino, name, value: count.to_string().into_bytes(), mode: XattrMode::Set }),
+        };
+        let model = &mut self.model.nodes.get_mut(&ino).unwrap().replicas;
+        let has_none = count == 0 && *model == Replicas::INHERITED;
+        assert_eq!(answer, if has_none { Err(Refusal::NoAttribute) } else { Ok(Mutated::Done) });
+        *model = Replicas::new(count).unwrap_or_default();
+    }
+
     fn make(&mut self, parent: Ino, name: &[u8], kind: Kind) {
         let answer = self.send(make(parent, std::str::from_utf8(name).unwrap(), kind));
         if self.model.named(parent, name).is_ok() {
@@ -248,7 +330,8 @@ impl Test {
             return;
         }
         let Ok(Mutated::Inode { attr, created: true }) = answer else { panic!("{answer:?}") };
-        let node = Node { directory: kind == Kind::Directory, file: kind == Kind::File, ..Node::default() };
+        let replicas = self.model.nodes[&parent].replicas;
+        let node = Node { directory: kind == Kind::Directory, file: kind == Kind::File, replicas, ..Node::default() };
         self.model.nodes.insert(attr.ino, node);
         self.model.set(parent, name, attr.ino);
     }
@@ -337,6 +420,7 @@ impl Test {
         self.world.check();
         for (ino, node) in &self.model.nodes {
             let attr = self.world.ask(|view| query::attr(view, *ino)).unwrap();
+            assert_eq!(attr.replicas, node.replicas, "of {ino}");
             if node.directory {
                 let subdirectories = node.names.values().filter(|child| self.model.nodes[child].directory).count();
                 assert_eq!(attr.nlink as usize, 2 + subdirectories);

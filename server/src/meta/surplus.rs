@@ -1,0 +1,132 @@
+//! Follows the numbers of copies that are wanted: has the rows of blocks count anew what has changed, and deletes copies that are too many.
+
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    sync::Arc,
+    time::Duration,
+};
+
+use holdfast_common::{BlockHash, ServerId, net::Peers};
+
+use super::{
+    cluster::Cluster,
+    committer::Proposer,
+    core::{Core, Fault},
+    relocate,
+    state::{
+        Command, Rows,
+        blocks::{self, Debts},
+        replicas,
+        rows::BlockRow,
+    },
+};
+
+/// Between two looks. What has too many copies in two of them is trimmed: whoever moves a copy has two for a moment.
+const LOOK_EVERY: Duration = Duration::from_secs(1);
+/// Blocks of one step.
+const PAGE: usize = 512;
+/// Blocks that are remembered from one look to the next: the others wait.
+const SEEN_MAX: usize = 64 << 10;
+/// Files of one entry.
+const RECOUNT_BATCH: usize = 256;
+
+pub struct Surplus {
+    core: Arc<Core>,
+    proposer: Proposer,
+    peers: Arc<dyn Peers>,
+    seen: BTreeSet<BlockHash>,
+}
+
+impl Surplus {
+    pub fn new(core: Arc<Core>, proposer: Proposer, peers: Arc<dyn Peers>) -> Self {
+        Self { core, proposer, peers, seen: BTreeSet::new() }
+    }
+
+    pub async fn run(mut self) -> Result<(), Fault> {
+        loop {
+            tokio::time::sleep(LOOK_EVERY).await;
+            if !self.core.is_recovering() {
+                self.follow().await?;
+                self.trim().await?;
+            }
+        }
+    }
+
+    /// Until all rows want and count what they should, or the committer takes nothing.
+    async fn follow(&self) -> Result<(), Fault> {
+        loop {
+            let command = {
+                let view = self.core.store.view()?;
+                match view.counters().retargeted {
+                    Some(_) => Command::Retarget,
+                    None => Command::Recount { inos: replicas::recounted_first(&*view, RECOUNT_BATCH)? },
+                }
+            };
+            if matches!(&command, Command::Recount { inos } if inos.is_empty()) {
+                return Ok(());
+            }
+            if let Err(refusal) | Ok((_, Err(refusal))) = self.proposer.propose(command).await {
+                tracing::debug!(%refusal, "a number of copies could not be followed yet");
+                return Ok(());
+            }
+            self.core.copies_wanted.notify_one();
+        }
+    }
+
+    /// Takes copies that are too many off the record, and has them deleted.
+    async fn trim(&mut self) -> Result<(), Fault> {
+        let before = std::mem::take(&mut self.seen);
+        let mut after = None;
+        while self.seen.len() < SEEN_MAX {
+            let view = self.core.store.view()?;
+            let page = blocks::owed_after(&*view, Debts::Surplus, after, PAGE)?;
+            let Some(last) = page.last().copied() else { break };
+            after = Some(last);
+            let mut chosen: BTreeMap<ServerId, Vec<BlockHash>> = BTreeMap::new();
+            for block in &page {
+                // Until it is durable, copies that are may be all that there will be.
+                if before.contains(block)
+                    && self.core.unsynced.lock().servers_of(*block).is_empty()
+                    && let Some(row) = blocks::block(&*view, *block)?
+                    && let Some(server) = self.core.cluster.lock().least_needed(&row)
+                {
+                    chosen.entry(server).or_default().push(*block);
+                }
+            }
+            drop(view);
+            self.seen.extend(page);
+            for (server, blocks) in chosen {
+                let off = relocate::retire(&self.core, &self.proposer, &*self.peers, server, &blocks).await?;
+                tracing::info!(%server, copies = off, "copies that were too many are deleted");
+            }
+        }
+        Ok(())
+    }
+}
+
+impl Cluster {
+    /// Whose copy of a block with too many goes first: one that is to be emptied; one in a zone that has another; the fullest.
+    fn least_needed(&self, row: &BlockRow) -> Option<ServerId> {
+        let map = self.map();
+        let zone = |id: ServerId| map.server(id).map_or("", |server| server.zone.as_str());
+        let has_neighbour = |id: ServerId| {
+            row.holders.iter().any(|other| *other != id && zone(*other) == zone(id) && self.counts(*other))
+        };
+        let need = |id: &ServerId| {
+            let weight = map.server(*id).map_or(0, |server| server.weight);
+            (self.stays(*id), !has_neighbour(*id), weight)
+        };
+        row.holders.iter().copied().min_by_key(need)
+    }
+}
+
+/// Is everything as it is wanted, but for what is owed? Else, how much of the metadata has been looked through, in percent.
+pub fn followed_percent(rows: &impl Rows) -> Result<u32, super::state::StorageError> {
+    if let Some(through) = rows.counters().retargeted {
+        // Hashes are spread evenly.
+        return Ok(u32::from(through.0[0]) * 100 / 256);
+    }
+    let waits = !replicas::recounted_first(rows, 1)?.is_empty();
+    let has_surplus = !blocks::owed_after(rows, Debts::Surplus, None, 1)?.is_empty();
+    Ok(if waits || has_surplus { 99 } else { 100 })
+}
