@@ -1,4 +1,4 @@
-//! Listing directories: pages from the server, handed out as the kernel's buffer has room.
+//! Listing directories: pages from the server, handed out as the kernel's buffer has room, and asked for ahead of who goes through a tree.
 
 use std::{sync::Arc, time::Duration};
 
@@ -7,6 +7,7 @@ use holdfast_common::{
     wire::meta::{MetaAnswer, Query},
 };
 use parking_lot::Mutex;
+use tokio::task::JoinHandle;
 
 use super::{DirectoryPage, Errno, FileHandle, Fs, FsResult, OpenedDirectory, listings::Filling};
 use crate::{remote::meta::unexpected, sys::boot_time};
@@ -35,17 +36,33 @@ struct Page {
     entries: Arc<Vec<DirEntry>>,
     end: bool,
     version: u64,
-    /// If it came with the open, and nobody has been told of it: when it was asked for, and after how many changes of this mount.
-    opened_with: Option<(Duration, u64)>,
+    /// If nobody has been told of it: when it was asked for.
+    opened_with: Option<Asked>,
 }
 
-/// A page that came with the open is as good as one that is asked for now for this long, if this mount has changed nothing meanwhile.
-const OPENED_LIFE: Duration = Duration::from_millis(450);
+/// When something was asked for, and after how many changes of this mount.
+type Asked = (Duration, u64);
+
+/// A first page that was asked for before anybody wanted it.
+#[derive(Debug)]
+pub(super) struct Ahead {
+    asked: Asked,
+    answer: JoinHandle<FsResult<MetaAnswer>>,
+}
+
+fn first_page(ino: Ino) -> Query {
+    Query::ReadDir { ino, cookie: 0, entries_max: PAGE_FIRST, plus: true, unless: None }
+}
+
+/// A page that came with the open, or ahead of it, is as good as one that is asked for now for this long, if this mount has changed nothing
+/// meanwhile.
+pub(super) const OPENED_LIFE: Duration = Duration::from_millis(450);
 
 impl Page {
-    /// The rest of this page after `cookie`, if the cookie is in it.
+    /// The rest of this page after `cookie`, if the cookie is in it. With attributes it is good for those who want none, too: so asks the kernel
+    /// whether there are more.
     fn rest(&self, cookie: u64, plus: bool) -> Option<DirectoryPage> {
-        if self.plus != plus {
+        if plus && !self.plus {
             return None;
         }
         // Cookies ascend.
@@ -116,16 +133,64 @@ impl Fs {
             Some(asked) => self.is_as_if_asked_now(asked),
             None => cookie > 0,
         };
+        let is_new = |page: &Page| page.opened_with.is_some();
         let page = match kept.filter(|page| may_be_told(page) && page.rest(cookie, plus).is_some()) {
             Some(page) => page,
-            None => self.fetch_page(directory.ino, cookie, plus, None).await?.ok_or(Errno(libc::EIO))?,
+            None => match self.page_ahead(directory.ino, cookie, plus).await {
+                Some(page) => page,
+                None => self.fetch_page(directory.ino, cookie, plus, None).await?.ok_or(Errno(libc::EIO))?,
+            },
         };
+        if is_new(&page) {
+            self.look_ahead(directory.ino, &page);
+        }
         let page = Page { opened_with: None, ..page };
         *directory.page.lock() = Some(page.clone());
         Ok(page)
     }
 
-    fn is_as_if_asked_now(&self, (at, changes): (Duration, u64)) -> bool {
+    /// The first page, if it was asked for ahead and is as good as one that is asked for now.
+    async fn page_ahead(&self, ino: Ino, cookie: u64, plus: bool) -> Option<Page> {
+        if cookie > 0 {
+            return None;
+        }
+        let ahead = self.walks.lock().take(ino)?;
+        let answer = ahead.answer.await.ok()?.ok()?;
+        let is_good = plus && self.is_as_if_asked_now(ahead.asked) && !self.has_open(&answer);
+        let mut walks = self.walks.lock();
+        if is_good {
+            walks.note_used()
+        } else {
+            walks.note_vain()
+        }
+        drop(walks);
+        if is_good { self.page_of(ino, 0, plus, ahead.asked, answer).ok() } else { None }
+    }
+
+    /// Of files that are open here more may be known by now.
+    fn has_open(&self, answer: &MetaAnswer) -> bool {
+        let MetaAnswer::Directory { entries, .. } = answer else { return false };
+        let inodes = self.inodes.lock();
+        entries.iter().any(|entry| inodes.contains_key(&entry.ino))
+    }
+
+    /// Somebody lists a directory, and gets this page: asks for those that come next, if that looks like a walk through a tree.
+    fn look_ahead(&self, ino: Ino, page: &Page) {
+        let below = page.entries.iter().filter(|entry| entry.kind == Kind::Directory && entry.cookie > DOT_DOT);
+        let wanted = {
+            let mut walks = self.walks.lock();
+            walks.note_page(ino, page.after == 0, below.map(|entry| entry.ino));
+            if page.after == 0 { walks.note_listed(ino) } else { Vec::new() }
+        };
+        for ino in wanted {
+            let asked = (boot_time(), self.shared.meta.names().changes());
+            let shared = Arc::clone(&self.shared);
+            let answer = tokio::spawn(async move { shared.meta.query(first_page(ino)).await });
+            self.walks.lock().note_asked(ino, Ahead { asked, answer });
+        }
+    }
+
+    fn is_as_if_asked_now(&self, (at, changes): Asked) -> bool {
         boot_time() < at + OPENED_LIFE && self.shared.meta.names().changes() == changes
     }
 
@@ -136,17 +201,16 @@ impl Fs {
         let entries_max = if after == 0 { PAGE_FIRST } else { PAGE };
         match self.shared.meta.query(Query::ReadDir { ino, cookie: after, entries_max, plus, unless }).await? {
             MetaAnswer::Unchanged if unless.is_some() => Ok(None),
+            answer => self.page_of(ino, cookie, plus, asked, answer).map(Some),
+        }
+    }
+
+    fn page_of(&self, ino: Ino, cookie: u64, plus: bool, asked: Asked, answer: MetaAnswer) -> FsResult<Page> {
+        match answer {
             MetaAnswer::Directory { entries: named, end, parent, version } => {
                 let mut entries = dots(ino, parent.unwrap_or(ino), cookie);
                 entries.extend(named.into_iter().map(|entry| self.shown(entry)));
-                Ok(Some(Page {
-                    after: cookie,
-                    plus,
-                    entries: Arc::new(entries),
-                    end,
-                    version,
-                    opened_with: Some(asked),
-                }))
+                Ok(Page { after: cookie, plus, entries: Arc::new(entries), end, version, opened_with: Some(asked) })
             }
             other => Err(unexpected(&other)),
         }

@@ -16,6 +16,7 @@ mod open;
 mod plain;
 mod shared;
 mod told;
+mod walks;
 
 use std::{
     collections::HashMap,
@@ -49,6 +50,7 @@ use self::{
     plain::Plain,
     shared::{Shared, UPLOADS_IN_FLIGHT_MAX},
     told::{TOLD_LIFE, Told},
+    walks::Walks,
 };
 use crate::{
     read::fetch::Fetcher,
@@ -155,6 +157,7 @@ pub struct Fs {
     files: Mutex<HashMap<FileHandle, Arc<OpenFile>>>,
     directories: Mutex<HashMap<FileHandle, Arc<OpenDirectory>>>,
     listings: Listings,
+    walks: Mutex<Walks<directory::Ahead>>,
     next_handle: AtomicU64,
     /// The version of the data that the kernel's pages of each inode show, until the kernel forgets it.
     kernel_versions: Mutex<HashMap<Ino, u64>>,
@@ -198,6 +201,7 @@ impl Fs {
             files: Mutex::default(),
             directories: Mutex::default(),
             listings: Listings::default(),
+            walks: Mutex::default(),
             next_handle: AtomicU64::new(1),
             kernel_versions: Mutex::default(),
             releases: Releases::default(),

@@ -6,7 +6,7 @@ use std::{
     time::Duration,
 };
 
-use holdfast_common::{BlockHash, ServerId, net::Peers};
+use holdfast_common::{BlockHash, ServerId, cluster::ClusterMap, net::Peers};
 
 use super::{
     cluster::Cluster,
@@ -35,21 +35,27 @@ pub struct Surplus {
     proposer: Proposer,
     peers: Arc<dyn Peers>,
     seen: BTreeSet<BlockHash>,
+    /// Where a look begins: after those of which none could be trimmed.
+    begin: Option<BlockHash>,
 }
 
 impl Surplus {
     pub fn new(core: Arc<Core>, proposer: Proposer, peers: Arc<dyn Peers>) -> Self {
-        Self { core, proposer, peers, seen: BTreeSet::new() }
+        Self { core, proposer, peers, seen: BTreeSet::new(), begin: None }
     }
 
     pub async fn run(mut self) -> Result<(), Fault> {
         loop {
             tokio::time::sleep(LOOK_EVERY).await;
-            if !self.core.is_recovering() {
+            if !self.core.is_recovering() && self.has_work()? {
                 self.follow().await?;
                 self.trim().await?;
             }
         }
+    }
+
+    fn has_work(&self) -> Result<bool, Fault> {
+        Ok(self.core.store.ask(|rows| Ok(followed_percent(rows)? < 100))?)
     }
 
     /// Until all rows want and count what they should, or the committer takes nothing.
@@ -76,19 +82,23 @@ impl Surplus {
     /// Takes copies that are too many off the record, and has them deleted.
     async fn trim(&mut self) -> Result<(), Fault> {
         let before = std::mem::take(&mut self.seen);
-        let mut after = None;
+        let (mut after, mut again, mut trimmed) = (self.begin, false, 0);
         while self.seen.len() < SEEN_MAX {
             let view = self.core.store.view()?;
             let page = blocks::owed_after(&*view, Debts::Surplus, after, PAGE)?;
-            let Some(last) = page.last().copied() else { break };
+            let Some(last) = page.last().copied() else {
+                after = None;
+                break;
+            };
             after = Some(last);
+            let map = self.core.cluster.lock().map();
             let mut chosen: BTreeMap<ServerId, Vec<BlockHash>> = BTreeMap::new();
-            for block in &page {
+            for block in page.iter().filter(|block| before.contains(block)) {
+                again = true;
                 // Until it is durable, copies that are may be all that there will be.
-                if before.contains(block)
-                    && self.core.unsynced.lock().servers_of(*block).is_empty()
+                if self.core.unsynced.lock().servers_of(*block).is_empty()
                     && let Some(row) = blocks::block(&*view, *block)?
-                    && let Some(server) = self.core.cluster.lock().least_needed(&row)
+                    && let Some(server) = self.core.cluster.lock().least_needed(&map, &row)
                 {
                     chosen.entry(server).or_default().push(*block);
                 }
@@ -98,7 +108,11 @@ impl Surplus {
             for (server, blocks) in chosen {
                 let off = relocate::retire(&self.core, &self.proposer, &*self.peers, server, &blocks).await?;
                 tracing::info!(%server, copies = off, "copies that were too many are deleted");
+                trimmed += off;
             }
+        }
+        if self.seen.is_empty() || (again && trimmed == 0) {
+            self.begin = after;
         }
         Ok(())
     }
@@ -106,8 +120,7 @@ impl Surplus {
 
 impl Cluster {
     /// Whose copy of a block with too many goes first: one that is to be emptied; one in a zone that has another; the fullest.
-    fn least_needed(&self, row: &BlockRow) -> Option<ServerId> {
-        let map = self.map();
+    fn least_needed(&self, map: &ClusterMap, row: &BlockRow) -> Option<ServerId> {
         let zone = |id: ServerId| map.server(id).map_or("", |server| server.zone.as_str());
         let has_neighbour = |id: ServerId| {
             row.holders.iter().any(|other| *other != id && zone(*other) == zone(id) && self.counts(*other))

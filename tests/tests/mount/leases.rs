@@ -209,6 +209,72 @@ fn a_directory_that_stays_open_is_listed_anew() {
     }
 }
 
+/// `count` directories in `walk`, each with one file.
+fn tree(pair: &Pair, count: usize) {
+    fs::create_dir(pair.a.join("walk")).expect("mkdir");
+    for number in 0..count {
+        fs::create_dir(pair.a.join(format!("walk/dir-{number}"))).expect("mkdir");
+        fs::write(pair.a.join(format!("walk/dir-{number}/file")), b"").expect("write");
+    }
+}
+
+/// The directories below, in the order in which a walk comes through them.
+fn in_order(directory: &Path) -> Vec<PathBuf> {
+    fs::read_dir(directory).expect("list").map(|entry| entry.expect("an entry").path()).collect()
+}
+
+/// "Who goes through a tree may be told a directory as it was half a second ago; own changes, and those under a lock, are seen at once."
+#[test]
+fn whoever_goes_through_a_tree_sees_it_as_it_is_but_for_half_a_second() {
+    let pair = Pair::start();
+    tree(&pair, 16);
+    let file = OsString::from("file");
+    let both = BTreeSet::from([file.clone(), "more".into()]);
+    let lock = |mount: &Mount| {
+        let file = fs::File::options().create(true).append(true).open(mount.join("lock")).expect("open");
+        file.lock().expect("lock");
+        file
+    };
+    for round in 0..3 {
+        let order = in_order(&pair.b.join("walk"));
+        let elsewhere = |n: usize| pair.a.join("walk").join(order[n].file_name().expect("a name")).join("more");
+        assert_eq!(
+            (names(&order[0]), names(&order[1])),
+            (BTreeSet::from([file.clone()]), BTreeSet::from([file.clone()]))
+        );
+        match round {
+            0 => fs::write(order[3].join("more"), b"").expect("write"),
+            1 => {
+                fs::write(elsewhere(3), b"").expect("write");
+                thread::sleep(Duration::from_millis(500));
+            }
+            _ => {
+                let held = lock(&pair.a);
+                fs::write(elsewhere(3), b"").expect("write");
+                drop(held);
+                drop(lock(&pair.b));
+            }
+        }
+        assert_eq!(names(&order[3]), both, "{round}");
+        fs::remove_file(elsewhere(3)).expect("unlink");
+    }
+}
+
+#[test]
+fn directories_that_come_next_are_asked_for_ahead() {
+    let pair = Pair::start();
+    tree(&pair, 16);
+    wait::until("the next one is listed without the server", PATIENCE, || {
+        pair.a.remount();
+        let order = in_order(&pair.a.join("walk"));
+        assert_eq!(names(&order[0]).len() + names(&order[1]).len(), 2);
+        // Until what was asked for is there.
+        names(&order[2]);
+        names(&order[3]);
+        is_done_alone(&pair.cluster, move || assert_eq!(names(&order[4]).len(), 1))
+    });
+}
+
 #[test]
 fn a_directory_that_was_full_before_is_known_whole_after_a_few_looks() {
     let pair = Pair::start();
