@@ -221,20 +221,21 @@ impl Comparer {
         if self.due.get(&server).is_some_and(|(compared, due)| *compared == life && now < *due) {
             return Ok(());
         }
-        if self.compare(server).await? {
+        if let Some(missed) = self.compare(server).await? {
             let has_strays =
                 self.strays.range((server, BlockHash([0; 32]))..=(server, BlockHash([255; 32]))).next().is_some();
-            let wait = if has_strays { self.grace.min(self.every) } else { self.every };
+            // Mounts may have mended meanwhile what was taken off the record: then it has copies that nobody knows.
+            let wait = if has_strays || missed { self.grace.min(self.every) } else { self.every };
             self.due.insert(server, (life, self.core.clock.monotonic() + wait));
         }
         Ok(())
     }
 
-    /// `false`: the server stopped answering.
-    async fn compare(&mut self, server: ServerId) -> Result<bool, Fault> {
+    /// Whether copies were missing; `None`: the server stopped answering.
+    async fn compare(&mut self, server: ServerId) -> Result<Option<bool>, Fault> {
         let (mut blocks, mut missing, mut mended) = (0, 0, 0);
         for bucket in BUCKETS {
-            let Some(difference) = look(&self.core, &*self.peers, server, bucket).await? else { return Ok(false) };
+            let Some(difference) = look(&self.core, &*self.peers, server, bucket).await? else { return Ok(None) };
             let pause = if difference.on_record > MANY { PAUSE } else { Duration::ZERO };
             blocks += difference.on_record;
             missing += difference.missing.len();
@@ -258,7 +259,7 @@ impl Comparer {
             };
             self.core.tell(note.doing(format!("copies of {mended} are made from others")));
         }
-        Ok(true)
+        Ok(Some(missing > 0))
     }
 
     async fn mend_extra(&mut self, server: ServerId, bucket: u8, extra: Vec<(BlockHash, Epoch)>) -> Result<(), Fault> {

@@ -184,6 +184,8 @@ impl Stage {
     fn set() -> Result<Self> {
         let cluster = Cluster::prepare(&Options { storage: SERVERS, proxied: true, ..Options::default() });
         cluster.set("meta/meta.toml", "replace_after_secs", REPLACE_AFTER_SECS as i64);
+        // Between two faults what was overwritten has to go.
+        cluster.set("meta/meta.toml", "garbage_grace_secs", 5);
         cluster.start_daemons();
         let mount = cluster.mount();
         let mut bytes = random_bytes(2, MIB);
@@ -200,10 +202,24 @@ impl Stage {
 
     /// The victim has its share again of what was copied to others when it was away.
     fn spread(&self) -> Result<()> {
+        // What it had before is deleted first, but for a few copies, and takes room until then: it would seem to have its share.
+        let has_no_surplus = |status: &Status| {
+            status.storage_sum("blocks") * 20 <= status.number("replicas") * status.number("blocks") * 21
+        };
+        let trimmed =
+            wait::try_until(WHOLE_LIMIT, || self.cluster.try_status().filter(|status| has_no_surplus(status)));
+        trimmed.context("there are more copies than should be")?;
         let directory = self.cluster.path().to_str().context("a path in UTF-8")?;
         let spread = self.cluster.holdfast(&["rebalance", "--dir", directory]);
         ensure!(spread.status.success(), "rebalance: {}", String::from_utf8_lossy(&spread.stderr));
-        self.wait_until_whole()
+        self.wait_until_whole()?;
+        let status = self.cluster.status();
+        let (share, all) = (blocks_of_victim(&status)?, status.storage_sum("blocks"));
+        ensure!(
+            share * SERVERS as u64 * 2 > all,
+            "the server has {share} of {all} copies, less than half of its share"
+        );
+        Ok(())
     }
 
     /// With the foreground, some calm, and then `fault` until all copies are there again and stay for `whole_for`; `None`: they were never gone.
@@ -311,6 +327,13 @@ fn remove(path: &Path) {
     } else if path.exists() {
         fs::remove_file(path).expect("remove");
     }
+}
+
+/// Copies that the victim has.
+fn blocks_of_victim(status: &Status) -> Result<u64> {
+    let servers = status.0["servers"].as_array().context("status lists the servers")?;
+    let victim = servers.iter().find(|server| server["id"] == VICTIM).context("the victim is there")?;
+    victim["load"]["blocks"].as_u64().context("a server reports its blocks")
 }
 
 fn state_of_victim(status: &Status) -> Result<String> {

@@ -6,13 +6,14 @@
 //! does not always repeat it.) Each mount works in a directory of its own and knows what must be there. At the end everything is mended,
 //! then all machines lose their power, and a new mount finds what the others had, three copies of everything and nothing else.
 //!
-//! `HOLDFAST_STORM_SEED=n` runs one seed, `HOLDFAST_STORM_SEEDS=n` so many; with `HOLDFAST_LOG=debug` everybody says what happens.
+//! `HOLDFAST_STORM_SEED=n` runs one seed, `HOLDFAST_STORM_SEEDS=n` so many, `HOLDFAST_STORM_SECS=n` as many as begin in that time, from
+//! `HOLDFAST_STORM_FIRST` on; with `HOLDFAST_LOG=debug` everybody says what happens.
 
 use std::{
     collections::{BTreeMap, BTreeSet},
     path::Path,
     sync::Arc,
-    time::Duration,
+    time::{Duration, Instant},
 };
 
 use bytes::Bytes;
@@ -620,13 +621,19 @@ fn whatever_goes_wrong_what_was_acknowledged_is_there_with_three_copies_and_noth
         telemetry::init(telemetry::LogLevel::default(), telemetry::LogFormat::default()).expect("the first subscriber");
     }
     let number = |name: &str| std::env::var(name).ok().and_then(|text| text.parse().ok());
-    let seeds = match number("HOLDFAST_STORM_SEED") {
-        Some(seed) => seed..seed + 1,
-        None => 1..1 + number("HOLDFAST_STORM_SEEDS").unwrap_or(SEEDS),
+    let first = number("HOLDFAST_STORM_FIRST").unwrap_or(1);
+    let begun = Instant::now();
+    let seeds: Box<dyn Iterator<Item = u64>> = match (number("HOLDFAST_STORM_SEED"), number("HOLDFAST_STORM_SECS")) {
+        (Some(seed), _) => Box::new(std::iter::once(seed)),
+        (None, Some(secs)) => Box::new((first..).take_while(move |_| begun.elapsed() < Duration::from_secs(secs))),
+        (None, None) => Box::new(first..first + number("HOLDFAST_STORM_SEEDS").unwrap_or(SEEDS)),
     };
+    let mut histories = 0;
     for seed in seeds {
         if let Err(wrong) = run(history(seed)) {
             panic!("{wrong}");
         }
+        histories += 1;
     }
+    eprintln!("{histories} histories in {} s", begun.elapsed().as_secs());
 }

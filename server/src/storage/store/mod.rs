@@ -308,9 +308,9 @@ impl Store {
 
     /// Resolves with the reason when the store had to stop: the process should then end.
     pub async fn failed(&self) -> Arc<str> {
-        let mut durable = self.inner.gate.subscribe();
-        let failure = durable.wait_for(|durable| durable.failure.is_some()).await.ok();
-        failure.and_then(|state| state.failure.clone()).unwrap_or_else(|| "the store was closed".into())
+        let mut failed = self.inner.gate.subscribe_to_failure();
+        let failure = failed.wait_for(Option::is_some).await.ok();
+        failure.and_then(|reason| reason.clone()).unwrap_or_else(|| "the store was closed".into())
     }
 
     /// The block's bytes. Their hash is *not* checked here: who reads checks, and has `verify` called when it is wrong.

@@ -24,6 +24,8 @@ pub(super) struct SyncGate {
     work: Condvar,
     done: Condvar,
     published: watch::Sender<Durable>,
+    /// Apart: who waits for a failure is not woken by every sync.
+    failed: watch::Sender<Option<Arc<str>>>,
 }
 
 /// How far the store is durable, for those who wait in async code.
@@ -40,6 +42,7 @@ impl SyncGate {
             work: Condvar::new(),
             done: Condvar::new(),
             published: watch::Sender::new(Durable { through: durable, failure: None }),
+            failed: watch::Sender::new(None),
         }
     }
 
@@ -73,6 +76,10 @@ impl SyncGate {
 
     pub(super) fn subscribe(&self) -> watch::Receiver<Durable> {
         self.published.subscribe()
+    }
+
+    pub(super) fn subscribe_to_failure(&self) -> watch::Receiver<Option<Arc<str>>> {
+        self.failed.subscribe()
     }
 
     pub(super) fn durable(&self) -> u64 {
@@ -109,6 +116,7 @@ impl SyncGate {
         let mut state = self.state.lock();
         let reason = state.failure.get_or_insert(reason);
         self.published.send_modify(|durable| durable.failure = Some(Arc::clone(reason)));
+        self.failed.send_replace(Some(Arc::clone(reason)));
         self.done.notify_all();
         self.work.notify_all();
     }
