@@ -6,10 +6,9 @@ use std::{
     time::Duration,
 };
 
-use holdfast_common::{BlockHash, ServerId, cluster::ClusterMap, net::Peers};
+use holdfast_common::{BlockHash, ServerId, cluster::ClusterMap, net::Peers, placement};
 
 use super::{
-    cluster::Cluster,
     committer::Proposer,
     core::{Core, Fault},
     relocate,
@@ -17,7 +16,6 @@ use super::{
         Command, Rows,
         blocks::{self, Debts},
         replicas,
-        rows::BlockRow,
     },
 };
 
@@ -98,7 +96,7 @@ impl Surplus {
                 // Until it is durable, copies that are may be all that there will be.
                 if self.core.unsynced.lock().servers_of(*block).is_empty()
                     && let Some(row) = blocks::block(&*view, *block)?
-                    && let Some(server) = self.core.cluster.lock().least_needed(&map, &row)
+                    && let Some(server) = least_needed(&map, *block, &row.holders)
                 {
                     chosen.entry(server).or_default().push(*block);
                 }
@@ -118,19 +116,12 @@ impl Surplus {
     }
 }
 
-impl Cluster {
-    /// Whose copy of a block with too many goes first: one that is to be emptied; one in a zone that has another; the fullest.
-    fn least_needed(&self, map: &ClusterMap, row: &BlockRow) -> Option<ServerId> {
-        let zone = |id: ServerId| map.server(id).map_or("", |server| server.zone.as_str());
-        let has_neighbour = |id: ServerId| {
-            row.holders.iter().any(|other| *other != id && zone(*other) == zone(id) && self.counts(*other))
-        };
-        let need = |id: &ServerId| {
-            let weight = map.server(*id).map_or(0, |server| server.weight);
-            (self.stays(*id), !has_neighbour(*id), weight)
-        };
-        row.holders.iter().copied().min_by_key(need)
-    }
+/// Whose copy of a block with too many goes first: that of a server which takes no blocks (it is away, or to be emptied), else that of the one
+/// which placement would choose last.
+fn least_needed(map: &ClusterMap, block: BlockHash, holders: &[ServerId]) -> Option<ServerId> {
+    let order = placement::candidates(map, block);
+    let rank = |holder: &ServerId| order.iter().position(|server| server == holder).unwrap_or(usize::MAX);
+    holders.iter().copied().max_by_key(rank)
 }
 
 /// Is everything as it is wanted, but for what is owed? Else, how much of the metadata has been looked through, in percent.
@@ -142,4 +133,49 @@ pub fn followed_percent(rows: &impl Rows) -> Result<u32, super::state::StorageEr
     let waits = !replicas::recounted_first(rows, 1)?.is_empty();
     let has_surplus = !blocks::owed_after(rows, Debts::Surplus, None, 1)?.is_empty();
     Ok(if waits || has_surplus { 99 } else { 100 })
+}
+
+#[cfg(test)]
+mod tests {
+    use holdfast_common::{
+        Replicas,
+        cluster::{ServerInfo, ServerState},
+    };
+
+    use super::*;
+
+    fn map(zones: [&str; 4]) -> ClusterMap {
+        let server =
+            |(id, zone): (u32, &str)| ServerInfo { id: ServerId(id), zone: zone.into(), ..ServerInfo::example() };
+        ClusterMap { version: 1, servers: (1..).zip(zones).map(server).collect(), replicas: Replicas::INHERITED }
+    }
+
+    fn losers(map: &ClusterMap) -> BTreeMap<ServerId, usize> {
+        let holders: Vec<ServerId> = (1..=4).map(ServerId).collect();
+        let mut losers = BTreeMap::new();
+        for number in 0..400_u32 {
+            let block = BlockHash::of(&number.to_le_bytes());
+            *losers.entry(least_needed(map, block, &holders).expect("one")).or_default() += 1;
+        }
+        losers
+    }
+
+    #[test]
+    fn equal_servers_lose_equally_many() {
+        let losers = losers(&map([""; 4]));
+        assert!(losers.len() == 4 && losers.values().all(|count| (70..130).contains(count)), "{losers:?}");
+    }
+
+    #[test]
+    fn a_zone_that_has_another_loses_and_one_that_takes_no_blocks_first() {
+        let mut map = map(["a", "b", "c", "c"]);
+        let found = losers(&map);
+        assert!(
+            found.keys().all(|server| [ServerId(3), ServerId(4)].contains(server)) && found.len() == 2,
+            "{found:?}"
+        );
+        map.servers[0].state = ServerState::Draining;
+        assert_eq!(losers(&map), BTreeMap::from([(ServerId(1), 400)]));
+        assert_eq!(least_needed(&map, BlockHash([1; 32]), &[]), None);
+    }
 }

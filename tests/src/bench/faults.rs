@@ -14,6 +14,7 @@ use std::{
 };
 
 use anyhow::{Context, Result, ensure};
+use holdfast_common::limits::REPLICAS;
 use parking_lot::Mutex;
 
 use crate::{
@@ -200,18 +201,13 @@ impl Stage {
         Ok(stage)
     }
 
-    /// The victim has its share again of what was copied to others when it was away.
+    /// The victim has its share again of what was copied to others when it was away: everything for a moment, of which the fullest lose most.
     fn spread(&self) -> Result<()> {
-        // What it had before is deleted first, but for a few copies, and takes room until then: it would seem to have its share.
-        let has_no_surplus = |status: &Status| {
-            status.storage_sum("blocks") * 20 <= status.number("replicas") * status.number("blocks") * 21
-        };
-        let trimmed =
-            wait::try_until(WHOLE_LIMIT, || self.cluster.try_status().filter(|status| has_no_surplus(status)));
-        trimmed.context("there are more copies than should be")?;
         let directory = self.cluster.path().to_str().context("a path in UTF-8")?;
-        let spread = self.cluster.holdfast(&["rebalance", "--dir", directory]);
-        ensure!(spread.status.success(), "rebalance: {}", String::from_utf8_lossy(&spread.stderr));
+        for replicas in [SERVERS, REPLICAS] {
+            let spread = self.cluster.holdfast(&["replicas", &replicas.to_string(), "--dir", directory]);
+            ensure!(spread.status.success(), "replicas: {}", String::from_utf8_lossy(&spread.stderr));
+        }
         self.wait_until_whole()?;
         let status = self.cluster.status();
         let (share, all) = (blocks_of_victim(&status)?, status.storage_sum("blocks"));
