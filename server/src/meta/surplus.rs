@@ -6,7 +6,7 @@ use std::{
     time::Duration,
 };
 
-use holdfast_common::{BlockHash, ServerId, cluster::ClusterMap, net::Peers, placement};
+use holdfast_common::{BlockHash, Position, ServerId, cluster::ClusterMap, net::Peers, placement};
 
 use super::{
     committer::Proposer,
@@ -33,13 +33,15 @@ pub struct Surplus {
     proposer: Proposer,
     peers: Arc<dyn Peers>,
     seen: BTreeSet<BlockHash>,
+    /// Applied by the end of the last look: what was seen is of no later entry.
+    seen_through: Position,
     /// Where a look begins: after those of which none could be trimmed.
     begin: Option<BlockHash>,
 }
 
 impl Surplus {
     pub fn new(core: Arc<Core>, proposer: Proposer, peers: Arc<dyn Peers>) -> Self {
-        Self { core, proposer, peers, seen: BTreeSet::new(), begin: None }
+        Self { core, proposer, peers, seen: BTreeSet::new(), seen_through: Position(0), begin: None }
     }
 
     pub async fn run(mut self) -> Result<(), Fault> {
@@ -80,6 +82,8 @@ impl Surplus {
     /// Takes copies that are too many off the record, and has them deleted.
     async fn trim(&mut self) -> Result<(), Fault> {
         let before = std::mem::take(&mut self.seen);
+        // Until they are durable, copies that are may be all that there will be. What a barrier is syncing is in no list.
+        let is_durable = self.core.durable() >= self.seen_through;
         let (mut after, mut again, mut trimmed) = (self.begin, false, 0);
         while self.seen.len() < SEEN_MAX {
             let view = self.core.store.view()?;
@@ -91,9 +95,8 @@ impl Surplus {
             after = Some(last);
             let map = self.core.cluster.lock().map();
             let mut chosen: BTreeMap<ServerId, Vec<BlockHash>> = BTreeMap::new();
-            for block in page.iter().filter(|block| before.contains(block)) {
+            for block in page.iter().filter(|block| is_durable && before.contains(block)) {
                 again = true;
-                // Until it is durable, copies that are may be all that there will be.
                 if self.core.unsynced.lock().servers_of(*block).is_empty()
                     && let Some(row) = blocks::block(&*view, *block)?
                     && let Some(server) = least_needed(&map, *block, &row.holders)
@@ -109,6 +112,7 @@ impl Surplus {
                 trimmed += off;
             }
         }
+        self.seen_through = self.core.applied();
         if self.seen.is_empty() || (again && trimmed == 0) {
             self.begin = after;
         }

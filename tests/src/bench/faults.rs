@@ -201,7 +201,7 @@ impl Stage {
         Ok(stage)
     }
 
-    /// The victim has its share again of what was copied to others when it was away: everything for a moment, of which the fullest lose most.
+    /// The victim has its share again of what was copied to others when it was away: everything for a moment, then what placement would choose.
     fn spread(&self) -> Result<()> {
         let directory = self.cluster.path().to_str().context("a path in UTF-8")?;
         for replicas in [SERVERS, REPLICAS] {
