@@ -17,6 +17,7 @@ pub mod refusal;
 pub mod telemetry;
 pub mod types;
 pub mod wire;
+pub mod work;
 
 pub use block::{Block, BlockHash, HashMismatch};
 pub use refusal::Refusal;

@@ -64,6 +64,7 @@ struct State {
     pending: Vec<NameChange>,
     files_made: FileId,
     boot: u64,
+    full: bool,
 }
 
 /// What happens at the n-th call that changes the disk, and at every one after it.
@@ -139,6 +140,7 @@ impl SimDisk {
             pending: Vec::new(),
             files_made: old.files_made,
             boot: old.boot + 1,
+            full: false,
         })
     }
 
@@ -152,11 +154,17 @@ impl SimDisk {
             pending: old.pending.clone(),
             files_made: old.files_made,
             boot: old.boot,
+            full: false,
         })
     }
 
     fn from_state(state: State) -> Self {
         Self { shared: Arc::new(Shared { state: Mutex::new(state), ..Shared::default() }) }
+    }
+
+    /// Whether there is no room left for anything: what would grow a file fails with ENOSPC.
+    pub fn fill(&self, full: bool) {
+        self.shared.state.lock().full = full;
     }
 
     /// Turns a bit of a file, as a lying disk does.
@@ -325,6 +333,13 @@ impl SimFile {
         act(self.shared.state.lock().nodes.entry(self.id).or_default())
     }
 
+    /// A full disk lets no file grow.
+    fn admit_length(&self, length: u64) -> io::Result<()> {
+        let is_full = self.shared.state.lock().full;
+        let grows = is_full && self.with(|node| length > node.live.length);
+        if grows { Err(io::ErrorKind::StorageFull.into()) } else { Ok(()) }
+    }
+
     fn change(&self, touched: std::ops::Range<u64>, act: impl FnOnce(&mut Content)) -> io::Result<()> {
         self.shared.admit_change()?;
         self.with(|node| {
@@ -342,6 +357,7 @@ impl DiskFile for SimFile {
     }
 
     fn write_all_at(&self, bytes: &[u8], offset: u64) -> io::Result<()> {
+        self.admit_length(offset + bytes.len() as u64)?;
         self.change(offset..offset + bytes.len() as u64, |content| content.write(bytes, offset))
     }
 
@@ -351,6 +367,7 @@ impl DiskFile for SimFile {
     }
 
     fn set_length(&self, length: u64) -> io::Result<()> {
+        self.admit_length(length)?;
         let cut = self.with(|node| length.min(node.live.length)..node.live.length);
         self.change(cut, |content| content.set_length(length))
     }
@@ -446,7 +463,8 @@ impl Disk for SimDisk {
         self.shared.admit_look()?;
         let state = self.shared.state.lock();
         let used: usize = state.nodes.values().map(|node| node.live.sectors.len()).sum();
-        Ok(Space { capacity: CAPACITY, free: CAPACITY.saturating_sub(used as u64 * SECTOR) })
+        let free = if state.full { 0 } else { CAPACITY.saturating_sub(used as u64 * SECTOR) };
+        Ok(Space { capacity: CAPACITY, free })
     }
 
     fn machine_boot(&self) -> io::Result<String> {

@@ -14,7 +14,7 @@ use std::{
 
 use rcgen::{
     BasicConstraints, CertificateParams, CertificateSigningRequestParams, DnType, ExtendedKeyUsagePurpose, IsCa,
-    Issuer, KeyPair, KeyUsagePurpose, SerialNumber,
+    Issuer, KeyPair, KeyUsagePurpose, PKCS_ED25519, SerialNumber,
 };
 use rustls::{
     RootCertStore,
@@ -111,7 +111,7 @@ impl Ca {
         params.distinguished_name.push(DnType::CommonName, format!("Holdfast cluster {cluster}"));
         params.is_ca = IsCa::Ca(BasicConstraints::Constrained(0));
         params.key_usages = vec![KeyUsagePurpose::KeyCertSign, KeyUsagePurpose::DigitalSignature];
-        let key = KeyPair::generate().map_err(TlsError::Issue)?;
+        let key = new_key()?;
         let certificate = params.self_signed(&key).map_err(TlsError::Issue)?.into();
         Ok(Self { cluster, certificate, issuer: Issuer::new(params, key) })
     }
@@ -217,9 +217,14 @@ impl std::fmt::Debug for NodeKey {
     }
 }
 
+/// Ed25519 (RFC 8032): a signature needs no randomness, and all are of one length.
+fn new_key() -> Result<KeyPair, TlsError> {
+    KeyPair::generate_for(&PKCS_ED25519).map_err(TlsError::Issue)
+}
+
 impl NodeKey {
     pub fn generate() -> Result<Self, TlsError> {
-        KeyPair::generate().map(Self).map_err(TlsError::Issue)
+        new_key().map(Self)
     }
 
     /// Certificate signing request, DER. It proves possession of the key and asks for nothing.

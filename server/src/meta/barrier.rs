@@ -15,6 +15,7 @@ use holdfast_common::{
     limits::HASH_LIST_MAX,
     net::Peers,
     wire::storage::{StorageAnswer, StorageRequest},
+    work,
 };
 use tokio::task::JoinSet;
 
@@ -335,7 +336,7 @@ impl Barrier {
             (log.file(), log.length())
         };
         let syncing = Arc::clone(&file);
-        let synced = tokio::task::spawn_blocking(move || syncing.sync_data()).await;
+        let synced = work::run(move || syncing.sync_data()).await;
         synced.map_err(|_| Fault::Thread)?.map_err(Fault::Sync)?;
         Ok(self.core.log.lock().note_synced(&file, end, position)?)
     }

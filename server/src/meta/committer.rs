@@ -8,6 +8,7 @@ use std::{
 use holdfast_common::{
     Attr, Ino, Position, Refusal, SessionId, Time,
     wire::meta::{Lease, Mutated, Op},
+    work,
 };
 use tokio::sync::{mpsc, oneshot};
 
@@ -356,7 +357,7 @@ impl Committer {
     async fn stop(&mut self, length: u64) -> Result<(), Fault> {
         if self.checkpoint(length).await? {
             let core = Arc::clone(&self.core);
-            tokio::task::spawn_blocking(move || core.log.lock().close()).await.map_err(|_| Fault::Thread)??;
+            work::run(move || core.log.lock().close()).await.map_err(|_| Fault::Thread)??;
         }
         Ok(())
     }
@@ -372,10 +373,10 @@ impl Committer {
             return Ok(false);
         }
         let started = core.clock.monotonic();
-        let work = Arc::clone(&core);
-        tokio::task::spawn_blocking(move || {
-            work.store.checkpoint()?;
-            work.log.lock().rotate()?;
+        let checkpointed = Arc::clone(&core);
+        work::run(move || {
+            checkpointed.store.checkpoint()?;
+            checkpointed.log.lock().rotate()?;
             Ok::<(), Fault>(())
         })
         .await

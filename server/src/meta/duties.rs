@@ -9,6 +9,7 @@ use holdfast_common::{
     Ino, ServerId,
     cluster::{ServerState, Standing},
     wire::meta::Severity,
+    work,
 };
 
 use super::{
@@ -52,7 +53,7 @@ pub async fn watch(core: Arc<Core>, proposer: Proposer, session_timeout: Duratio
 pub async fn watch_space(core: Arc<Core>, reserve_bytes: u64) -> Result<(), Fault> {
     loop {
         let looking = Arc::clone(&core);
-        let space = tokio::task::spawn_blocking(move || looking.disk.space(&looking.directory)).await;
+        let space = work::run(move || looking.disk.space(&looking.directory)).await;
         match space.map_err(|_| Fault::Thread)? {
             Ok(space) => note_space(&core, space.free, reserve_bytes),
             Err(error) => tracing::warn!(%error, "the space on the metadata's disk is not known"),

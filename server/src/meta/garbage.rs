@@ -4,11 +4,15 @@
 //! count on the copies. What is deleted is forgotten only after another grace: until then a commit that is refused for it is one of that
 //! very block, and not of any that took so long. See [`super::state::garbage`] for why what is put meanwhile stays.
 
-use std::{collections::BTreeMap, sync::Arc, time::Duration};
+use std::{
+    collections::{BTreeMap, VecDeque},
+    sync::Arc,
+    time::Duration,
+};
 
 use holdfast_common::planted::{Bug, is_planted};
 use holdfast_common::{
-    BlockHash, Epoch, Position, ServerId, Time,
+    BlockHash, Epoch, Position, ServerId,
     limits::HASH_LIST_MAX,
     net::Peers,
     wire::storage::{StorageAnswer, StorageRequest},
@@ -42,6 +46,8 @@ pub struct Collector {
     started: (Epoch, Position, Duration),
     /// Where and when this life condemned, or met a condemnation that another part of this server had made.
     condemned: BTreeMap<Epoch, (Position, Duration)>,
+    /// What was applied when, back to a grace ago. By a clock that only goes forward: the time of day jumps.
+    applied: VecDeque<(Duration, Position)>,
     unnamed_cursor: Option<BlockHash>,
     condemned_cursor: Option<(Epoch, BlockHash)>,
     /// Nothing can be deleted before.
@@ -64,6 +70,7 @@ impl Collector {
             grace,
             started,
             condemned: BTreeMap::new(),
+            applied: VecDeque::new(),
             unnamed_cursor: None,
             condemned_cursor: None,
             stuck_until: Duration::ZERO,
@@ -84,20 +91,32 @@ impl Collector {
 
     /// Condemns what no file has named for the grace.
     async fn condemn(&mut self) -> Result<(), Fault> {
-        let before = earlier(self.core.clock.now(), self.grace);
+        let Some(through) = self.applied_a_grace_ago() else { return Ok(()) };
         for _ in 0..PAGES_A_TICK {
             let view = self.core.store.view()?;
-            let (blocks, next) = garbage::unnamed_after(&*view, self.unnamed_cursor, PAGE, before)?;
+            let (blocks, next) = garbage::unnamed_after(&*view, self.unnamed_cursor, PAGE, through)?;
             drop(view);
             self.unnamed_cursor = next;
             if !blocks.is_empty() {
-                self.propose_condemnation(Command::Condemn { blocks, unnamed_before: before }).await;
+                self.propose_condemnation(Command::CondemnUnnamed { blocks, unnamed_through: through }).await;
             }
             if next.is_none() {
                 break;
             }
         }
         Ok(())
+    }
+
+    /// `None`: this life has not lasted that long.
+    fn applied_a_grace_ago(&mut self) -> Option<Position> {
+        let now = self.core.clock.monotonic();
+        let is_past = |at: Duration| now.saturating_sub(at) >= self.grace;
+        while self.applied.get(1).is_some_and(|(at, _)| is_past(*at)) {
+            self.applied.pop_front();
+        }
+        let found = self.applied.front().filter(|(at, _)| is_past(*at)).map(|(_, position)| *position);
+        self.applied.push_back((now, self.core.applied()));
+        found
     }
 
     async fn propose_condemnation(&mut self, command: Command) {
@@ -250,9 +269,4 @@ async fn delete(
             Vec::new()
         }
     }
-}
-
-fn earlier(now: Time, by: Duration) -> Time {
-    let secs = i64::try_from(by.as_secs()).unwrap_or(i64::MAX);
-    Time { secs: now.secs.saturating_sub(secs), nanos: now.nanos }
 }

@@ -11,6 +11,7 @@ use holdfast_common::{
         meta::Severity,
         storage::{StorageAnswer, StorageReply, StorageRequest},
     },
+    work,
 };
 use parking_lot::Mutex;
 
@@ -76,7 +77,7 @@ impl Keeper {
         let (mut offset, began, asked) = (0, self.core.clock.monotonic(), to.len());
         loop {
             let reading = Arc::clone(&backup);
-            let part = tokio::task::spawn_blocking(move || reading.lock().next_part(PART_LENGTH)).await;
+            let part = work::run(move || reading.lock().next_part(PART_LENGTH)).await;
             let part = part.map_err(|_| Fault::Thread)??;
             let end = part.is_empty();
             // Only what is durable is worth coming back to.

@@ -26,6 +26,7 @@ use holdfast_common::{
         },
         storage::StorageRequest,
     },
+    work,
 };
 
 use tokio::sync::mpsc;
@@ -548,7 +549,7 @@ impl Service {
             AdminRequest::Check => {
                 let Ok(_alone) = self.looking_at_everything.try_lock() else { return Err(Refusal::Unavailable) };
                 let view = self.view()?;
-                let checked = tokio::task::spawn_blocking(move || violations(&*view, VIOLATIONS_MAX)).await;
+                let checked = work::run(move || violations(&*view, VIOLATIONS_MAX)).await;
                 let found = checked.map_err(|_| Refusal::Fault)?.map_err(|fault| self.fault(fault))?;
                 Ok(MetaAnswer::Violations(found))
             }
@@ -616,7 +617,7 @@ impl Service {
         if part != reading.part + 1 && part != 0 {
             return Err(Refusal::Invalid);
         }
-        let read = tokio::task::spawn_blocking(move || {
+        let read = work::run(move || {
             reading.last = reading.backup.next_part(BACKUP_PART_LENGTH)?;
             reading.part = part;
             Ok::<_, StorageError>(reading)
@@ -656,7 +657,7 @@ impl Service {
         }
         let Ok(_alone) = self.looking_at_everything.try_lock() else { return Err(Refusal::Unavailable) };
         let view = self.view()?;
-        let found = tokio::task::spawn_blocking(move || names::files_of(&*view, &blocks.into_iter().collect())).await;
+        let found = work::run(move || names::files_of(&*view, &blocks.into_iter().collect())).await;
         Ok(MetaAnswer::Paths(found.map_err(|_| Refusal::Fault)?.map_err(|fault| self.fault(fault))?))
     }
 

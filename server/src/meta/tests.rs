@@ -939,7 +939,7 @@ async fn what_is_put_again_before_it_is_deleted_stays() {
 #[tokio::test]
 async fn a_condemned_block_waits_for_a_holder_that_is_down_and_goes_on_after_a_restart() {
     let mut cluster =
-        Cluster::on(MemoryDisk::new(), Options { session_timeout: Duration::from_secs(10), ..soon_collected() }).await;
+        Cluster::on(MemoryDisk::new(), Options { session_timeout: Duration::from_secs(20), ..soon_collected() }).await;
     let ino = cluster.create("a", false).await.unwrap();
     for seed in [1, 2] {
         cluster.write(ino, seed, &[1, 2, 3], true).await.unwrap();

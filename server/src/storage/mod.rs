@@ -29,11 +29,14 @@ use holdfast_common::{
 
 use tokio::sync::mpsc;
 
-pub use self::{backups::Backups, service::StorageService};
+pub use self::{
+    backups::Backups,
+    scrub::{Scrubber, Scrubbing},
+    service::StorageService,
+};
 use self::{
     replicate::Fetcher,
     report::Reporter,
-    scrub::Scrubber,
     store::{OpenError, Store, StoreError, StoreOptions},
     vitals::Watch,
     workers::Workers,
@@ -108,7 +111,7 @@ pub async fn run(
         progress: Arc::clone(service.scrub_progress()),
         bad,
     };
-    let scrubbing = scrubber.start().map_err(RunError::Start)?;
+    let scrubbing = scrubber.start();
     let reporting = tokio::spawn(reporter.run(found_bad));
     tracing::info!(%address, node = %name, boot = %store.boot(), "the storage server is ready");
     ready();

@@ -14,13 +14,12 @@ use std::{
             Ordering::{AcqRel, Acquire, Relaxed},
         },
     },
-    thread,
     time::{Duration, Instant},
 };
 
-use holdfast_common::{BlockHash, clock::Clock, disk::Disk};
+use holdfast_common::{BlockHash, clock::Clock, disk::Disk, work};
 use serde::{Deserialize, Serialize};
-use tokio::sync::mpsc;
+use tokio::{sync::mpsc, task::AbortHandle};
 
 use super::{
     service::StorageService,
@@ -48,7 +47,6 @@ pub struct ScrubProgress {
     pub last_pass_secs: AtomicU64,
     /// A pass is to begin now, and to take no breaks.
     wanted: AtomicBool,
-    stopping: AtomicBool,
 }
 
 impl ScrubProgress {
@@ -70,7 +68,8 @@ struct State {
     since_secs: u64,
 }
 
-pub(super) struct Scrubber {
+/// Reads again what is stored.
+pub struct Scrubber {
     pub store: Arc<Store>,
     pub service: Arc<StorageService>,
     pub disk: Arc<dyn Disk>,
@@ -85,62 +84,53 @@ pub(super) struct Scrubber {
     pub bad: mpsc::UnboundedSender<BlockHash>,
 }
 
-/// A scrubber's thread. It ends when this is dropped.
+/// A scrubber at work. It ends when this is dropped.
 #[derive(Debug)]
-pub(super) struct Scrubbing {
-    progress: Arc<ScrubProgress>,
-    thread: Option<thread::JoinHandle<()>>,
-}
+pub struct Scrubbing(AbortHandle);
 
 impl Drop for Scrubbing {
     fn drop(&mut self) {
-        self.progress.stopping.store(true, Relaxed);
-        if self.thread.take().is_some_and(|thread| thread.join().is_err()) {
-            tracing::error!("the thread that scrubs panicked");
-        }
+        self.0.abort();
     }
 }
 
 impl Scrubber {
-    pub(super) fn start(self) -> io::Result<Scrubbing> {
-        let progress = Arc::clone(&self.progress);
-        let thread = thread::Builder::new().name("holdfast-scrub".to_owned()).spawn(move || self.run())?;
-        Ok(Scrubbing { progress, thread: Some(thread) })
+    /// Inside a tokio runtime.
+    pub fn start(self) -> Scrubbing {
+        Scrubbing(tokio::spawn(Arc::new(self).run()).abort_handle())
     }
 
-    fn run(self) {
+    async fn run(self: Arc<Self>) {
         let mut state = load(&*self.disk, &self.directory);
         if state.since_secs == 0 {
             state.since_secs = self.now_secs();
-            self.keep(&state);
+            self.keep(&state).await;
         }
         self.show(&state);
-        while !self.is_stopping() {
+        loop {
             if !self.is_due(&state) {
-                thread::sleep(IDLE_TICK);
+                tokio::time::sleep(IDLE_TICK).await;
                 continue;
             }
-            match self.page(&mut state) {
+            match self.page(&mut state).await {
                 Ok(()) => {
                     self.show(&state);
-                    self.keep(&state);
+                    self.keep(&state).await;
                 }
                 Err(error) => {
                     tracing::error!(%error, "scrubbing has to wait");
-                    thread::sleep(TROUBLE_PAUSE);
+                    tokio::time::sleep(TROUBLE_PAUSE).await;
                 }
             }
         }
     }
 
-    fn keep(&self, state: &State) {
-        if let Err(error) = save(&*self.disk, &self.directory, state) {
+    async fn keep(self: &Arc<Self>, state: &State) {
+        let (scrubber, state) = (Arc::clone(self), state.clone());
+        let kept = work::run(move || save(&*scrubber.disk, &scrubber.directory, &state)).await;
+        if let Err(error) = kept.unwrap_or_else(|died| Err(io::Error::other(died))) {
             tracing::warn!(%error, "how far scrubbing has come is not kept: after a restart the pass begins again");
         }
-    }
-
-    fn is_stopping(&self) -> bool {
-        self.progress.stopping.load(Relaxed)
     }
 
     fn show(&self, state: &State) {
@@ -161,22 +151,22 @@ impl Scrubber {
     }
 
     /// Checks some blocks, and ends the pass after the last.
-    fn page(&self, state: &mut State) -> Result<(), StoreError> {
+    async fn page(self: &Arc<Self>, state: &mut State) -> Result<(), StoreError> {
         let after = state.after.as_deref().and_then(BlockHash::from_hex);
         let (hashes, end) = self.store.list(after, PAGE)?;
         for (hash, _) in &hashes {
-            if self.is_stopping() {
-                return Ok(());
-            }
             let started = Instant::now();
-            let length = self.check(hash).unwrap_or_else(|error| {
-                tracing::error!(block = %hash, %error, "a block cannot be checked: passed over until the next pass");
-                thread::sleep(TROUBLE_PAUSE);
-                0
-            });
+            let length = match self.checked(*hash).await {
+                Ok(length) => length,
+                Err(error) => {
+                    tracing::error!(block = %hash, %error, "a block cannot be checked: passed over until the next pass");
+                    tokio::time::sleep(TROUBLE_PAUSE).await;
+                    0
+                }
+            };
             state.checked_bytes += length;
             state.after = Some(hash.to_string());
-            self.breathe(length, started.elapsed());
+            self.breathe(length, started.elapsed()).await;
         }
         if end {
             let bytes = state.checked_bytes;
@@ -189,26 +179,32 @@ impl Scrubber {
     }
 
     /// Keeps to the rate.
-    fn breathe(&self, bytes: u64, took: Duration) {
+    async fn breathe(&self, bytes: u64, took: Duration) {
         if self.progress.wanted.load(Relaxed) || self.rate == 0 {
             return;
         }
         let rate = if self.service.in_flight() > 0 { self.rate / BUSY_DIVISOR } else { self.rate };
-        self.nap(Duration::from_secs_f64(bytes as f64 / rate.max(1) as f64).saturating_sub(took));
+        self.nap(Duration::from_secs_f64(bytes as f64 / rate.max(1) as f64).saturating_sub(took)).await;
     }
 
-    fn nap(&self, long: Duration) {
+    async fn nap(&self, long: Duration) {
         let until = Instant::now() + long;
-        while !self.is_stopping() && !self.progress.wanted.load(Relaxed) {
+        while !self.progress.wanted.load(Relaxed) {
             let left = until.saturating_duration_since(Instant::now());
             if left.is_zero() {
                 return;
             }
-            thread::sleep(left.min(IDLE_TICK));
+            tokio::time::sleep(left.min(IDLE_TICK)).await;
         }
     }
 
     /// The bytes that were read.
+    async fn checked(self: &Arc<Self>, hash: BlockHash) -> Result<u64, StoreError> {
+        let scrubber = Arc::clone(self);
+        let checked = work::run(move || scrubber.check(&hash)).await;
+        checked.unwrap_or_else(|died| Err(StoreError::Io(io::Error::other(died))))
+    }
+
     fn check(&self, hash: &BlockHash) -> Result<u64, StoreError> {
         let (length, mut verdict) = self.store.scrub(hash)?;
         if matches!(verdict, Verdict::Damaged(..)) {

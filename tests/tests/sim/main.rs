@@ -1,6 +1,7 @@
 //! Servers on simulated disks that lose, tear and fail.
 
 mod cluster;
+mod ether;
 mod leases;
 mod live_mount;
 mod node;
@@ -8,3 +9,5 @@ mod node;
 mod planted;
 mod store;
 mod storm;
+mod sys;
+mod world;

@@ -37,6 +37,8 @@ use parking_lot::Mutex;
 use tokio::sync::watch;
 
 pub(crate) const STORAGE_SERVERS: RangeInclusive<u32> = 1..=3;
+/// Of a storage server, on its disk.
+pub(crate) const DIRECTORY: &str = "/storage";
 pub(crate) const CLUSTER: ClusterId = ClusterId([7; 16]);
 /// How often a storage server does by itself what its disk needs. All the time, so that much happens in a short history; or hardly
 /// ever, so that what is durable is what somebody has asked for.
@@ -59,42 +61,13 @@ struct Attached {
     life: watch::Sender<()>,
 }
 
-/// What becomes of a message.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) enum Fate {
-    Arrives,
-    /// It never arrives.
-    Lost,
-    /// It is carried out, and the answer never arrives.
-    AnswerLost,
-    /// It arrives twice.
-    Twice,
-}
-
-/// Decides what becomes of a message from one node to another.
-pub(crate) type Weather = Arc<dyn Fn(NodeName, NodeName) -> Fate + Send + Sync>;
-
-/// Before whoever asked believes that there is no answer.
-const NO_ANSWER_AFTER: Duration = Duration::from_millis(30);
-
 /// Where callers find the services of the life that goes on.
-#[derive(Clone)]
+#[derive(Clone, Default)]
 pub(crate) struct Network {
     services: Services,
-    weather: Weather,
-}
-
-impl Default for Network {
-    fn default() -> Self {
-        Self::with_weather(Arc::new(|_, _| Fate::Arrives))
-    }
 }
 
 impl Network {
-    pub(crate) fn with_weather(weather: Weather) -> Self {
-        Self { services: Services::default(), weather }
-    }
-
     /// As a node has it.
     pub(crate) fn of(&self, role: Role, id: u32) -> Arc<dyn Peers> {
         Arc::new(Calls { from: identity(role, id), network: self.clone() })
@@ -114,11 +87,6 @@ impl Network {
         let attached = Attached { service: Arc::downgrade(service), life: watch::Sender::new(()) };
         self.services.lock().insert(NodeName { role, id }, attached);
     }
-
-    /// Nobody answers for that node any more.
-    pub(crate) fn detach(&self, role: Role, id: u32) {
-        self.services.lock().remove(&NodeName { role, id });
-    }
 }
 
 /// The network as one node has it.
@@ -131,45 +99,19 @@ struct Calls {
 impl Peers for Calls {
     fn call(&self, to: Endpoint, request: Frame, deadline: Duration) -> BoxFuture<'_, Result<Frame, CallError>> {
         Box::pin(async move {
-            let fate = (self.network.weather)(self.from.node, to.name);
             let found =
                 self.network.services.lock().get(&to.name).map(|it| (it.service.upgrade(), it.life.subscribe()));
             let Some((Some(service), mut life)) = found else {
                 return Err(CallError::Connect(to.address, "nobody is there".into()));
             };
-            let request = in_one_part(request);
-            let serve = |request: &Frame| {
-                let request = Frame { header: request.header.clone(), payload: request.payload.clone() };
-                Arc::clone(&service).serve(self.from, request)
-            };
-            let carried_out = async {
-                match fate {
-                    Fate::Arrives => Some(serve(&request).await),
-                    Fate::Lost => None,
-                    Fate::AnswerLost => {
-                        serve(&request).await;
-                        None
-                    }
-                    Fate::Twice => {
-                        serve(&request).await;
-                        Some(serve(&request).await)
-                    }
-                }
-            };
             let answer = tokio::select! {
                 biased;
                 // Whoever has died says nothing any more.
-                _ = life.changed() => None,
-                answer = carried_out => answer,
-                () = tokio::time::sleep(deadline) => return Err(CallError::Deadline(to.address, deadline)),
+                _ = life.changed() => Err(CallError::Lost(to.address, "it has died".into())),
+                answer = service.serve(self.from, in_one_part(request)) => Ok(in_one_part(answer)),
+                () = tokio::time::sleep(deadline) => Err(CallError::Deadline(to.address, deadline)),
             };
-            match answer {
-                Some(answer) => Ok(in_one_part(answer)),
-                None => {
-                    tokio::time::sleep(NO_ANSWER_AFTER.min(deadline)).await;
-                    Err(CallError::Deadline(to.address, deadline))
-                }
-            }
+            answer
         })
     }
 }
@@ -231,7 +173,8 @@ impl Life {
             compare_every: Duration::from_secs(3600),
             backup_every: Duration::ZERO,
         };
-        let meta = start_meta(&disks[0], &network, &options)?;
+        let meta = start_meta(&disks[0], network.of(Role::Meta, 1), Arc::new(SystemClock::default()), &options)?;
+        network.attach(Role::Meta, 1, &(Arc::clone(&meta.service) as Arc<dyn Serve>));
         let life = Self { disk: disks[0].clone(), network, _meta: meta, _storage: storage };
         life.introduce().await.then_some(life)
     }
@@ -303,8 +246,13 @@ impl Life {
 }
 
 /// `None`: the power is gone.
-pub(crate) fn start_meta(disk: &SimDisk, network: &Network, options: &Options) -> Option<Running> {
-    let (seam, clock): (Arc<dyn Disk>, Arc<dyn Clock>) = (Arc::new(disk.clone()), Arc::new(SystemClock::default()));
+pub(crate) fn start_meta(
+    disk: &SimDisk,
+    peers: Arc<dyn Peers>,
+    clock: Arc<dyn Clock>,
+    options: &Options,
+) -> Option<Running> {
+    let seam: Arc<dyn Disk> = Arc::new(disk.clone());
     // As a data directory does, which is opened before.
     for path in ["/", "/meta"] {
         seam.create_directory(Path::new(path)).and_then(|()| seam.sync_directory(Path::new("/"))).ok()?;
@@ -315,10 +263,7 @@ pub(crate) fn start_meta(disk: &SimDisk, network: &Network, options: &Options) -
         Err(error) => panic!("the metadata does not recover: {error}"),
     };
     let authority = Authority { ca: None, ca_fingerprint: Fingerprint([0; 32]), secrets: Box::new(rand::random) };
-    let meta = Running::start(core, network.of(Role::Meta, 1), authority, options);
-    let service: Arc<dyn Serve> = Arc::clone(&meta.service) as Arc<dyn Serve>;
-    network.attach(Role::Meta, 1, &service);
-    Some(meta)
+    Some(Running::start(core, peers, authority, options))
 }
 
 /// `None`: the power is gone.
@@ -328,6 +273,13 @@ pub(crate) fn start_storage(
     peers: Arc<dyn Peers>,
     flush_every: Duration,
 ) -> Option<Arc<StorageService>> {
+    let store = open_store(&disk, flush_every)?;
+    let backups = Backups::new(disk, Path::new(DIRECTORY), 0);
+    Some(start_service(store, peers, id, backups).expect("threads can be started"))
+}
+
+/// `None`: the power is gone.
+pub(crate) fn open_store(disk: &Arc<dyn Disk>, flush_every: Duration) -> Option<Arc<Store>> {
     let options = StoreOptions {
         segment_bytes: 64 << 10,
         reserve_bytes: 0,
@@ -335,7 +287,5 @@ pub(crate) fn start_storage(
         flushes_per_checkpoint: 3,
         ..StoreOptions::default()
     };
-    let store = Store::open(Arc::clone(&disk), Path::new("/storage"), options).ok()?;
-    let backups = Backups::new(disk, Path::new("/storage"), 0);
-    Some(start_service(Arc::new(store), peers, id, backups).expect("threads can be started"))
+    Store::open(Arc::clone(disk), Path::new(DIRECTORY), options).ok().map(Arc::new)
 }

@@ -1,27 +1,28 @@
 //! The storm finds bugs: each of those that are planted is convicted within a few histories.
 //!
 //! What can go wrong with garbage alone is convicted by the exhaustive search beside its rules (server/src/meta/state/tests/garbage_model.rs).
-//! A process has one bug, so that these need a process each, as nextest gives them.
 
 use holdfast_common::planted::{Bug, plant};
 
-use crate::{node::run, storm::history};
+use crate::storm::told_by_a_process;
 
 /// Histories within which a bug has to show.
 const SEEDS: u64 = 30;
 
+/// Names the bug that a process has.
+const BUG: &str = "HOLDFAST_PLANTED_BUG";
+
+/// What the process that runs a history does first.
+pub(crate) fn plant_chosen() {
+    let chosen = std::env::var(BUG).ok();
+    let bug = Bug::ALL.into_iter().find(|bug| chosen == Some(format!("{bug:?}")));
+    plant(bug.unwrap_or_else(|| panic!("{chosen:?} is no bug")));
+}
+
 /// The first history in which it does, and how.
 fn convict(bug: Bug) -> (u64, String) {
-    plant(bug);
-    let found = (1..=SEEDS).find_map(|seed| {
-        // What is wrong may also be a promise that the code itself sees broken.
-        let outcome = std::panic::catch_unwind(|| run(history(seed)));
-        match outcome {
-            Ok(Ok(())) => None,
-            Ok(Err(wrong)) => Some((seed, wrong)),
-            Err(_) => Some((seed, "a panic".to_owned())),
-        }
-    });
+    let environment = [(BUG, format!("{bug:?}"))];
+    let found = (1..=SEEDS).find_map(|seed| Some((seed, told_by_a_process(seed, &environment).err()?)));
     found.unwrap_or_else(|| panic!("{bug:?} is not found in {SEEDS} histories"))
 }
 

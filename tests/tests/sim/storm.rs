@@ -1,30 +1,31 @@
-//! A whole cluster in one process, with two mounts in use, while machines lose their power, disks turn bits and the network loses,
-//! repeats and cuts.
+//! A whole cluster on one thread, with two mounts in use, while machines lose their power, disks turn bits and fill up, clocks jump, and the
+//! network loses, repeats, delays and cuts.
 //!
-//! Servers and mounts are the real code; disks and network are simulated. A seed is one history of operations and faults: what the
-//! mounts do, and what goes wrong when. (Threads of the servers run as the machine lets them, so that a seed narrows a failure down and
-//! does not always repeat it.) Each mount works in a directory of its own and knows what must be there. At the end everything is mended,
+//! Servers and mounts are the real code, QUIC included; disks, datagrams, time and chance are simulated. A seed is one history: it happens
+//! again exactly. Each mount works in a directory of its own and knows what must be there. At the end everything is mended,
 //! then all machines lose their power, and a new mount finds what the others had, three copies of everything and nothing else.
 //!
 //! `HOLDFAST_STORM_SEED=n` runs one seed, `HOLDFAST_STORM_SEEDS=n` so many, `HOLDFAST_STORM_SECS=n` as many as begin in that time, from
-//! `HOLDFAST_STORM_FIRST` on; with `HOLDFAST_LOG=debug` everybody says what happens.
+//! `HOLDFAST_STORM_FIRST` on. `one_history` alone, with `HOLDFAST_STORM_SEED=n` and `HOLDFAST_LOG=debug`, says all that happens.
 
 use std::{
     collections::{BTreeMap, BTreeSet},
     path::Path,
+    process::{Command, Stdio},
     sync::Arc,
     time::{Duration, Instant},
 };
 
 use bytes::Bytes;
+use futures_util::FutureExt;
 use holdfast_client::{
     fs::{AccessTimes, Caller, Duties, Errno, FileHandle, Fs, FsOptions, FsResult, MakeRequest},
     remote::meta::MountName,
 };
 use holdfast_common::{
-    Attr, Ino, Kind, Replicas, ServerId,
-    clock::SystemClock,
-    disk::Disk,
+    Attr, BlockHash, Ino, Kind, Replicas, ServerId,
+    clock::{Clock, SystemClock},
+    disk::{Disk, Space},
     inventory::BUCKETS,
     net::{
         Frame, Peers, Serve,
@@ -41,13 +42,19 @@ use holdfast_common::{
 };
 use holdfast_server::{
     meta::server::{Options, Running},
-    storage::StorageService,
+    storage::{Backups, Scrubber, Scrubbing, StorageService, start_service, store::Store},
 };
-use holdfast_tests::{fault::random_bytes, sim_disk::SimDisk};
+use holdfast_tests::{fault::random_bytes, sim_disk::SimDisk, sys::die_with_parent};
 use parking_lot::Mutex;
 use rand::{Rng, SeedableRng, rngs::StdRng};
+use serde::{Deserialize, Serialize};
+use tokio::sync::mpsc;
 
-use crate::node::{CLUSTER, FLUSH_BUSILY, FLUSH_LAZILY, Fate, Network, endpoint, run, start_meta, start_storage};
+use crate::{
+    ether::{Counts, Ether, Host, Sent, Weather},
+    node::{CLUSTER, DIRECTORY, FLUSH_BUSILY, FLUSH_LAZILY, open_store, start_meta},
+    world::{JumpingClock, simulated},
+};
 
 const CALLER: Caller = Caller { uid: 0, gid: 0, pid: 1, umask: 0 };
 /// Of an operation, and of a cluster that mends itself.
@@ -57,10 +64,16 @@ const STORAGE: std::ops::RangeInclusive<u32> = 1..=4;
 const MOUNTS: u32 = 2;
 /// Faults of one history.
 const FAULTS: u32 = 12;
-const SEEDS: u64 = 4;
+const SEEDS: u64 = 30;
 const FILES_MAX: usize = 8;
 /// Suspected, down, replaced, and time to begin with it.
 const GIVEN_UP_AFTER: Duration = Duration::from_millis(1600);
+
+/// Bytes a second, and how often a pass begins.
+const SCRUB_RATE: u64 = 1 << 20;
+const SCRUB_EVERY: Duration = Duration::from_secs(2);
+/// Seconds, either way.
+const CLOCK_JUMP_MAX: i64 = 86_400;
 
 /// What is wrong with a history.
 type Wrong = String;
@@ -82,55 +95,43 @@ fn options() -> Options {
     }
 }
 
-/// What the network does now.
-#[derive(Debug, Default)]
-struct Weather {
-    random: Option<StdRng>,
-    /// In a hundred messages.
-    lost: u32,
-    answers_lost: u32,
-    twice: u32,
-    /// Nothing goes from the first to the second.
-    cut: BTreeSet<(NodeName, NodeName)>,
-}
-
-impl Weather {
-    fn of(&mut self, from: NodeName, to: NodeName) -> Fate {
-        if self.cut.contains(&(from, to)) {
-            return Fate::Lost;
-        }
-        if self.cut.contains(&(to, from)) {
-            return Fate::AnswerLost;
-        }
-        let Some(random) = &mut self.random else { return Fate::Arrives };
-        let drawn = random.random_range(0..100);
-        match drawn {
-            _ if drawn < self.lost => Fate::Lost,
-            _ if drawn < self.lost + self.answers_lost => Fate::AnswerLost,
-            _ if drawn < self.lost + self.answers_lost + self.twice => Fate::Twice,
-            _ => Fate::Arrives,
-        }
-    }
-
-    fn clear_up(&mut self) {
-        *self = Self { random: self.random.take(), ..Self::default() };
-    }
-}
-
 fn storage(id: u32) -> NodeName {
     NodeName { role: Role::Storage, id }
 }
 
+fn mount(id: u32) -> NodeName {
+    NodeName { role: Role::Client, id }
+}
+
 const META: NodeName = NodeName { role: Role::Meta, id: 1 };
+
+/// A metadata server.
+struct Meta {
+    disk: SimDisk,
+    host: Arc<Host>,
+    _running: Running,
+}
+
+/// A storage server, with all that it does by itself.
+struct Storage {
+    disk: SimDisk,
+    host: Arc<Host>,
+    store: Arc<Store>,
+    service: Arc<StorageService>,
+    bad: mpsc::UnboundedReceiver<BlockHash>,
+    _scrubbing: Scrubbing,
+}
 
 /// The machines.
 struct Machines {
-    network: Network,
-    weather: Arc<Mutex<Weather>>,
-    meta: Option<(SimDisk, Running)>,
-    storage: BTreeMap<u32, (SimDisk, Arc<StorageService>)>,
+    ether: Ether,
+    clock: Arc<JumpingClock>,
+    meta: Option<Meta>,
+    storage: BTreeMap<u32, Storage>,
     /// Of storage servers.
     flush_every: Duration,
+    /// How often each fault struck.
+    faults: BTreeMap<String, u32>,
 }
 
 /// Whoever makes everything durable all the time shows nothing of a bug by which that is forgotten.
@@ -139,101 +140,156 @@ fn flush_every(seed: u64) -> Duration {
 }
 
 impl Machines {
-    fn start(seed: u64) -> Self {
-        let weather = Arc::new(Mutex::new(Weather { random: Some(StdRng::seed_from_u64(seed)), ..Weather::default() }));
-        let deciding = Arc::clone(&weather);
-        let network = Network::with_weather(Arc::new(move |from, to| deciding.lock().of(from, to)));
-        let mut machines =
-            Self { network, weather, meta: None, storage: BTreeMap::new(), flush_every: flush_every(seed) };
+    fn start(ether: Ether, seed: u64) -> Self {
+        let mut machines = Self {
+            ether,
+            clock: Arc::default(),
+            meta: None,
+            storage: BTreeMap::new(),
+            flush_every: flush_every(seed),
+            faults: BTreeMap::new(),
+        };
         STORAGE.for_each(|id| machines.start_storage(id, SimDisk::new()));
         machines.start_meta(SimDisk::new());
         machines
     }
 
     fn start_storage(&mut self, id: u32, disk: SimDisk) {
-        let peers = self.network.of(Role::Storage, id);
-        let service = start_storage(Arc::new(disk.clone()), id, peers, self.flush_every).expect("its disk works");
-        self.network.attach(Role::Storage, id, &(Arc::clone(&service) as Arc<dyn Serve>));
-        self.storage.insert(id, (disk, service));
+        let host = self.ether.host(storage(id));
+        let (peers, seam): (Arc<dyn Peers>, Arc<dyn Disk>) = (Arc::clone(&host) as _, Arc::new(disk.clone()));
+        let store = open_store(&seam, self.flush_every).expect("its disk works");
+        let backups = Backups::new(Arc::clone(&seam), Path::new(DIRECTORY), 0);
+        let service = start_service(Arc::clone(&store), peers, id, backups).expect("no threads are needed");
+        let (told, bad) = mpsc::unbounded_channel();
+        let scrubber = Scrubber {
+            store: Arc::clone(&store),
+            service: Arc::clone(&service),
+            disk: seam,
+            directory: DIRECTORY.into(),
+            clock: Arc::clone(&self.clock) as Arc<dyn Clock>,
+            rate: SCRUB_RATE,
+            every: SCRUB_EVERY,
+            progress: Arc::clone(service.scrub_progress()),
+            bad: told,
+        };
+        host.serve(Arc::clone(&service) as Arc<dyn Serve>);
+        self.storage.insert(id, Storage { disk, host, store, service, bad, _scrubbing: scrubber.start() });
     }
 
     fn start_meta(&mut self, disk: SimDisk) {
-        let running = start_meta(&disk, &self.network, &options()).expect("its disk works");
-        self.meta = Some((disk, running));
+        let host = self.ether.host(META);
+        let peers = Arc::clone(&host) as Arc<dyn Peers>;
+        let clock = Arc::clone(&self.clock) as Arc<dyn Clock>;
+        let running = start_meta(&disk, peers, clock, &options()).expect("its disk works");
+        host.serve(Arc::clone(&running.service) as Arc<dyn Serve>);
+        self.meta = Some(Meta { disk, host, _running: running });
     }
 
     /// What is left of a storage server's disk. `seed`: its machine loses its power.
     fn stop_storage(&mut self, id: u32, seed: Option<u64>) -> SimDisk {
-        self.network.detach(Role::Storage, id);
-        let (disk, _) = self.storage.remove(&id).expect("it runs");
-        seed.map_or_else(|| disk.after_kill(), |seed| disk.after_power_cut(seed))
+        let stopped = self.storage.remove(&id).expect("it runs");
+        stopped.host.die();
+        seed.map_or_else(|| stopped.disk.after_kill(), |seed| stopped.disk.after_power_cut(seed))
+    }
+
+    /// As a service manager does with a server that had to end.
+    fn restart_failed(&mut self) {
+        let failed = |storage: &Storage| storage.store.failed().now_or_never().is_some();
+        let ids: Vec<u32> = self.storage.iter().filter(|(_, storage)| failed(storage)).map(|(id, _)| *id).collect();
+        for id in ids {
+            let disk = self.stop_storage(id, None);
+            self.start_storage(id, disk);
+        }
     }
 
     fn stop_meta(&mut self, seed: Option<u64>) -> SimDisk {
-        self.network.detach(Role::Meta, 1);
-        let (disk, _) = self.meta.take().expect("it runs");
-        seed.map_or_else(|| disk.after_kill(), |seed| disk.after_power_cut(seed))
+        let stopped = self.meta.take().expect("it runs");
+        stopped.host.die();
+        seed.map_or_else(|| stopped.disk.after_kill(), |seed| stopped.disk.after_power_cut(seed))
     }
 }
 
-/// Every storage server that runs says so.
+/// Every storage server that runs says so, and which bad copies it has found.
 async fn beat(machines: Arc<Mutex<Machines>>) {
     loop {
-        let (network, running): (Network, Vec<(u32, Arc<StorageService>)>) = {
-            let machines = machines.lock();
-            let running = machines.storage.iter().map(|(id, (_, service))| (*id, Arc::clone(service)));
-            (machines.network.clone(), running.collect())
-        };
-        for (id, service) in running {
-            let peers = network.of(Role::Storage, id);
-            tokio::spawn(async move {
-                let load = StorageLoad { capacity_bytes: 1 << 40, free_bytes: 1 << 39, ..StorageLoad::default() };
-                let (address, zone, boot) = (endpoint(Role::Storage, id).address, String::new(), service.boot());
-                let beat = MetaRequest::Storage(StorageNotice::Heartbeat { address, zone, boot, load });
-                if let Ok(reply) = ask_meta(&*peers, &beat).await {
-                    service.hear(reply.epoch);
-                }
-            });
+        for (id, storage) in &mut machines.lock().storage {
+            let space = storage.store.space().unwrap_or(Space { capacity: 0, free: 0 });
+            let load = StorageLoad { capacity_bytes: space.capacity, free_bytes: space.free, ..StorageLoad::default() };
+            let (address, zone, boot) = (storage.host.endpoint().address, String::new(), storage.service.boot());
+            let mut notices = vec![StorageNotice::Heartbeat { address, zone, boot, load }];
+            let blocks: Vec<BlockHash> = std::iter::from_fn(|| storage.bad.try_recv().ok()).collect();
+            if !blocks.is_empty() {
+                tracing::debug!(id, blocks = blocks.len(), "bad copies are told");
+                notices.push(StorageNotice::BadCopies { blocks });
+            }
+            tokio::spawn(say(Arc::clone(&storage.host), Arc::clone(&storage.service), notices));
         }
         tokio::time::sleep(HEARTBEAT).await;
     }
 }
 
+async fn say(host: Arc<Host>, service: Arc<StorageService>, notices: Vec<StorageNotice>) {
+    for notice in notices {
+        match ask_meta(&*host, &MetaRequest::Storage(notice)).await {
+            Ok(reply) => service.hear(reply.epoch),
+            Err(wrong) => tracing::debug!(%wrong, "a notice is not heard"),
+        }
+    }
+}
+
 async fn ask_meta(peers: &dyn Peers, request: &MetaRequest) -> Result<MetaReply, Wrong> {
     let frame = Frame { header: encode(request).expect("a short request"), payload: Vec::new() };
-    let answer = peers.call(Network::meta(), frame, Duration::from_secs(5)).await.map_err(|error| error.to_string())?;
+    let to = Ether::endpoint(META);
+    let answer = peers.call(to, frame, Duration::from_secs(5)).await.map_err(|error| error.to_string())?;
     Ok(decode(&answer.header).expect("an answer"))
 }
 
 /// A mount, and what it knows that must be there.
 struct User {
-    fs: Arc<Fs>,
-    duties: tokio::task::JoinHandle<()>,
+    mount: Mount,
     directory: Ino,
     files: BTreeMap<String, Vec<u8>>,
     random: StdRng,
     made: u64,
 }
 
-impl Drop for User {
-    fn drop(&mut self) {
+/// A mount, until it is dropped.
+struct Mount {
+    fs: Arc<Fs>,
+    host: Arc<Host>,
+    duties: tokio::task::JoinHandle<()>,
+}
+
+impl Mount {
+    async fn new(ether: &Ether, id: u32) -> Result<Self, Wrong> {
+        let options = FsOptions {
+            cache_bytes: 1 << 20,
+            dirty_bytes: 8 << 20,
+            io_timeout: PATIENCE,
+            connect_timeout: PATIENCE,
+            access_times: AccessTimes::default(),
+        };
+        let name = MountName { host: "sim".into(), mountpoint: format!("/mnt-{id}") };
+        let host = ether.host(mount(id));
+        let peers = Arc::clone(&host) as Arc<dyn Peers>;
+        let clock = Arc::new(SystemClock::default());
+        let fs = Fs::connect(peers, Ether::endpoint(META), name, options, clock).await;
+        let fs = fs.map_err(|error| format!("a mount does not connect: {error}"))?;
+        let duties = tokio::spawn(Duties::run(Arc::clone(&fs)));
+        Ok(Self { fs, host, duties })
+    }
+
+    /// Its machine loses its power.
+    fn die(&self) {
         self.duties.abort();
+        self.host.die();
     }
 }
 
-async fn connect(network: &Network, id: u32) -> FsResult<(Arc<Fs>, tokio::task::JoinHandle<()>)> {
-    let options = FsOptions {
-        cache_bytes: 1 << 20,
-        dirty_bytes: 8 << 20,
-        io_timeout: PATIENCE,
-        connect_timeout: PATIENCE,
-        access_times: AccessTimes::default(),
-    };
-    let name = MountName { host: "sim".into(), mountpoint: format!("/mnt-{id}") };
-    let fs = Fs::connect(network.of_client(id), Network::meta(), name, options, Arc::new(SystemClock::default())).await;
-    let fs = fs.map_err(|_| Errno(libc::ENOTCONN))?;
-    let duties = tokio::spawn(Duties::run(Arc::clone(&fs)));
-    Ok((fs, duties))
+impl Drop for Mount {
+    fn drop(&mut self) {
+        self.die();
+    }
 }
 
 fn wrong(what: &str, name: &str, result: Errno) -> Wrong {
@@ -241,14 +297,14 @@ fn wrong(what: &str, name: &str, result: Errno) -> Wrong {
 }
 
 impl User {
-    async fn new(network: &Network, id: u32, seed: u64) -> Result<Self, Wrong> {
-        let (fs, duties) = connect(network, id).await.map_err(|error| wrong("connect", "a mount", error))?;
+    async fn new(ether: &Ether, id: u32, seed: u64) -> Result<Self, Wrong> {
+        let mount = Mount::new(ether, id).await?;
         let request = MakeRequest { kind: Kind::Directory, mode: 0o755, rdev: 0, target: Vec::new() };
         let name = format!("dir-{id}");
-        let made = fs.make(CALLER, Ino::ROOT, name.as_bytes(), request).await;
+        let made = mount.fs.make(CALLER, Ino::ROOT, name.as_bytes(), request).await;
         let directory = made.map_err(|error| wrong("mkdir", &name, error))?.ino;
         let random = StdRng::seed_from_u64(seed * 100 + u64::from(id));
-        Ok(Self { fs, duties, directory, files: BTreeMap::new(), random, made: 0 })
+        Ok(Self { mount, directory, files: BTreeMap::new(), random, made: 0 })
     }
 
     fn pick(&mut self) -> Option<String> {
@@ -285,13 +341,13 @@ impl User {
 
     async fn written(&self, attr: Attr, handle: FileHandle, at: u64, content: &[u8], sync: bool) -> FsResult<()> {
         let content = Bytes::copy_from_slice(content);
-        self.fs.write(CALLER, attr.ino, handle, at, content).await?;
+        self.mount.fs.write(CALLER, attr.ino, handle, at, content).await?;
         if sync {
-            self.fs.fsync(attr.ino, handle, false).await?
+            self.mount.fs.fsync(attr.ino, handle, false).await?
         } else {
-            self.fs.flush(attr.ino, handle, 0).await?
+            self.mount.fs.flush(attr.ino, handle, 0).await?
         }
-        self.fs.release(attr.ino, handle).await;
+        self.mount.fs.release(attr.ino, handle).await;
         Ok(())
     }
 
@@ -304,7 +360,7 @@ impl User {
         self.made += 1;
         let name = format!("file-{}", self.made);
         let flags = libc::O_RDWR | libc::O_CREAT | libc::O_EXCL;
-        let made = self.fs.create(CALLER, self.directory, name.as_bytes(), 0o644, flags).await;
+        let made = self.mount.fs.create(CALLER, self.directory, name.as_bytes(), 0o644, flags).await;
         let (attr, opened) = made.map_err(|error| wrong("create", &name, error))?;
         let written = self.written(attr, opened.handle, 0, &content, sync).await;
         written.map_err(|error| wrong("write", &name, error))?;
@@ -317,8 +373,8 @@ impl User {
         let (new, sync) = (self.content(), self.random.random());
         let at = self.random.random_range(0..=self.files[&name].len());
         let written = async {
-            let attr = self.fs.lookup(self.directory, name.as_bytes()).await?.attr;
-            let opened = self.fs.open(CALLER, attr.ino, libc::O_RDWR).await?;
+            let attr = self.mount.fs.lookup(self.directory, name.as_bytes()).await?.attr;
+            let opened = self.mount.fs.open(CALLER, attr.ino, libc::O_RDWR).await?;
             self.written(attr, opened.handle, at as u64, &new, sync).await
         };
         written.await.map_err(|error| wrong("overwrite", &name, error))?;
@@ -330,7 +386,7 @@ impl User {
 
     async fn read(&mut self) -> Result<(), Wrong> {
         let Some(name) = self.pick() else { return Ok(()) };
-        check_file(&self.fs, self.directory, &name, &self.files[&name]).await
+        check_file(&self.mount.fs, self.directory, &name, &self.files[&name]).await
     }
 
     async fn rename(&mut self) -> Result<(), Wrong> {
@@ -338,7 +394,8 @@ impl User {
         self.made += 1;
         let new = format!("file-{}", self.made);
         let directory = self.directory;
-        let renamed = self.fs.rename(directory, name.as_bytes(), directory, new.as_bytes(), RenameMode::Replace).await;
+        let renamed =
+            self.mount.fs.rename(directory, name.as_bytes(), directory, new.as_bytes(), RenameMode::Replace).await;
         renamed.map_err(|error| wrong("rename", &name, error))?;
         let content = self.files.remove(&name).expect("picked");
         self.files.insert(new, content);
@@ -349,9 +406,9 @@ impl User {
         let Some(name) = self.pick() else { return Ok(()) };
         let length = self.random.random_range(0..=self.files[&name].len());
         let cut = async {
-            let attr = self.fs.lookup(self.directory, name.as_bytes()).await?.attr;
+            let attr = self.mount.fs.lookup(self.directory, name.as_bytes()).await?.attr;
             let set = SetAttr { size: Some(length as u64), ..SetAttr::default() };
-            self.fs.setattr(CALLER, attr.ino, set).await
+            self.mount.fs.setattr(CALLER, attr.ino, set).await
         };
         cut.await.map_err(|error| wrong("truncate", &name, error))?;
         self.files.get_mut(&name).expect("picked").truncate(length);
@@ -360,7 +417,7 @@ impl User {
 
     async fn delete(&mut self) -> Result<(), Wrong> {
         let Some(name) = self.pick() else { return Ok(()) };
-        let gone = self.fs.unlink(self.directory, name.as_bytes()).await;
+        let gone = self.mount.fs.unlink(self.directory, name.as_bytes()).await;
         gone.map_err(|error| wrong("unlink", &name, error))?;
         self.files.remove(&name);
         Ok(())
@@ -384,59 +441,77 @@ async fn check_file(fs: &Fs, directory: Ino, name: &str, content: &[u8]) -> Resu
 }
 
 /// What goes wrong, one thing after another; they overlap where they last.
-async fn spoil(machines: &Arc<Mutex<Machines>>, random: &mut StdRng, rotten: u32) {
+async fn spoil(machines: &Arc<Mutex<Machines>>, admin: &Host, random: &mut StdRng, rotten: u32) {
     let victim = random.random_range(STORAGE);
     let long = Duration::from_millis(random.random_range(20..700));
     let power = random.random::<bool>().then(|| random.random());
-    match random.random_range(0..11) {
+    let fault = match random.random_range(0..14) {
         0 | 1 => {
             let disk = machines.lock().stop_storage(victim, power);
             tokio::time::sleep(long).await;
             machines.lock().start_storage(victim, disk);
+            "a storage server dies"
         }
         // The disk that turns bits is replaced by an empty one: what it held is elsewhere.
         8 => {
             machines.lock().stop_storage(rotten, None);
             tokio::time::sleep(long).await;
             machines.lock().start_storage(rotten, SimDisk::new());
+            "a disk is replaced"
         }
         // Long enough to be given up, and back with all that it had.
         9 => {
             let disk = machines.lock().stop_storage(victim, power);
             tokio::time::sleep(GIVEN_UP_AFTER + long).await;
             machines.lock().start_storage(victim, disk);
+            "a storage server is given up"
         }
         2 | 3 => {
             let disk = machines.lock().stop_meta(power);
             tokio::time::sleep(long / 4).await;
             machines.lock().start_meta(disk);
+            "the metadata server dies"
         }
-        4 => {
-            let mount = NodeName { role: Role::Client, id: random.random_range(1..=MOUNTS) };
-            let other = if random.random() { META } else { storage(victim) };
-            let way = if random.random() { (mount, other) } else { (other, mount) };
-            for_a_while(machines, long, |weather| weather.cut.extend([way])).await;
+        4 | 5 => {
+            let ends = if random.random() { mount(random.random_range(1..=MOUNTS)) } else { META };
+            let other = if ends != META && random.random() { META } else { storage(victim) };
+            let mut cut = vec![(ends, other), (other, ends)];
+            // Both ways, or one of them.
+            if random.random_range(0..3) > 0 {
+                cut.remove(random.random_range(0..2));
+            }
+            for_a_while(machines, long * random.random_range(1..6), |weather| weather.cut.extend(cut)).await;
+            "a partition"
         }
-        5 => {
-            let way = if random.random() { (META, storage(victim)) } else { (storage(victim), META) };
-            for_a_while(machines, long, |weather| weather.cut.extend([way])).await;
-        }
-        6 => {
-            let (lost, answers_lost, twice) =
+        6 | 7 => {
+            let (lost, repeated, late) =
+                (random.random_range(0..10), random.random_range(0..10), random.random_range(0..60));
+            let (calls_lost, answers_lost, calls_twice) =
                 (random.random_range(0..8), random.random_range(0..8), random.random_range(0..8));
-            for_a_while(machines, long, |weather| {
-                (weather.lost, weather.answers_lost, weather.twice) = (lost, answers_lost, twice);
-            })
-            .await;
+            let bad = Weather { lost, repeated, late, calls_lost, answers_lost, calls_twice, cut: BTreeSet::new() };
+            for_a_while(machines, long, |weather| *weather = bad).await;
+            "a bad network"
         }
         10 => {
-            let network = machines.lock().network.clone();
             // Refused while servers are away, and lost now and then. Two at least: one may be on the rotten disk.
-            drop(set_replicas(&network, random.random_range(2..=4)).await);
+            drop(set_replicas(admin, random.random_range(2..=4)).await);
+            "another number of copies"
+        }
+        11 => {
+            machines.lock().clock.jump(random.random_range(-CLOCK_JUMP_MAX..=CLOCK_JUMP_MAX));
+            "the clock jumps"
+        }
+        12 => {
+            let disk = machines.lock().storage[&victim].disk.clone();
+            disk.fill(true);
+            tokio::time::sleep(long).await;
+            disk.fill(false);
+            machines.lock().restart_failed();
+            "a disk is full"
         }
         // One disk turns bits, and no other: of three copies two are as they should be.
         _ => {
-            let disk = machines.lock().storage[&rotten].0.clone();
+            let disk = machines.lock().storage[&rotten].disk.clone();
             let segments = disk.list(Path::new("/storage/segments")).unwrap_or_default();
             for path in segments {
                 let length = disk.open(&path, false).and_then(|file| file.length()).unwrap_or(0);
@@ -445,32 +520,50 @@ async fn spoil(machines: &Arc<Mutex<Machines>>, random: &mut StdRng, rotten: u32
                     drop(disk.flip_bit(&path, random.random_range(100..length)));
                 }
             }
+            "bits turn"
         }
-    }
+    };
+    *machines.lock().faults.entry(fault.to_owned()).or_default() += 1;
 }
 
 async fn for_a_while(machines: &Arc<Mutex<Machines>>, long: Duration, change: impl FnOnce(&mut Weather)) {
-    let weather = Arc::clone(&machines.lock().weather);
-    change(&mut weather.lock());
+    let ether = machines.lock().ether.clone();
+    ether.change(change);
     tokio::time::sleep(long).await;
-    weather.lock().clear_up();
+    ether.clear_up();
+}
+
+/// What happened in a history.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub(crate) struct Told {
+    /// By the clock of the simulation.
+    pub(crate) took: Duration,
+    pub(crate) counts: Counts,
+    pub(crate) faults: BTreeMap<String, u32>,
+    pub(crate) sent: Vec<Sent>,
 }
 
 /// One history. `Err`: something was wrong.
-pub(crate) async fn history(seed: u64) -> Result<(), Wrong> {
-    let machines = Arc::new(Mutex::new(Machines::start(seed)));
-    let beating = tokio::spawn(beat(Arc::clone(&machines)));
-    let network = machines.lock().network.clone();
-    let outcome = survive(&machines, &network, seed).await;
-    beating.abort();
-    outcome.map_err(|wrong| format!("seed {seed}: {wrong}"))
+pub(crate) fn history(seed: u64) -> Result<Told, Wrong> {
+    simulated(seed, || async move {
+        let begun = tokio::time::Instant::now();
+        let ether = Ether::new(seed);
+        let machines = Arc::new(Mutex::new(Machines::start(ether.clone(), seed)));
+        let beating = tokio::spawn(beat(Arc::clone(&machines)));
+        let admin = ether.host(NodeName { role: Role::Admin, id: 1 });
+        let outcome = survive(&machines, &ether, &admin, seed).await;
+        beating.abort();
+        outcome.map_err(|wrong| format!("seed {seed}: {wrong}"))?;
+        let faults = machines.lock().faults.clone();
+        Ok(Told { took: begun.elapsed(), counts: ether.counts(), faults, sent: ether.sent() })
+    })
 }
 
-async fn survive(machines: &Arc<Mutex<Machines>>, network: &Network, seed: u64) -> Result<(), Wrong> {
-    until_up(network).await?;
+async fn survive(machines: &Arc<Mutex<Machines>>, ether: &Ether, admin: &Host, seed: u64) -> Result<(), Wrong> {
+    until_up(admin).await?;
     let mut users = Vec::new();
     for id in 1..=MOUNTS {
-        users.push(User::new(network, id, seed).await?);
+        users.push(User::new(ether, id, seed).await?);
     }
     let mut random = StdRng::seed_from_u64(seed);
     let rotten = random.random_range(STORAGE);
@@ -478,7 +571,7 @@ async fn survive(machines: &Arc<Mutex<Machines>>, network: &Network, seed: u64) 
     let faults = async {
         for _ in 0..FAULTS {
             tokio::time::sleep(Duration::from_millis(random.random_range(0..150))).await;
-            spoil(machines, &mut random, rotten).await;
+            spoil(machines, admin, &mut random, rotten).await;
         }
         over.set(true);
         Ok(())
@@ -492,26 +585,24 @@ async fn survive(machines: &Arc<Mutex<Machines>>, network: &Network, seed: u64) 
         Ok::<(), Wrong>(())
     });
     let (_, _): (Vec<()>, ()) = tokio::try_join!(futures_util::future::try_join_all(work), faults)?;
-    machines.lock().weather.lock().clear_up();
-    until(|| set_replicas(network, 3)).await?;
+    ether.clear_up();
+    until(|| set_replicas(admin, 3)).await?;
     for user in &mut users {
         // Something that only the last sync makes durable.
         let content = user.new_content();
         user.create_file(content, false).await?;
-        user.fs.sync_all(true).await.map_err(|error| wrong("sync", "everything", error))?;
+        user.mount.fs.sync_all(true).await.map_err(|error| wrong("sync", "everything", error))?;
     }
-    lose_all_power(machines, &mut users, seed);
-    until_up(network).await?;
-    let (fs, duties) = connect(network, 9).await.map_err(|error| wrong("connect", "a new mount", error))?;
-    let found = check_everything(&fs, &users).await;
-    duties.abort();
-    found?;
-    until_whole(network).await
+    lose_all_power(machines, &users, seed);
+    until_up(admin).await?;
+    let fresh = Mount::new(ether, 9).await?;
+    check_everything(&fresh.fs, &users).await?;
+    until_whole(admin).await
 }
 
 /// Every machine, and the mounts with theirs.
-fn lose_all_power(machines: &Arc<Mutex<Machines>>, users: &mut [User], seed: u64) {
-    users.iter().for_each(|user| user.duties.abort());
+fn lose_all_power(machines: &Arc<Mutex<Machines>>, users: &[User], seed: u64) {
+    users.iter().for_each(|user| user.mount.die());
     let mut machines = machines.lock();
     let meta = machines.stop_meta(Some(seed));
     let disks: Vec<(u32, SimDisk)> =
@@ -541,21 +632,21 @@ async fn check_everything(fs: &Fs, users: &[User]) -> Result<(), Wrong> {
     Ok(())
 }
 
-async fn admin(network: &Network, request: AdminRequest) -> Result<MetaAnswer, Wrong> {
-    let reply = ask_meta(&*network.of(Role::Admin, 1), &MetaRequest::Admin(request)).await?;
+async fn ask(admin: &Host, request: AdminRequest) -> Result<MetaAnswer, Wrong> {
+    let reply = ask_meta(admin, &MetaRequest::Admin(request)).await?;
     reply.result.map_err(|refusal| refusal.to_string())
 }
 
-async fn set_replicas(network: &Network, count: usize) -> Result<(), Wrong> {
+async fn set_replicas(admin: &Host, count: usize) -> Result<(), Wrong> {
     let replicas = Replicas::new(count).expect("a number in the range");
-    match admin(network, AdminRequest::SetReplicas { replicas }).await? {
+    match ask(admin, AdminRequest::SetReplicas { replicas }).await? {
         MetaAnswer::Done => Ok(()),
         other => Err(format!("{count} copies: {other:?}")),
     }
 }
 
-async fn status(network: &Network) -> Result<ClusterStatus, Wrong> {
-    match admin(network, AdminRequest::Status).await? {
+async fn status(admin: &Host) -> Result<ClusterStatus, Wrong> {
+    match ask(admin, AdminRequest::Status).await? {
         MetaAnswer::Status(status) => Ok(*status),
         other => Err(format!("a status was {other:?}")),
     }
@@ -573,9 +664,9 @@ async fn until<F: Future<Output = Result<(), Wrong>>>(mut look: impl FnMut() -> 
     }
 }
 
-async fn until_up(network: &Network) -> Result<(), Wrong> {
+async fn until_up(admin: &Host) -> Result<(), Wrong> {
     until(|| async {
-        let up = status(network)
+        let up = status(admin)
             .await?
             .servers
             .iter()
@@ -587,9 +678,9 @@ async fn until_up(network: &Network) -> Result<(), Wrong> {
 }
 
 /// Three copies of everything, where they are on record, and nothing else.
-async fn until_whole(network: &Network) -> Result<(), Wrong> {
+async fn until_whole(admin: &Host) -> Result<(), Wrong> {
     until(|| async {
-        let status = status(network).await?;
+        let status = status(admin).await?;
         let ClusterStatus { owed, unnamed, condemned, blocks_by_copies: [none, one, two, _], .. } = status;
         if status.replicas_followed_percent != 100 {
             return Err(format!("{} % follow the number of copies", status.replicas_followed_percent));
@@ -597,14 +688,14 @@ async fn until_whole(network: &Network) -> Result<(), Wrong> {
         if [owed, unnamed, condemned, none, one, two] != [0; 6] {
             return Err(format!("{owed} owed, {unnamed} unnamed, {condemned} condemned, copies {none} {one} {two}"));
         }
-        match admin(network, AdminRequest::Check).await? {
+        match ask(admin, AdminRequest::Check).await? {
             MetaAnswer::Violations(found) if found.is_empty() => {}
             other => return Err(format!("{other:?}")),
         }
         for server in STORAGE.map(ServerId) {
             for bucket in BUCKETS {
                 let request = AdminRequest::Compare { server, bucket, mend: false };
-                match admin(network, request).await? {
+                match ask(admin, request).await? {
                     MetaAnswer::Compared(Comparison { missing: 0, extra: 0, .. }) => {}
                     other => return Err(format!("server {server}: {other:?}")),
                 }
@@ -615,25 +706,102 @@ async fn until_whole(network: &Network) -> Result<(), Wrong> {
     .await
 }
 
+/// The environment of a process that runs one history.
+const SEED: &str = "HOLDFAST_STORM_SEED";
+
+/// A history, in a process of its own: what else there was in this one would have a part in it. `Err`: what was wrong, as it said.
+pub(crate) fn told_by_a_process(seed: u64, environment: &[(&str, String)]) -> Result<Told, Wrong> {
+    let mut command = Command::new(std::env::current_exe().map_err(|error| error.to_string())?);
+    command.args(["--exact", "storm::one_history", "--ignored", "--nocapture"]).env(SEED, seed.to_string());
+    command.envs(environment.iter().map(|(name, value)| (name, value))).stdout(Stdio::piped()).stderr(Stdio::piped());
+    die_with_parent(&mut command);
+    let output = command.output().map_err(|error| error.to_string())?;
+    let (out, said) = (String::from_utf8_lossy(&output.stdout), String::from_utf8_lossy(&output.stderr));
+    let told = said.lines().find_map(|line| line.strip_prefix(TOLD)).map(serde_json::from_str);
+    match told {
+        Some(Ok(told)) if output.status.success() => Ok(told),
+        _ => Err(format!("seed {seed} (run it again with {SEED}={seed}): {said}\n{out}")),
+    }
+}
+
+/// Before what a history tells.
+const TOLD: &str = "told: ";
+
 #[test]
-fn whatever_goes_wrong_what_was_acknowledged_is_there_with_three_copies_and_nothing_else() {
+#[ignore = "one history, which the tests below run in a process of its own"]
+fn one_history() {
     if std::env::var_os("HOLDFAST_LOG").is_some() {
         telemetry::init(telemetry::LogLevel::default(), telemetry::LogFormat::default()).expect("the first subscriber");
     }
-    let number = |name: &str| std::env::var(name).ok().and_then(|text| text.parse().ok());
+    #[cfg(feature = "planted")]
+    crate::planted::plant_chosen();
+    let seed = number(SEED).unwrap_or(1);
+    let told = history(seed).unwrap_or_else(|wrong| panic!("{wrong}"));
+    eprintln!("{TOLD}{}", serde_json::to_string(&told).expect("numbers and names"));
+}
+
+fn number(name: &str) -> Option<u64> {
+    std::env::var(name).ok().and_then(|text| text.parse().ok())
+}
+
+/// What many histories tell together.
+#[derive(Debug, Default)]
+struct Together {
+    histories: u64,
+    took: Duration,
+    counts: Counts,
+    faults: BTreeMap<String, u32>,
+}
+
+impl Together {
+    fn add(&mut self, told: Told) {
+        self.histories += 1;
+        self.took += told.took;
+        self.counts.add(told.counts);
+        for (fault, count) in told.faults {
+            *self.faults.entry(fault).or_default() += count;
+        }
+    }
+}
+
+/// On all processors, as long as there are seeds.
+fn tell(seeds: impl Iterator<Item = u64> + Send) -> Together {
+    let (seeds, together) = (Mutex::new(seeds), Mutex::new(Together::default()));
+    let next = || seeds.lock().next();
+    std::thread::scope(|scope| {
+        for _ in 0..std::thread::available_parallelism().map_or(1, usize::from) {
+            scope.spawn(|| {
+                while let Some(seed) = next() {
+                    let told = told_by_a_process(seed, &[]).unwrap_or_else(|wrong| panic!("{wrong}"));
+                    together.lock().add(told);
+                }
+            });
+        }
+    });
+    together.into_inner()
+}
+
+#[test]
+fn whatever_goes_wrong_what_was_acknowledged_is_there_with_three_copies_and_nothing_else() {
     let first = number("HOLDFAST_STORM_FIRST").unwrap_or(1);
     let begun = Instant::now();
-    let seeds: Box<dyn Iterator<Item = u64>> = match (number("HOLDFAST_STORM_SEED"), number("HOLDFAST_STORM_SECS")) {
+    let seeds: Box<dyn Iterator<Item = u64> + Send> = match (number(SEED), number("HOLDFAST_STORM_SECS")) {
         (Some(seed), _) => Box::new(std::iter::once(seed)),
         (None, Some(secs)) => Box::new((first..).take_while(move |_| begun.elapsed() < Duration::from_secs(secs))),
         (None, None) => Box::new(first..first + number("HOLDFAST_STORM_SEEDS").unwrap_or(SEEDS)),
     };
-    let mut histories = 0;
-    for seed in seeds {
-        if let Err(wrong) = run(history(seed)) {
-            panic!("{wrong}");
-        }
-        histories += 1;
-    }
-    eprintln!("{histories} histories in {} s", begun.elapsed().as_secs());
+    let Together { histories, took, counts, faults } = tell(seeds);
+    let (simulated, real) = (took.as_secs(), begun.elapsed().as_secs());
+    eprintln!("{histories} histories of {simulated} s together, in {real} s: {faults:?}, {counts:?}");
+    assert!(faults.values().sum::<u32>() >= u32::try_from(histories).expect("not so many") * FAULTS / 2);
+}
+
+#[test]
+fn a_history_happens_again_exactly() {
+    let [first, again] = [(); 2].map(|()| told_by_a_process(3, &[]).unwrap_or_else(|wrong| panic!("{wrong}")));
+    let pairs = first.sent.iter().zip(&again.sent);
+    let differing = pairs.enumerate().find(|(_, (first, again))| first != again);
+    assert_eq!(differing, None, "of {} datagrams that one is the first to be another", first.sent.len());
+    assert!(first == again, "one history goes on longer than the other");
+    assert!(first.counts.datagrams > 1000, "hardly anything happened: {:?}", first.counts);
 }

@@ -4,14 +4,14 @@ use std::{collections::BTreeMap, ops::ControlFlow};
 
 use holdfast_common::planted::{Bug, is_planted};
 use holdfast_common::{
-    BlockHash, Epoch, Piece, Refusal, Replicas, ServerId, Time,
+    BlockHash, Epoch, Piece, Refusal, Replicas, ServerId,
     limits::{BLOCK_SIZE_MAX, REPLICAS, REPLICAS_MAX},
     wire::meta::NewBlock,
 };
 
 use super::{
     Rows, Step, StorageError, Tables, garbage,
-    rows::{BlockRow, encode_time},
+    rows::BlockRow,
     servers,
     tables::{Result, fetch, key, past, scan},
 };
@@ -92,7 +92,7 @@ impl Changes {
     }
 
     /// Writes everything.
-    pub(super) fn settle(self, tables: &mut Tables<'_>, now: Time) -> Result<()> {
+    pub(super) fn settle(self, tables: &mut Tables<'_>) -> Result<()> {
         let Self { mut references, fresh } = self;
         for (hash, (length, holders)) in fresh {
             let old = block(tables, hash)?;
@@ -101,14 +101,14 @@ impl Changes {
             let mut new = admitted.map_err(|_| StorageError::Damaged(format!("block {hash}: not admitted")))?;
             holders.into_iter().for_each(|holder| add_holder(&mut new, holder));
             recount(&mut new, references.remove(&hash).unwrap_or_default(), hash)?;
-            store(tables, hash, old.as_ref(), new, now)?;
+            store(tables, hash, old.as_ref(), new)?;
         }
         for (hash, delta) in references {
             if delta != Delta::default() {
                 let old = known(tables, hash)?;
                 let mut new = old.clone();
                 recount(&mut new, delta, hash)?;
-                store(tables, hash, Some(&old), new, now)?;
+                store(tables, hash, Some(&old), new)?;
             }
         }
         Ok(())
@@ -139,61 +139,43 @@ pub(super) fn add_holder(row: &mut BlockRow, holder: ServerId) {
 }
 
 /// Puts a server on record as a holder of a copy with this stamp. `false`: nothing to do, or the copy does not count.
-pub(super) fn hold(
-    tables: &mut Tables<'_>,
-    hash: BlockHash,
-    server: ServerId,
-    epoch: Epoch,
-    now: Time,
-) -> Result<bool> {
+pub(super) fn hold(tables: &mut Tables<'_>, hash: BlockHash, server: ServerId, epoch: Epoch) -> Result<bool> {
     let Some(old) = block(tables, hash)?.filter(|row| garbage::counts(row, epoch)) else { return Ok(false) };
     let mut new = old.clone();
     add_holder(&mut new, server);
     if new == old {
         return Ok(false);
     }
-    store(tables, hash, Some(&old), new, now)?;
+    store(tables, hash, Some(&old), new)?;
     Ok(true)
 }
 
 /// Takes a server off the record, unless it is the last of a block that is not condemned. `false`: nothing changed.
-pub(super) fn unhold(tables: &mut Tables<'_>, hash: BlockHash, server: ServerId, now: Time) -> Result<bool> {
+pub(super) fn unhold(tables: &mut Tables<'_>, hash: BlockHash, server: ServerId) -> Result<bool> {
     let Some(old) = block(tables, hash)? else { return Ok(false) };
     if (old.holders.len() < 2 && !old.condemned) || !old.holders.contains(&server) {
         return Ok(false);
     }
     let mut new = old.clone();
     new.holders.retain(|holder| *holder != server);
-    store(tables, hash, Some(&old), new, now)?;
+    store(tables, hash, Some(&old), new)?;
     Ok(true)
 }
 
 /// Writes a block's row, with the number of copies that it should have now, and the indexes and counters that follow from it.
-pub(super) fn store(
-    tables: &mut Tables<'_>,
-    hash: BlockHash,
-    old: Option<&BlockRow>,
-    mut new: BlockRow,
-    now: Time,
-) -> Result<()> {
+pub(super) fn store(tables: &mut Tables<'_>, hash: BlockHash, old: Option<&BlockRow>, mut new: BlockRow) -> Result<()> {
     new.wanted = new.most_wanted(tables.counters.replicas());
-    index(tables, hash, old, Some(&new), now)?;
+    index(tables, hash, old, Some(&new))?;
     tables.put_blocks(&key::block(hash), &new.encode())
 }
 
 /// Removes a block's row, and what follows from it.
-pub(super) fn remove(tables: &mut Tables<'_>, hash: BlockHash, old: &BlockRow, now: Time) -> Result<()> {
-    index(tables, hash, Some(old), None, now)?;
+pub(super) fn remove(tables: &mut Tables<'_>, hash: BlockHash, old: &BlockRow) -> Result<()> {
+    index(tables, hash, Some(old), None)?;
     tables.remove_blocks(&key::block(hash))
 }
 
-fn index(
-    tables: &mut Tables<'_>,
-    hash: BlockHash,
-    old: Option<&BlockRow>,
-    new: Option<&BlockRow>,
-    now: Time,
-) -> Result<()> {
+fn index(tables: &mut Tables<'_>, hash: BlockHash, old: Option<&BlockRow>, new: Option<&BlockRow>) -> Result<()> {
     let holders = |row: Option<&BlockRow>| row.map_or(Vec::new(), |row| row.holders.clone());
     let (were, are) = (holders(old), holders(new));
     for gone in were.iter().filter(|server| !are.contains(server)) {
@@ -205,7 +187,8 @@ fn index(
     mark(tables, &key::owed(hash), old.is_some_and(is_owed), new.is_some_and(is_owed), &[])?;
     mark(tables, &key::last_copy(hash), old.is_some_and(has_one_copy_left), new.is_some_and(has_one_copy_left), &[])?;
     mark(tables, &key::surplus(hash), old.is_some_and(has_surplus), new.is_some_and(has_surplus), &[])?;
-    mark(tables, &key::unnamed(hash), old.is_some_and(is_unnamed), new.is_some_and(is_unnamed), &encode_time(now))?;
+    let stamp = tables.counters.position.0.to_be_bytes();
+    mark(tables, &key::unnamed(hash), old.is_some_and(is_unnamed), new.is_some_and(is_unnamed), &stamp)?;
     let condemned = |row: Option<&BlockRow>| {
         let list = |row: &BlockRow| if row.holders.is_empty() { key::DELETED } else { key::CONDEMNED };
         row.filter(|row| row.condemned).map_or(Vec::new(), |row| key::condemned(list(row), row.epoch, hash))

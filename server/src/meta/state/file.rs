@@ -40,7 +40,7 @@ pub(super) fn commit(tables: &mut Tables<'_>, files: &[FileCommit], blocks: &[Ne
     for file in files {
         answers.push(settled(commit_file(tables, &mut changes, file, now))?.map(|inode| inode.attr(file.ino)));
     }
-    changes.settle(tables, now)?;
+    changes.settle(tables)?;
     Ok(Mutated::Committed(answers))
 }
 
@@ -112,7 +112,7 @@ pub(super) fn set_attr(tables: &mut Tables<'_>, ino: Ino, set: &SetAttr, now: Ti
     check_times(set)?;
     if let Some(size) = set.size {
         inode = regular(tables, ino)?;
-        resize(tables, ino, &mut inode, size, now)?;
+        resize(tables, ino, &mut inode, size)?;
         inode.mtime = now;
     }
     if let Some(changed) = set.mode {
@@ -172,13 +172,13 @@ fn clear_suid(inode: &mut Inode) {
     }
 }
 
-fn resize(tables: &mut Tables<'_>, ino: Ino, inode: &mut Inode, size: u64, now: Time) -> Step<()> {
+fn resize(tables: &mut Tables<'_>, ino: Ino, inode: &mut Inode, size: u64) -> Step<()> {
     if size > FILE_SIZE_MAX {
         return Err(Refusal::FileTooLarge.into());
     }
     if size < inode.size {
         let end = inode.size;
-        hole(tables, ino, inode, size..end, now)?;
+        hole(tables, ino, inode, size..end)?;
     }
     if size != inode.size {
         inode.data_version += 1;
@@ -198,7 +198,7 @@ pub(super) fn punch(
     let mut inode = regular(tables, ino)?;
     let end = checked_end(offset, length)?;
     let within = offset.min(inode.size)..end.min(inode.size);
-    hole(tables, ino, &mut inode, within, now)?;
+    hole(tables, ino, &mut inode, within)?;
     if grow {
         inode.size = inode.size.max(end);
     }
@@ -221,13 +221,13 @@ fn checked_end(offset: u64, length: u64) -> Result<u64, Refusal> {
     }
 }
 
-fn hole(tables: &mut Tables<'_>, ino: Ino, inode: &mut Inode, bytes: std::ops::Range<u64>, now: Time) -> Step<()> {
+fn hole(tables: &mut Tables<'_>, ino: Ino, inode: &mut Inode, bytes: std::ops::Range<u64>) -> Step<()> {
     let mut changes = Changes::default();
     let mut rewrite = Rewrite::new(ino);
     rewrite.hole(tables, bytes)?;
     rewrite.check()?;
     rewrite.finish(tables, inode, &mut changes)?;
-    Ok(changes.settle(tables, now)?)
+    Ok(changes.settle(tables)?)
 }
 
 /// Shares the pieces of a range. What lies past the end of `from` is not copied.
@@ -247,7 +247,7 @@ pub(super) fn copy_range(
         if from == to && from_offset < to_end && to_offset < from_offset + length {
             return Err(Refusal::Invalid.into());
         }
-        share(tables, &mut inode, (from, from_offset), (to, to_offset), length, now)?;
+        share(tables, &mut inode, (from, from_offset), (to, to_offset), length)?;
         inode.size = inode.size.max(to_end);
         touch_data(&mut inode, now);
         tables.put_inode(to, inode.clone());
@@ -261,7 +261,6 @@ fn share(
     (from, from_offset): (Ino, u64),
     (to, to_offset): (Ino, u64),
     length: u64,
-    now: Time,
 ) -> Step<()> {
     let shared = pieces_within(tables, from, from_offset..from_offset + length)?;
     let mut rewrite = Rewrite::new(to);
@@ -272,7 +271,7 @@ fn share(
     rewrite.check()?;
     let mut changes = Changes::default();
     rewrite.finish(tables, inode, &mut changes)?;
-    Ok(changes.settle(tables, now)?)
+    Ok(changes.settle(tables)?)
 }
 
 /// The parts of pieces within `bytes`, each with its place in the file.

@@ -7,12 +7,12 @@
 
 use std::ops::ControlFlow;
 
-use holdfast_common::{BlockHash, Epoch, Refusal, ServerId, Time};
+use holdfast_common::{BlockHash, Epoch, Position, Refusal, ServerId};
 
 use super::{
     Reply, Rows, Tables,
     blocks::{self, block, hash_of, is_unnamed},
-    rows::{BlockRow, decode_time},
+    rows::BlockRow,
     servers,
     tables::{Result, StorageError, key, past, scan},
 };
@@ -35,14 +35,14 @@ pub fn counts(row: &BlockRow, epoch: Epoch) -> bool {
     !row.condemned && epoch >= row.epoch
 }
 
-/// Condemns those of `hashes` that no piece has named since `unnamed_before`, or longer.
-pub(super) fn condemn(tables: &mut Tables<'_>, hashes: &[BlockHash], unnamed_before: Time, now: Time) -> Result<Reply> {
+/// Condemns those of `hashes` that no piece has named after `unnamed_through`.
+pub(super) fn condemn(tables: &mut Tables<'_>, hashes: &[BlockHash], unnamed_through: Position) -> Result<Reply> {
     let epoch = Epoch(tables.counters.epoch.0 + 1);
     for hash in hashes {
         let Some(old) = block(tables, *hash)?.filter(is_unnamed) else { continue };
-        if unnamed_since(tables, *hash)?.is_some_and(|since| since <= unnamed_before) {
+        if unnamed_since(tables, *hash)?.is_some_and(|since| since <= unnamed_through) {
             let new = BlockRow { epoch, condemned: true, ..old.clone() };
-            blocks::store(tables, *hash, Some(&old), new, now)?;
+            blocks::store(tables, *hash, Some(&old), new)?;
             tables.counters.epoch = epoch;
         }
     }
@@ -52,12 +52,7 @@ pub(super) fn condemn(tables: &mut Tables<'_>, hashes: &[BlockHash], unnamed_bef
 /// Condemns copies of blocks that are not known, on the one server that turned out to have them; and has copies there of blocks that
 /// it is not on record for count no more, unless these are short of copies. Answers with those whose copies there may be deleted at
 /// this epoch: nothing else may.
-pub(super) fn condemn_strays(
-    tables: &mut Tables<'_>,
-    server: ServerId,
-    hashes: &[BlockHash],
-    now: Time,
-) -> Result<Reply> {
+pub(super) fn condemn_strays(tables: &mut Tables<'_>, server: ServerId, hashes: &[BlockHash]) -> Result<Reply> {
     let epoch = Epoch(tables.counters.epoch.0 + 1);
     let mut condemned = Vec::new();
     if !servers::is_registered(tables, server)? {
@@ -73,12 +68,12 @@ pub(super) fn condemn_strays(
             Some(row) if row.condemned => {
                 let mut new = row.clone();
                 blocks::add_holder(&mut new, server);
-                blocks::store(tables, *hash, Some(row), new, now)?;
+                blocks::store(tables, *hash, Some(row), new)?;
                 continue;
             }
             Some(row) => BlockRow { epoch, ..row.clone() },
         };
-        blocks::store(tables, *hash, old.as_ref(), new, now)?;
+        blocks::store(tables, *hash, old.as_ref(), new)?;
         tables.counters.epoch = epoch;
         condemned.push(*hash);
     }
@@ -92,7 +87,6 @@ pub(super) fn retire(
     server: ServerId,
     hashes: &[BlockHash],
     counting: &[ServerId],
-    now: Time,
 ) -> Result<Reply> {
     let epoch = Epoch(tables.counters.epoch.0 + 1);
     let mut condemned = Vec::new();
@@ -106,7 +100,7 @@ pub(super) fn retire(
         }
         let mut new = BlockRow { epoch, ..old.clone() };
         new.holders.retain(|holder| *holder != server);
-        blocks::store(tables, *hash, Some(&old), new, now)?;
+        blocks::store(tables, *hash, Some(&old), new)?;
         tables.counters.epoch = epoch;
         condemned.push(*hash);
     }
@@ -114,50 +108,49 @@ pub(super) fn retire(
 }
 
 /// A server has deleted what was condemned at `epoch`. What has been put and named again since is not concerned.
-pub(super) fn deleted(
-    tables: &mut Tables<'_>,
-    server: ServerId,
-    hashes: &[BlockHash],
-    epoch: Epoch,
-    now: Time,
-) -> Result<Reply> {
+pub(super) fn deleted(tables: &mut Tables<'_>, server: ServerId, hashes: &[BlockHash], epoch: Epoch) -> Result<Reply> {
     for hash in hashes {
         if block(tables, *hash)?.is_some_and(|row| row.condemned && row.epoch == epoch) {
-            blocks::unhold(tables, *hash, server, now)?;
+            blocks::unhold(tables, *hash, server)?;
         }
     }
     Ok(Reply::Done)
 }
 
 /// Every copy of `hashes` that was condemned at `epoch` is deleted, and nobody who had begun to put one before is still at it.
-pub(super) fn forget(tables: &mut Tables<'_>, hashes: &[BlockHash], epoch: Epoch, now: Time) -> Result<Reply> {
+pub(super) fn forget(tables: &mut Tables<'_>, hashes: &[BlockHash], epoch: Epoch) -> Result<Reply> {
     for hash in hashes {
         let is_deleted = |row: &BlockRow| row.condemned && row.epoch == epoch && row.holders.is_empty();
         let Some(row) = block(tables, *hash)?.filter(is_deleted) else { continue };
-        blocks::remove(tables, *hash, &row, now)?;
+        blocks::remove(tables, *hash, &row)?;
         tables.counters.forgotten = tables.counters.forgotten.max(epoch);
         tables.counters.collected += 1;
     }
     Ok(Reply::Done)
 }
 
-fn unnamed_since(rows: &impl Rows, hash: BlockHash) -> Result<Option<Time>> {
-    super::tables::fetch(rows.blocks(), &key::unnamed(hash), decode_time)
+fn unnamed_since(rows: &impl Rows, hash: BlockHash) -> Result<Option<Position>> {
+    super::tables::fetch(rows.blocks(), &key::unnamed(hash), |row| Ok(stamp_of(row)))
 }
 
-/// Blocks that no piece has named since `before`, or longer: looks at up to `count` rows after `after`, in order, and tells where
+/// Of a row of the list of unnamed blocks. Versions before kept the time of day there, which is long ago by now.
+fn stamp_of(row: &[u8]) -> Position {
+    Position(row.try_into().map_or(0, u64::from_be_bytes))
+}
+
+/// Blocks that no piece has named after `through`: looks at up to `count` rows after `after`, in order, and tells where
 /// to go on; `None` at the end.
 pub fn unnamed_after(
     rows: &impl Rows,
     after: Option<BlockHash>,
     count: usize,
-    before: Time,
+    through: Position,
 ) -> Result<(Vec<BlockHash>, Option<BlockHash>)> {
     let start = after.map_or(vec![key::UNNAMED], |hash| past(&key::unnamed(hash)));
     let (mut found, mut looked, mut last) = (Vec::new(), 0, None);
     scan(rows.blocks(), &start, &past(&[key::UNNAMED]), |key, row| {
         let hash = hash_of(key)?;
-        if decode_time(row)? <= before {
+        if stamp_of(row) <= through {
             found.push(hash);
         }
         looked += 1;

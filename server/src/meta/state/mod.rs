@@ -114,7 +114,7 @@ pub enum Command {
     Settled {
         session: SessionId,
     },
-    /// Blocks that no piece has named since then, or longer, are to be deleted: from here on no commit may count on their copies.
+    /// As versions before wrote [`Self::CondemnUnnamed`], in logs that are still there: of blocks whose time had come.
     Condemn {
         blocks: Vec<BlockHash>,
         unnamed_before: Time,
@@ -156,6 +156,11 @@ pub enum Command {
     /// Chunks of files whose number of copies has changed follow it.
     Recount {
         inos: Vec<Ino>,
+    },
+    /// Blocks that no piece has named after that are to be deleted: from here on no commit may count on their copies.
+    CondemnUnnamed {
+        blocks: Vec<BlockHash>,
+        unnamed_through: Position,
     },
 }
 
@@ -280,32 +285,25 @@ pub fn apply(tables: &mut Tables<'_>, entry: &Entry) -> Result<Applied, StorageE
             settled(session::open(tables, *node, instance, host, mountpoint))?
         }
         Command::EndSession { session } => settled(session::end(tables, *session))?,
-        Command::Reclaim { inos } => Ok(orphans::reclaim(tables, inos, entry.time)?),
+        Command::Reclaim { inos } => Ok(orphans::reclaim(tables, inos)?),
         Command::RegisterServer { server, address, zone } => {
             settled(servers::register(tables, *server, *address, zone))?
         }
         Command::Stand { server, standing } => settled(servers::stand(tables, *server, *standing))?,
-        Command::HolderAdded { server, blocks, epoch } => {
-            Ok(servers::holder_added(tables, *server, blocks, *epoch, entry.time)?)
-        }
-        Command::HolderLost { server, blocks } => Ok(servers::holder_lost(tables, *server, blocks, entry.time)?),
+        Command::HolderAdded { server, blocks, epoch } => Ok(servers::holder_added(tables, *server, blocks, *epoch)?),
+        Command::HolderLost { server, blocks } => Ok(servers::holder_lost(tables, *server, blocks)?),
         Command::BadCopy { server, block, fault, repaired } => {
-            Ok(servers::bad_copy(tables, *server, *block, *fault, *repaired, entry.time)?)
+            Ok(servers::bad_copy(tables, *server, *block, *fault, *repaired)?)
         }
-        Command::Condemn { blocks, unnamed_before } => {
-            Ok(garbage::condemn(tables, blocks, *unnamed_before, entry.time)?)
-        }
-        Command::CondemnStrays { server, blocks } => Ok(garbage::condemn_strays(tables, *server, blocks, entry.time)?),
-        Command::Retire { server, blocks, counting } => {
-            Ok(garbage::retire(tables, *server, blocks, counting, entry.time)?)
-        }
-        Command::Deleted { server, blocks, epoch } => {
-            Ok(garbage::deleted(tables, *server, blocks, *epoch, entry.time)?)
-        }
+        Command::Condemn { blocks, unnamed_before: _ } => Ok(garbage::condemn(tables, blocks, Position(u64::MAX))?),
+        Command::CondemnStrays { server, blocks } => Ok(garbage::condemn_strays(tables, *server, blocks)?),
+        Command::Retire { server, blocks, counting } => Ok(garbage::retire(tables, *server, blocks, counting)?),
+        Command::Deleted { server, blocks, epoch } => Ok(garbage::deleted(tables, *server, blocks, *epoch)?),
         Command::SetReplicas { replicas } => Ok(replicas::set_default(tables, *replicas)?),
-        Command::Retarget => Ok(replicas::retarget(tables, entry.time)?),
-        Command::Recount { inos } => Ok(replicas::recount(tables, inos, entry.time)?),
-        Command::Forget { blocks, epoch } => Ok(garbage::forget(tables, blocks, *epoch, entry.time)?),
+        Command::Retarget => Ok(replicas::retarget(tables)?),
+        Command::Recount { inos } => Ok(replicas::recount(tables, inos)?),
+        Command::CondemnUnnamed { blocks, unnamed_through } => Ok(garbage::condemn(tables, blocks, *unnamed_through)?),
+        Command::Forget { blocks, epoch } => Ok(garbage::forget(tables, blocks, *epoch)?),
         Command::IssueToken { secret_hash, role, expires } => {
             settled(tokens::issue(tables, secret_hash, *role, *expires, entry.time))?
         }

@@ -2,7 +2,7 @@
 
 use std::ops::ControlFlow;
 
-use holdfast_common::{Ino, Time};
+use holdfast_common::Ino;
 
 use super::{
     Reply, Rows, StorageError, Tables,
@@ -28,7 +28,7 @@ pub(super) fn remove(tables: &mut Tables<'_>, ino: Ino) -> Result<()> {
 }
 
 /// Deletes inodes that have lost their last name, as far as the bound of one entry allows.
-pub(super) fn reclaim(tables: &mut Tables<'_>, inos: &[Ino], now: Time) -> Result<Reply> {
+pub(super) fn reclaim(tables: &mut Tables<'_>, inos: &[Ino]) -> Result<Reply> {
     let mut budget = RECLAIM_ROWS_MAX;
     let mut changes = Changes::default();
     let mut unfinished = false;
@@ -39,7 +39,7 @@ pub(super) fn reclaim(tables: &mut Tables<'_>, inos: &[Ino], now: Time) -> Resul
             break;
         }
     }
-    changes.settle(tables, now)?;
+    changes.settle(tables)?;
     Ok(Reply::Reclaimed { unfinished })
 }
 

@@ -93,13 +93,13 @@ fn assign(tables: &mut Tables<'_>, ino: Ino, replicas: Replicas, now: Time) -> S
     tables.put_inode(ino, Inode { replicas, ctime: now, ..inode });
     if has_chunks {
         tables.put_state(&key::recount(ino), &0u32.to_be_bytes())?;
-        recount(tables, &[ino], now)?;
+        recount(tables, &[ino])?;
     }
     Ok(Mutated::Done)
 }
 
 /// Counts pieces of these files under their numbers, as far as the bound of one entry allows.
-pub(super) fn recount(tables: &mut Tables<'_>, inos: &[Ino], now: Time) -> Result<Reply> {
+pub(super) fn recount(tables: &mut Tables<'_>, inos: &[Ino]) -> Result<Reply> {
     let mut budget = RECOUNT_PIECES;
     let mut changes = Changes::default();
     let mut unfinished = false;
@@ -109,7 +109,7 @@ pub(super) fn recount(tables: &mut Tables<'_>, inos: &[Ino], now: Time) -> Resul
             break;
         }
     }
-    changes.settle(tables, now)?;
+    changes.settle(tables)?;
     Ok(Reply::Reclaimed { unfinished })
 }
 
@@ -172,7 +172,7 @@ pub(super) fn set_default(tables: &mut Tables<'_>, replicas: Replicas) -> Result
 }
 
 /// Has the next rows of blocks want what they should, if the cluster's number has changed.
-pub(super) fn retarget(tables: &mut Tables<'_>, now: Time) -> Result<Reply> {
+pub(super) fn retarget(tables: &mut Tables<'_>) -> Result<Reply> {
     let Some(after) = tables.counters.retargeted else { return Ok(Reply::Reclaimed { unfinished: false }) };
     let default = tables.counters.replicas();
     let (mut looked, mut last, mut changed) = (0, after, Vec::new());
@@ -185,7 +185,7 @@ pub(super) fn retarget(tables: &mut Tables<'_>, now: Time) -> Result<Reply> {
         Ok(if looked == RETARGET_ROWS { ControlFlow::Break(()) } else { ControlFlow::Continue(()) })
     })?;
     for (hash, old) in changed {
-        blocks::store(tables, hash, Some(&old), old.clone(), now)?;
+        blocks::store(tables, hash, Some(&old), old.clone())?;
     }
     let unfinished = looked == RETARGET_ROWS;
     tables.counters.retargeted = unfinished.then_some(last);

@@ -530,19 +530,6 @@ impl Counters {
     }
 }
 
-pub fn encode_time(time: Time) -> Vec<u8> {
-    let mut out = Out::new(13);
-    out.time(time);
-    out.0
-}
-
-pub fn decode_time(bytes: &[u8]) -> Result<Time> {
-    let mut row = In::new("time", bytes)?;
-    let time = row.time()?;
-    row.end()?;
-    Ok(time)
-}
-
 fn kind_byte(kind: Kind) -> u8 {
     match kind {
         Kind::File => 0,

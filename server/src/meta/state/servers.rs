@@ -3,7 +3,7 @@
 use std::{net::SocketAddr, ops::ControlFlow};
 
 use holdfast_common::{
-    BlockHash, Epoch, Refusal, ServerId, Time, cluster::Standing, limits::STORAGE_SERVERS_MAX, wire::meta::CopyFault,
+    BlockHash, Epoch, Refusal, ServerId, cluster::Standing, limits::STORAGE_SERVERS_MAX, wire::meta::CopyFault,
 };
 
 use super::{
@@ -59,11 +59,10 @@ pub(super) fn holder_added(
     server: ServerId,
     hashes: &[BlockHash],
     epoch: Epoch,
-    now: Time,
 ) -> Result<Reply> {
     if is_registered(tables, server)? {
         for hash in hashes {
-            if blocks::hold(tables, *hash, server, epoch, now)? {
+            if blocks::hold(tables, *hash, server, epoch)? {
                 tables.counters.copies_made += 1;
             }
         }
@@ -71,10 +70,10 @@ pub(super) fn holder_added(
     Ok(Reply::Done)
 }
 
-pub(super) fn holder_lost(tables: &mut Tables<'_>, server: ServerId, hashes: &[BlockHash], now: Time) -> Result<Reply> {
+pub(super) fn holder_lost(tables: &mut Tables<'_>, server: ServerId, hashes: &[BlockHash]) -> Result<Reply> {
     let mut lost = 0;
     for hash in hashes {
-        lost += usize::from(blocks::unhold(tables, *hash, server, now)?);
+        lost += usize::from(blocks::unhold(tables, *hash, server)?);
     }
     Ok(Reply::Lost(lost))
 }
@@ -86,7 +85,6 @@ pub(super) fn bad_copy(
     hash: BlockHash,
     fault: CopyFault,
     repaired: bool,
-    now: Time,
 ) -> Result<Reply> {
     match fault {
         CopyFault::Missing => tables.counters.missing_met += 1,
@@ -96,7 +94,7 @@ pub(super) fn bad_copy(
         tables.counters.repaired += 1;
         tables.counters.copies_made += 1;
     } else {
-        blocks::unhold(tables, hash, server, now)?;
+        blocks::unhold(tables, hash, server)?;
     }
     Ok(Reply::Done)
 }

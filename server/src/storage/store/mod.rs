@@ -3,6 +3,7 @@
 //! A put is *visible* when it is in the page cache and in the index's memory; it is *durable* after the next sync,
 //! which everybody who waits shares. The order of locks: the tail's, then those inside the index.
 
+mod background;
 mod boot;
 mod checked;
 mod compact;
@@ -29,7 +30,6 @@ use std::{
             Ordering::{Acquire, Relaxed},
         },
     },
-    thread::JoinHandle,
     time::Duration,
 };
 
@@ -44,11 +44,13 @@ use holdfast_common::{
     disk::{Disk, Space},
     limits::HASH_GROUP_SIZE,
     wire::storage::ByteRange,
+    work,
 };
-use parking_lot::{Condvar, Mutex, MutexGuard};
+use parking_lot::{Mutex, MutexGuard};
 use rand::Rng;
 
 use self::{
+    background::{Background, Housekeeper},
     boot::Boot,
     compact::Compaction,
     format::{Kind, Place, RECORD_HEADER_LENGTH, RecordHeader, tree_length},
@@ -66,8 +68,6 @@ const FLUSH_AT: usize = 16 << 10;
 const PENDING_MAX: usize = 256 << 10;
 /// Blocks that reads found damaged, remembered so that a put of the same block replaces them.
 const SUSPECTS_MAX: usize = 4096;
-/// Bytes of mostly dead segments that are rewritten between two flushes.
-const COMPACT_BYTES: u64 = 16 << 20;
 /// Tells the next start that redb's file cannot be trusted.
 const INDEX_DAMAGED_FILE: &str = "index.damaged";
 const PAGE: u64 = 4096;
@@ -185,7 +185,7 @@ pub struct Statistics {
 pub struct Store {
     inner: Arc<Inner>,
     recovery: Recovery,
-    threads: Vec<JoinHandle<()>>,
+    background: Background,
 }
 
 #[derive(Debug)]
@@ -217,18 +217,6 @@ struct Counters {
     quarantined: AtomicU64,
 }
 
-#[derive(Debug, Default)]
-struct Housekeeper {
-    state: Mutex<Ticks>,
-    wake: Condvar,
-}
-
-#[derive(Debug, Default)]
-struct Ticks {
-    stopping: bool,
-    hurry: bool,
-}
-
 impl Store {
     /// Opens the store in `directory` (made if it is missing): reads what the index does not cover, rebuilds the index
     /// if it must, cuts a torn end, and makes what it found durable.
@@ -239,27 +227,13 @@ impl Store {
             RecoverError::Index(error) => OpenError::Index { path: directory.to_owned(), reason: error.to_string() },
         })?;
         let inner = Arc::new(inner);
-        let mut store = Self { inner: Arc::clone(&inner), recovery, threads: Vec::new() };
-        // First, because it must end last.
-        store.spawn("holdfast-sync", Inner::sync_loop).map_err(io_error)?;
+        let mut store = Self { inner: Arc::clone(&inner), recovery, background: Background::default() };
+        store.background.start_syncing(&inner).map_err(io_error)?;
         inner.checkpoint().map_err(|error| io_error(io::Error::other(error.to_string())))?;
         boot::commit(inner.segments.disk.as_ref(), directory, inner.boot).map_err(io_error)?;
-        store.spawn("holdfast-index", Inner::housekeeping_loop).map_err(io_error)?;
-        store.spawn_hints().map_err(io_error)?;
+        store.background.start_keeping(&inner).map_err(io_error)?;
+        store.background.start_hints(&inner).map_err(io_error)?;
         Ok(store)
-    }
-
-    fn spawn(&mut self, name: &str, work: fn(&Inner)) -> io::Result<()> {
-        let inner = Arc::clone(&self.inner);
-        self.threads.push(std::thread::Builder::new().name(name.to_owned()).spawn(move || work(&inner))?);
-        Ok(())
-    }
-
-    fn spawn_hints(&mut self) -> io::Result<()> {
-        let hints = self.inner.segments.start_hints();
-        let thread = std::thread::Builder::new().name("holdfast-hints".to_owned());
-        self.threads.push(thread.spawn(move || hints.iter().for_each(|hint| hint.follow()))?);
-        Ok(())
     }
 
     /// What the start found.
@@ -289,7 +263,7 @@ impl Store {
 
     /// Blocks this thread until `ticket` is on stable storage.
     pub fn wait_durable(&self, ticket: Ticket) -> Result<(), StoreError> {
-        self.inner.gate.wait(ticket).map_err(StoreError::Failed)
+        self.inner.wait_durable(ticket)
     }
 
     /// As `wait_durable`, for async code.
@@ -439,18 +413,7 @@ impl Store {
 
 impl Drop for Store {
     fn drop(&mut self) {
-        self.inner.housekeeper.state.lock().stopping = true;
-        self.inner.housekeeper.wake.notify_all();
-        self.inner.segments.stop_hints();
-        // The housekeeper may be in a checkpoint, which waits for the sync thread: that one goes last.
-        while let Some(thread) = self.threads.pop() {
-            if self.threads.is_empty() {
-                self.inner.gate.stop();
-            }
-            if thread.join().is_err() {
-                tracing::error!("a thread of the store panicked");
-            }
-        }
+        self.background.stop(&self.inner);
     }
 }
 
@@ -635,7 +598,7 @@ impl Inner {
             }
         }
         if self.index.pending() >= FLUSH_AT {
-            self.hurry();
+            self.housekeeper.hurry();
         }
         Ok(())
     }
@@ -1003,10 +966,12 @@ fn encode(hash: &BlockHash, length: u32, tree: &[u8], groups: &Groups<'_>) -> Re
 
 /// What the store's own threads do.
 impl Inner {
-    fn sync_loop(&self) {
-        while self.gate.next_work() {
+    fn wait_durable(&self, ticket: Ticket) -> Result<(), StoreError> {
+        // Nobody else would.
+        if work::is_simulated() && self.gate.durable() < ticket.0 {
             self.sync_once();
         }
+        self.gate.wait(ticket).map_err(StoreError::Failed)
     }
 
     fn sync_once(&self) {
@@ -1024,62 +989,6 @@ impl Inner {
         if let Err(error) = self.tail.lock().append_mark(&self.segments, unsynced.sequence) {
             tracing::debug!(%error, "cannot write a durable mark; the next start reads more");
         }
-    }
-
-    fn hurry(&self) {
-        self.housekeeper.state.lock().hurry = true;
-        self.housekeeper.wake.notify_one();
-    }
-
-    fn housekeeping_loop(&self) {
-        let (mut flushes, mut compaction) = (0, Compaction::default());
-        while self.next_tick() {
-            flushes += 1;
-            let durable = flushes >= self.options.flushes_per_checkpoint;
-            if durable {
-                flushes = 0;
-            }
-            let kept = self.keep_house(durable).and_then(|buried| self.keep_compact(buried > 0, &mut compaction));
-            match kept {
-                Ok(false) => {}
-                // What was rewritten goes with the next checkpoint.
-                Ok(true) => flushes = self.options.flushes_per_checkpoint,
-                Err(error) => tracing::error!(%error, "housekeeping of the block store failed"),
-            }
-        }
-    }
-
-    /// `true`: a segment can go.
-    fn keep_compact(&self, has_died: bool, compaction: &mut Compaction) -> Result<bool, StoreError> {
-        if has_died && compaction.is_done() {
-            self.plan_compaction(compaction)?;
-        }
-        let was_done = compaction.is_done();
-        self.compact(compaction, COMPACT_BYTES)?;
-        Ok(!was_done && compaction.is_done())
-    }
-
-    /// Waits for the next flush; `false` when the store stops.
-    fn next_tick(&self) -> bool {
-        let mut ticks = self.housekeeper.state.lock();
-        if !ticks.stopping && !ticks.hurry {
-            self.housekeeper.wake.wait_for(&mut ticks, self.options.flush_every);
-        }
-        ticks.hurry = false;
-        !ticks.stopping && self.gate.failure().is_none()
-    }
-
-    /// How many dead records were buried.
-    fn keep_house(&self, durable: bool) -> Result<usize, StoreError> {
-        self.refresh_room()?;
-        let buried = self.bury();
-        let unsynced = self.tail.lock().sequence() > self.gate.durable();
-        match (durable, self.index.pending() > 0 || unsynced) {
-            (true, true) => self.checkpoint()?,
-            (false, true) if self.index.pending() > 0 => self.flush(false)?,
-            _ => {}
-        }
-        Ok(buried)
     }
 
     fn checkpoint(&self) -> Result<(), StoreError> {
@@ -1113,7 +1022,7 @@ impl Inner {
             (self.index.begin(self.saved(&tail)), Ticket(tail.sequence()), self.index.dead_segments(&older))
         };
         if durable {
-            self.gate.wait(ticket).map_err(StoreError::Failed)?;
+            self.wait_durable(ticket)?;
         }
         self.index.commit(&batch, durable).map_err(|error| self.index_failed(&error))?;
         dead.into_iter().for_each(|number| self.remove_segment(number));

@@ -3,7 +3,7 @@
 use std::sync::Arc;
 
 use parking_lot::{Condvar, Mutex};
-use tokio::sync::watch;
+use tokio::sync::{Notify, watch};
 
 /// Everything that was appended up to and including this.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
@@ -17,11 +17,21 @@ struct State {
     failure: Option<Arc<str>>,
 }
 
+impl State {
+    /// `None`: not now; `false`: never again.
+    fn has_work(&self) -> Option<bool> {
+        let is_over = self.stopping || self.failure.is_some();
+        (is_over || self.wanted > self.durable).then_some(!is_over)
+    }
+}
+
 /// Who waits for what to be durable, and whether the store still works.
 #[derive(Debug)]
 pub(super) struct SyncGate {
     state: Mutex<State>,
     work: Condvar,
+    /// As `work`, for those who wait in async code.
+    asked: Notify,
     done: Condvar,
     published: watch::Sender<Durable>,
     /// Apart: who waits for a failure is not woken by every sync.
@@ -40,6 +50,7 @@ impl SyncGate {
         Self {
             state: Mutex::new(State { wanted: durable, durable, stopping: false, failure: None }),
             work: Condvar::new(),
+            asked: Notify::new(),
             done: Condvar::new(),
             published: watch::Sender::new(Durable { through: durable, failure: None }),
             failed: watch::Sender::new(None),
@@ -52,6 +63,7 @@ impl SyncGate {
         if state.wanted < ticket.0 {
             state.wanted = ticket.0;
             self.work.notify_one();
+            self.asked.notify_one();
         }
     }
 
@@ -94,13 +106,21 @@ impl SyncGate {
     pub(super) fn next_work(&self) -> bool {
         let mut state = self.state.lock();
         loop {
-            if state.stopping || state.failure.is_some() {
-                return false;
+            match state.has_work() {
+                Some(has_work) => return has_work,
+                None => self.work.wait(&mut state),
             }
-            if state.wanted > state.durable {
-                return true;
+        }
+    }
+
+    /// As `next_work`, in async code.
+    pub(super) async fn next_asked(&self) -> bool {
+        loop {
+            let has_work = self.state.lock().has_work();
+            match has_work {
+                Some(has_work) => return has_work,
+                None => self.asked.notified().await,
             }
-            self.work.wait(&mut state);
         }
     }
 

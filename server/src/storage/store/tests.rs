@@ -484,7 +484,7 @@ fn a_store_that_is_dropped_in_the_middle_of_a_checkpoint_ends() {
     store.inner.gate.request(first);
     until("the first block is being synced", || disk.syncs_held() == 1);
     let second = store.put(&[block(2, 5000)]).unwrap();
-    store.inner.hurry();
+    store.inner.housekeeper.hurry();
     until("a checkpoint waits for the second", || store.inner.gate.is_wanted(second));
     let inner = Arc::clone(&store.inner);
     let dropping = std::thread::spawn(move || drop(store));

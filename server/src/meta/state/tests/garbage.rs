@@ -1,7 +1,7 @@
 //! Garbage, as the state machine decides about it.
 
 use holdfast_common::{
-    Epoch, Ino, Kind, Refusal, ServerId, Time,
+    Epoch, Ino, Kind, Position, Refusal, ServerId,
     wire::meta::{NewBlock, Op},
 };
 
@@ -21,12 +21,8 @@ fn cut(world: &mut World, ino: Ino) {
     world.mutate(Op::Punch { ino, offset: 0, length: 8, grow: false }).unwrap();
 }
 
-fn at(secs: i64) -> Time {
-    Time { secs, nanos: 0 }
-}
-
 fn condemn(world: &mut World, seed: u8) -> Epoch {
-    world.command(Command::Condemn { blocks: vec![hash(seed)], unnamed_before: at(i64::MAX) }).unwrap();
+    world.command(Command::CondemnUnnamed { blocks: vec![hash(seed)], unnamed_through: Position(u64::MAX) }).unwrap();
     world.check();
     world.view().counters().epoch
 }
@@ -56,11 +52,12 @@ fn what_no_piece_names_is_condemned_when_its_time_has_come_and_forgotten_when_it
     let mut world = World::new();
     let (kept, cut_off) = (written(&mut world, 1), written(&mut world, 2));
     cut(&mut world, cut_off);
-    let unnamed = world.now;
-    let before = |time| garbage::unnamed_after(&world.view(), None, 10, at(time)).unwrap().0;
-    assert_eq!((before(unnamed - 1), before(unnamed)), (vec![], vec![hash(2)]));
-    for (seed, before) in [(1, i64::MAX), (2, unnamed - 1), (9, i64::MAX)] {
-        world.command(Command::Condemn { blocks: vec![hash(seed)], unnamed_before: at(before) }).unwrap();
+    let unnamed = world.view().counters().position.0;
+    let through = |position| garbage::unnamed_after(&world.view(), None, 10, Position(position)).unwrap().0;
+    assert_eq!((through(unnamed - 2), through(unnamed)), (vec![], vec![hash(2)]));
+    for (seed, through) in [(1, u64::MAX), (2, unnamed - 2), (9, u64::MAX)] {
+        let (blocks, unnamed_through) = (vec![hash(seed)], Position(through));
+        world.command(Command::CondemnUnnamed { blocks, unnamed_through }).unwrap();
     }
     assert_eq!(world.view().counters().epoch, Epoch(0), "one is named, one too new, one not known");
     let epoch = condemn(&mut world, 2);
@@ -122,10 +119,10 @@ fn a_block_that_is_named_again_is_not_condemned_for_the_time_before() {
     let mut world = World::new();
     let ino = written(&mut world, 1);
     cut(&mut world, ino);
-    let unnamed = at(world.now);
+    let unnamed_through = world.view().counters().position;
     again(&mut world, ino, 1, Epoch(0)).unwrap();
     cut(&mut world, ino);
-    world.command(Command::Condemn { blocks: vec![hash(1)], unnamed_before: unnamed }).unwrap();
+    world.command(Command::CondemnUnnamed { blocks: vec![hash(1)], unnamed_through }).unwrap();
     assert!(row(&world, 1).is_some_and(|row| !row.condemned));
 }
 
