@@ -27,10 +27,16 @@ pub enum Bug {
     BarrierAsksNobody,
     /// What is owed a copy gets none.
     OwedForgotten,
+    /// A storage server deletes what it is told to, whenever that was put.
+    EpochIgnored,
+    /// A storage server whose machine has lost its power believes that it has all that it had.
+    BootKept,
+    /// A checkpoint does not wait for the barrier that covers what it makes durable.
+    CheckpointUncovered,
 }
 
 impl Bug {
-    pub const ALL: [Self; 11] = [
+    pub const ALL: [Self; 14] = [
         Self::SyncSkipped,
         Self::DurableTooEarly,
         Self::AnswerForgotten,
@@ -42,6 +48,9 @@ impl Bug {
         Self::PutForgotten,
         Self::BarrierAsksNobody,
         Self::OwedForgotten,
+        Self::EpochIgnored,
+        Self::BootKept,
+        Self::CheckpointUncovered,
     ];
 }
 

@@ -121,7 +121,7 @@ impl BlockClient {
     // ---- writing ----
 
     /// Puts each block on as many servers as are `wanted`, or on fewer, but enough, when no others can take it (the commit will owe them).
-    /// With fewer it retries until the mount's patience ends: then `EIO`, or `ENOSPC` if servers were full.
+    /// With fewer it retries until the mount's patience ends: then `EIO`. `ENOSPC` as soon as too few servers are left that are not full.
     /// The answer: for each block its holders, as a commit names them.
     pub async fn put(&self, blocks: &[Block], durable: bool, wanted: usize) -> FsResult<Vec<NewBlock>> {
         let (epoch, enough) = (self.meta.epoch(), enough_replicas(wanted));
@@ -133,7 +133,7 @@ impl BlockClient {
                 return Ok(puts.into_iter().map(PutState::into_named).collect());
             }
             let map = self.meta.map();
-            if puts.iter().any(|put| put.holders.len() < enough && put.found_full(&map) >= enough) {
+            if puts.iter().any(|put| put.lacks_room(&map, enough)) {
                 error!("the storage servers are full");
                 return Err(Errno(libc::ENOSPC));
             }
@@ -460,7 +460,8 @@ struct PutState<'a> {
     wanted: usize,
     holders: Vec<Holder>,
     tried: Vec<ServerId>,
-    refused_full: usize,
+    /// They have refused it for want of room.
+    full: Vec<ServerId>,
 }
 
 #[derive(Clone, Copy, Debug)]
@@ -472,7 +473,7 @@ enum PutTrouble {
 impl<'a> PutState<'a> {
     fn new(block: &'a Block, epoch: Epoch, wanted: usize) -> Self {
         let (holders, tried) = (Vec::with_capacity(wanted), Vec::with_capacity(wanted));
-        Self { block, epoch, wanted, holders, tried, refused_full: 0 }
+        Self { block, epoch, wanted, holders, tried, full: Vec::new() }
     }
 
     fn into_named(self) -> NewBlock {
@@ -480,18 +481,30 @@ impl<'a> PutState<'a> {
         NewBlock { hash: block.hash(), length: block.length(), holders, epoch }
     }
 
-    /// Servers that refused for want of room, or were not even asked because they have said that they have none.
-    fn found_full(&self, map: &ClusterMap) -> usize {
-        let is_full = |server: &&ServerInfo| server.state == ServerState::Up && server.weight == 0;
-        let unasked = map.servers.iter().filter(is_full).filter(|server| !self.tried.contains(&server.id));
-        self.refused_full + unasked.count()
+    /// Servers are full, and without them not enough are left, even if those took it that have just failed, or are silent.
+    fn lacks_room(&self, map: &ClusterMap, enough: usize) -> bool {
+        let holds = |server: &ServerInfo| self.holders.iter().any(|holder| holder.server == server.id);
+        // Those who have said that they have no room are not even asked.
+        let is_full = |server: &ServerInfo| {
+            self.full.contains(&server.id) || server.state == ServerState::Up && server.weight == 0
+        };
+        let is_there = |server: &ServerInfo| matches!(server.state, ServerState::Up | ServerState::Suspect);
+        let (mut full, mut left) = (0, 0);
+        for server in &map.servers {
+            match holds(server) {
+                true => left += 1,
+                false if is_full(server) => full += 1,
+                false => left += usize::from(is_there(server)),
+            }
+        }
+        full > 0 && left < enough
     }
 
     fn learn(&mut self, server: ServerId, result: Result<Holder, PutTrouble>) {
         self.tried.push(server);
         match result {
             Ok(holder) => self.holders.push(holder),
-            Err(PutTrouble::Full) => self.refused_full += 1,
+            Err(PutTrouble::Full) => self.full.push(server),
             Err(PutTrouble::Failed) => {}
         }
     }
@@ -499,7 +512,7 @@ impl<'a> PutState<'a> {
     /// Before another try: only those that have the block stay ruled out.
     fn forget_failures(&mut self) {
         self.tried = self.holders.iter().map(|holder| holder.server).collect();
-        self.refused_full = 0;
+        self.full.clear();
     }
 }
 
@@ -543,4 +556,47 @@ fn frame(request: &StorageRequest) -> Option<Frame> {
 fn decoded(from: Endpoint, frame: Frame) -> Result<(StorageReply, Bytes), CallError> {
     let reply = codec::decode(&frame.header).map_err(|e| CallError::Malformed(from.address, e.to_string()))?;
     Ok((reply, frame.payload.into_iter().next().unwrap_or_default()))
+}
+
+#[cfg(test)]
+mod tests {
+    use holdfast_common::BootId;
+
+    use super::*;
+
+    fn map(servers: &[(ServerState, u32)]) -> ClusterMap {
+        let servers = servers.iter().zip(1..).map(|(&(state, weight), id)| ServerInfo {
+            id: ServerId(id),
+            state,
+            weight,
+            ..ServerInfo::example()
+        });
+        ClusterMap { servers: servers.collect(), ..ClusterMap::default() }
+    }
+
+    #[test]
+    fn a_write_finds_no_room_when_too_few_servers_are_left_that_are_not_full() {
+        use ServerState::{Down, Suspect, Up};
+        let block = Block::seal(Bytes::from_static(b"block")).expect("a short block");
+        let put = |holders: &[u32], full: &[u32]| {
+            let mut put = PutState::new(&block, Epoch(0), 3);
+            holders.iter().for_each(|id| {
+                put.learn(ServerId(*id), Ok(Holder { server: ServerId(*id), boot: BootId(1), durable: true }));
+            });
+            full.iter().for_each(|id| put.learn(ServerId(*id), Err(PutTrouble::Full)));
+            put
+        };
+        let [all_up, one_known_full] = [map(&[(Up, 9); 4]), map(&[(Up, 9), (Up, 9), (Up, 9), (Up, 0)])];
+        assert!(!put(&[1], &[2]).lacks_room(&all_up, 2), "two may take it yet");
+        // What a simulated history found: one holds it, one has just failed, and two are full.
+        assert!(!put(&[1], &[2]).lacks_room(&one_known_full, 2), "who has failed may take it yet");
+        assert!(put(&[1], &[2, 3]).lacks_room(&one_known_full, 2));
+        assert!(put(&[], &[1, 2, 3]).lacks_room(&all_up, 2), "one alone is not enough");
+        let one_silent = map(&[(Up, 9), (Suspect, 0), (Up, 0), (Up, 0)]);
+        assert!(!put(&[1], &[]).lacks_room(&one_silent, 2), "it may come back");
+        let one_gone = map(&[(Up, 9), (Down, 0), (Up, 0), (Up, 0)]);
+        assert!(put(&[1], &[]).lacks_room(&one_gone, 2), "nobody waits for it");
+        let all_gone = map(&[(Up, 9), (Down, 0), (Down, 0)]);
+        assert!(!put(&[1], &[]).lacks_room(&all_gone, 2), "room is not what is missing");
+    }
 }

@@ -36,6 +36,10 @@ use crate::node::CLUSTER;
 const PORT: u16 = 7600;
 /// Datagrams that wait at a socket; what comes then is lost.
 const QUEUE_MAX: usize = 4096;
+/// Orders of the metadata server are few, and those that come late are the dangerous ones.
+const LATE_ORDERS: u32 = 8;
+/// A request is carried out at the latest.
+const LATE_MAX: Duration = Duration::from_secs(4);
 /// Before whoever asked believes that there is no answer.
 const NO_ANSWER_AFTER: Duration = Duration::from_millis(30);
 
@@ -47,10 +51,12 @@ pub(crate) struct Weather {
     pub(crate) repeated: u32,
     /// Milliseconds that a datagram takes at most: the next one may be faster.
     pub(crate) late: u64,
-    /// In a hundred calls: the connection breaks before the request arrives, or before the answer does; or the request arrives twice.
+    /// In a hundred calls: the connection breaks before the request arrives, or before the answer does; the request arrives twice; or it
+    /// is carried out when whoever asked has long stopped waiting.
     pub(crate) calls_lost: u32,
     pub(crate) answers_lost: u32,
     pub(crate) calls_twice: u32,
+    pub(crate) calls_late: u32,
     /// Nothing goes from the first to the second.
     pub(crate) cut: BTreeSet<(NodeName, NodeName)>,
 }
@@ -58,8 +64,8 @@ pub(crate) struct Weather {
 impl Default for Weather {
     fn default() -> Self {
         let (lost, repeated, late) = (0, 0, 1);
-        let (calls_lost, answers_lost, calls_twice) = (0, 0, 0);
-        Self { lost, repeated, late, calls_lost, answers_lost, calls_twice, cut: BTreeSet::new() }
+        let (calls_lost, answers_lost, calls_twice, calls_late) = (0, 0, 0, 1);
+        Self { lost, repeated, late, calls_lost, answers_lost, calls_twice, calls_late, cut: BTreeSet::new() }
     }
 }
 
@@ -116,6 +122,7 @@ enum Fate {
     Lost,
     AnswerLost,
     Twice,
+    Late(Duration),
 }
 
 /// A process on the network, until it is dropped: then nothing that it says arrives any more.
@@ -223,14 +230,23 @@ impl Ether {
         }
     }
 
-    fn fate_of_call(&self) -> Fate {
+    /// Who looks at what has become of a cluster sees it.
+    fn fate_of_call(&self, from: NodeName) -> Fate {
+        if from.role == Role::Admin {
+            return Fate::Arrives;
+        }
         let mut state = self.state.lock();
         let drawn = state.random.random_range(0..100);
-        let Weather { calls_lost, answers_lost, calls_twice, .. } = state.weather;
+        let Weather { calls_lost, answers_lost, calls_twice, mut calls_late, .. } = state.weather;
+        if from.role == Role::Meta {
+            calls_late *= LATE_ORDERS;
+        }
+        let (broken, twice) = (calls_lost + answers_lost, calls_lost + answers_lost + calls_twice);
         let fate = match drawn {
             _ if drawn < calls_lost => Fate::Lost,
-            _ if drawn < calls_lost + answers_lost => Fate::AnswerLost,
-            _ if drawn < calls_lost + answers_lost + calls_twice => Fate::Twice,
+            _ if drawn < broken => Fate::AnswerLost,
+            _ if drawn < twice => Fate::Twice,
+            _ if drawn < twice + calls_late => Fate::Late(state.random.random_range(Duration::ZERO..LATE_MAX)),
             _ => Fate::Arrives,
         };
         state.counts.calls += 1;
@@ -277,13 +293,21 @@ impl Host {
 
     async fn meet(&self, to: Endpoint, request: Frame, deadline: Duration) -> Result<Frame, CallError> {
         let again = Frame { header: request.header.clone(), payload: request.payload.clone() };
-        match self.ether.fate_of_call() {
+        match self.ether.fate_of_call(self.name) {
             Fate::Arrives => self.node.call(to, request, deadline).await,
             Fate::Twice => {
                 drop(self.node.call(to, again, deadline).await);
                 self.node.call(to, request, deadline).await
             }
             Fate::Lost => broken(to, deadline).await,
+            Fate::Late(late) => {
+                let node = Arc::clone(&self.node);
+                tokio::spawn(async move {
+                    tokio::time::sleep(late).await;
+                    node.call(to, again, deadline).await
+                });
+                broken(to, deadline).await
+            }
             Fate::AnswerLost => {
                 self.node.call(to, request, deadline).await?;
                 broken(to, deadline).await

@@ -53,4 +53,7 @@ each_is_found! {
     a_block_that_is_nowhere_when_it_is_committed: PutForgotten,
     a_barrier_that_asks_no_storage_server: BarrierAsksNobody,
     copies_that_are_owed_and_not_made: OwedForgotten,
+    an_order_to_delete_that_comes_too_late: EpochIgnored,
+    a_storage_server_that_does_not_notice_its_power_cut: BootKept,
+    a_checkpoint_of_what_is_not_durable: CheckpointUncovered,
 }

@@ -5,7 +5,11 @@
 
 use std::{io, path::Path};
 
-use holdfast_common::{BootId, disk::Disk};
+use holdfast_common::{
+    BootId,
+    disk::Disk,
+    planted::{Bug, is_planted},
+};
 use serde::{Deserialize, Serialize};
 
 use crate::datadir::{read_small, write_atomically};
@@ -32,7 +36,8 @@ pub(super) struct Boot {
 /// The boot id of `directory`; `draw` gives a random one, which counts once it is written with [`commit`].
 pub(super) fn decide(disk: &dyn Disk, directory: &Path, draw: impl FnOnce() -> u64) -> io::Result<Boot> {
     let machine = disk.machine_boot()?;
-    if let Some(id) = read(disk, directory)?.filter(|file| file.machine == machine).and_then(|file| file.id()) {
+    let is_of_this_boot = |file: &BootFile| file.machine == machine || is_planted(Bug::BootKept);
+    if let Some(id) = read(disk, directory)?.filter(is_of_this_boot).and_then(|file| file.id()) {
         return Ok(Boot { id, cache_survived: true });
     }
     Ok(Boot { id: BootId(draw()), cache_survived: false })
