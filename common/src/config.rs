@@ -4,6 +4,7 @@
 //! over the file. Relative paths in a file are relative to the file.
 
 use std::{
+    collections::BTreeSet,
     fmt, fs, io,
     net::{SocketAddr, ToSocketAddrs},
     path::{Path, PathBuf},
@@ -125,7 +126,24 @@ trait Options: de::DeserializeOwned + Default {
     /// `self`, and what it leaves open from `other`.
     fn or(self, other: Self) -> Self;
     /// The paths among the options.
-    fn paths(&mut self) -> Vec<&mut Option<PathBuf>>;
+    fn paths(&mut self) -> Vec<&mut PathBuf>;
+}
+
+/// An option that is a path, or several.
+trait Paths {
+    fn paths(&mut self) -> &mut [PathBuf];
+}
+
+impl Paths for PathBuf {
+    fn paths(&mut self) -> &mut [PathBuf] {
+        std::slice::from_mut(self)
+    }
+}
+
+impl Paths for Vec<PathBuf> {
+    fn paths(&mut self) -> &mut [PathBuf] {
+        self
+    }
 }
 
 /// One `Option::or` for each field; a field that is forgotten does not compile.
@@ -136,8 +154,10 @@ macro_rules! options {
                 Self { $($field: self.$field.or(other.$field)),* }
             }
 
-            fn paths(&mut self) -> Vec<&mut Option<PathBuf>> {
-                vec![$(&mut self.$path),*]
+            fn paths(&mut self) -> Vec<&mut PathBuf> {
+                let mut paths = Vec::new();
+                $(paths.extend(self.$path.iter_mut().flat_map(Paths::paths));)*
+                paths
             }
         }
     };
@@ -215,9 +235,11 @@ options!(MetaOptions {
 #[derive(Clone, Debug, Default, PartialEq, Eq, Deserialize, clap::Args)]
 #[serde(deny_unknown_fields)]
 pub struct StorageOptions {
-    /// Directory of the blocks: segments and index
+    /// Directory of the blocks: segments and index. Several (give it again; a list in the file), for several disks, are a storage server
+    /// each, which fails alone: each with a certificate of its own in <data_dir>/tls, the next ones on the ports that follow
     #[arg(long, value_name = "DIR")]
-    pub data_dir: Option<PathBuf>,
+    #[serde(default, deserialize_with = "one_or_several")]
+    pub data_dir: Option<Vec<PathBuf>>,
     /// Directory of node.crt, node.key and ca.crt [default: <data_dir>/tls]
     #[arg(long, value_name = "DIR")]
     pub tls_dir: Option<PathBuf>,
@@ -230,10 +252,11 @@ pub struct StorageOptions {
     /// The metadata server, as host:port or ip:port
     #[arg(long, value_name = "HOST:PORT")]
     pub meta: Option<String>,
-    /// Failure domain (rack, room, cloud zone): copies of a block go to distinct ones [default: each server its own]
+    /// Failure domain (rack, room, cloud zone): copies of a block go to distinct ones [default: each server its own; with several data
+    /// directories, the machine's name]
     #[arg(long, value_name = "NAME")]
     pub zone: Option<String>,
-    /// Most bytes of blocks to keep here [default: the whole disk]
+    /// Most bytes of blocks to keep here, in each data directory [default: the whole disk]
     #[arg(long, value_name = "BYTES")]
     pub capacity_bytes: Option<ByteSize>,
     /// Bytes of the disk to leave free [default: 1GiB, or 5 % of the disk if that is less]
@@ -264,6 +287,47 @@ options!(StorageOptions {
     data_dir, tls_dir, listen, advertise, meta, zone, capacity_bytes, reserve_bytes, segment_bytes, scrub_rate_bytes,
     scrub_every_secs, index_cache_bytes, log_level, log_format,
 } paths { data_dir, tls_dir });
+
+impl StorageOptions {
+    /// Those of the `number`-th data directory, counted from 0.
+    fn nth(&self, number: u16, directory: &Path, zone: &str) -> Result<Self, ConfigError> {
+        let listen = self.listen.unwrap_or(SocketAddr::from(([0, 0, 0, 0], STORAGE_PORT)));
+        Ok(Self {
+            data_dir: Some(vec![directory.to_owned()]),
+            listen: Some(moved("listen", listen, number)?),
+            advertise: self.advertise.map(|advertise| moved("advertise", advertise, number)).transpose()?,
+            zone: Some(zone.to_owned()),
+            ..self.clone()
+        })
+    }
+}
+
+/// The same address, `number` ports further. Port 0, any that is free, stays that.
+fn moved(key: &'static str, mut address: SocketAddr, number: u16) -> Result<SocketAddr, ConfigError> {
+    if address.port() > 0 {
+        let port = address.port().checked_add(number);
+        address.set_port(port.ok_or_else(|| invalid(key, "there are not so many ports after this one"))?);
+    }
+    Ok(address)
+}
+
+fn machine_name() -> Option<String> {
+    let name = fs::read_to_string("/proc/sys/kernel/hostname").ok()?;
+    Some(name.trim().to_owned()).filter(|name| !name.is_empty())
+}
+
+fn one_or_several<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Option<Vec<PathBuf>>, D::Error> {
+    #[derive(Deserialize)]
+    #[serde(untagged, expecting = "a directory, or a list of directories")]
+    enum Given {
+        One(PathBuf),
+        Several(Vec<PathBuf>),
+    }
+    Ok(Some(match Given::deserialize(deserializer)? {
+        Given::One(directory) => vec![directory],
+        Given::Several(directories) => directories,
+    }))
+}
 
 /// Options of a mount, and of every administrative command.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Deserialize, clap::Args)]
@@ -383,13 +447,36 @@ pub struct StorageConfig {
 }
 
 impl StorageConfig {
-    /// What `flags` say, then what `file` says, then the defaults.
-    pub fn load(file: Option<&Path>, flags: StorageOptions) -> Result<Self, ConfigError> {
-        Self::resolve(merge(file, flags)?)
+    /// What `flags` say, then what `file` says, then the defaults, for each data directory.
+    pub fn load(file: Option<&Path>, flags: StorageOptions) -> Result<Vec<Self>, ConfigError> {
+        Self::resolve_all(merge(file, flags)?)
     }
 
-    pub fn resolve(options: StorageOptions) -> Result<Self, ConfigError> {
-        let data_dir = required("data_dir", options.data_dir)?;
+    /// A storage server for each data directory; at least one.
+    pub fn resolve_all(options: StorageOptions) -> Result<Vec<Self>, ConfigError> {
+        let directories = required("data_dir", options.data_dir.clone().filter(|directories| !directories.is_empty()))?;
+        if directories.len() == 1 {
+            return Ok(vec![Self::resolve(options)?]);
+        }
+        if options.tls_dir.is_some() {
+            return Err(invalid("tls_dir", "of several data directories each has its certificate in <data_dir>/tls"));
+        }
+        let distinct: BTreeSet<&PathBuf> = directories.iter().collect();
+        if distinct.len() < directories.len() {
+            return Err(invalid("data_dir", "one of them is given twice"));
+        }
+        let zone = match &options.zone {
+            Some(zone) => zone.clone(),
+            None => machine_name().ok_or_else(|| invalid("zone", "this machine has no name: say which zone it is"))?,
+        };
+        (0u16..)
+            .zip(&directories)
+            .map(|(number, directory)| Self::resolve(options.nth(number, directory, &zone)?))
+            .collect()
+    }
+
+    fn resolve(options: StorageOptions) -> Result<Self, ConfigError> {
+        let data_dir = required("data_dir", options.data_dir.and_then(|directories| directories.into_iter().next()))?;
         let listen = options.listen.unwrap_or(SocketAddr::from(([0, 0, 0, 0], STORAGE_PORT)));
         Ok(Self {
             tls_dir: options.tls_dir.unwrap_or_else(|| data_dir.join("tls")),
@@ -465,7 +552,7 @@ fn read_options<O: Options>(path: &Path) -> Result<O, ConfigError> {
     let text = fs::read_to_string(path).map_err(|source| ConfigError::Read { path: path.to_owned(), source })?;
     let mut options: O = toml::from_str(&text).map_err(|error| syntax_error(path, &text, &error))?;
     let base = path.parent().unwrap_or(Path::new(""));
-    for given in options.paths().into_iter().flatten() {
+    for given in options.paths() {
         *given = base.join(&*given);
     }
     Ok(options)
@@ -646,8 +733,35 @@ mod tests {
             .collect();
         let (_directory, path) = file(&text);
         let from_file = StorageConfig::load(Some(&path), StorageOptions::default()).unwrap();
-        assert_eq!(from_file, StorageConfig::resolve(flags(&words)).unwrap());
-        assert_eq!(from_file.capacity_bytes, Some(1 << 40));
+        assert_eq!(from_file, [StorageConfig::resolve(flags(&words)).unwrap()]);
+        assert_eq!(from_file[0].capacity_bytes, Some(1 << 40));
+    }
+
+    #[test]
+    fn several_data_directories_are_a_storage_server_each() {
+        let (directory, path) =
+            file("data_dir = [\"one\", \"/two\"]\nmeta = \"127.0.0.1:1\"\nlisten = \"10.0.0.1:7401\"\n");
+        let configs = StorageConfig::load(Some(&path), StorageOptions::default()).unwrap();
+        let [one, two] = &configs[..] else { panic!("{configs:?}") };
+        assert_eq!((&one.data_dir, &two.data_dir), (&directory.path().join("one"), &PathBuf::from("/two")));
+        assert_eq!((&one.tls_dir, &two.tls_dir), (&one.data_dir.join("tls"), &two.data_dir.join("tls")));
+        assert_eq!((one.listen.port(), two.listen.port()), (7401, 7402));
+        assert_eq!((one.advertise.port(), two.advertise.port()), (7401, 7402));
+        assert_eq!(one.zone, two.zone);
+        assert!(!one.zone.is_empty(), "copies on the other disk of the same machine are hardly worth having");
+        let words = "--data-dir a --data-dir b --meta 127.0.0.1:1 --listen 10.0.0.1:0 --zone z";
+        let configs = StorageConfig::resolve_all(flags(words)).unwrap();
+        assert!(configs.iter().all(|config| config.zone == "z" && config.listen.port() == 0));
+        for (words, key) in [
+            ("--data-dir a --data-dir b --tls-dir t", "tls_dir"),
+            ("--data-dir a --data-dir a", "data_dir"),
+            ("--data-dir a --data-dir b --listen 10.0.0.1:65535", "listen"),
+        ] {
+            match StorageConfig::resolve_all(flags(&format!("{words} --meta 127.0.0.1:1"))) {
+                Err(ConfigError::Invalid { key: named, .. }) => assert_eq!(named, key),
+                other => panic!("{words}: {other:?}"),
+            }
+        }
     }
 
     #[test]

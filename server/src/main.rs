@@ -1,6 +1,6 @@
 //! `holdfastd`: the daemon of a metadata server, or of a storage server.
 
-use std::{future::Future, path::PathBuf, process::ExitCode, sync::Arc};
+use std::{future::Future, path::PathBuf, process::ExitCode, sync::Arc, time::Duration};
 
 use anyhow::Context;
 use clap::{Args, Parser, Subcommand};
@@ -11,11 +11,17 @@ use holdfast_common::{
     processor, telemetry,
 };
 use holdfast_server::{meta, storage};
-use tokio::signal::unix::{SignalKind, signal};
+use tokio::{
+    runtime::Runtime,
+    signal::unix::{SignalKind, signal},
+};
 
 /// Keeps the pages of freed blocks of 1 MiB for the next ones, where the C library gives them back to the kernel at once.
 #[global_allocator]
 static ALLOCATOR: mimalloc::MiMalloc = mimalloc::MiMalloc;
+
+/// A data directory that has failed, beside others that work.
+const TRY_AGAIN_AFTER: Duration = Duration::from_secs(10);
 
 /// The daemons of Holdfast, a distributed filesystem.
 #[derive(Parser)]
@@ -80,12 +86,7 @@ fn abort_on_panic() {
 }
 
 fn run(role: Role) -> anyhow::Result<()> {
-    // One thread for all that is asynchronous: twice to four times faster here than handing work between threads.
-    let runtime = tokio::runtime::Builder::new_current_thread()
-        .enable_all()
-        .on_thread_start(processor::roam)
-        .build()
-        .context("start the runtime")?;
+    let runtime = new_runtime().context("start the runtime")?;
     match role {
         Role::Meta(daemon) => {
             let config = MetaConfig::load(daemon.config.as_deref(), daemon.options)?;
@@ -110,15 +111,28 @@ fn run(role: Role) -> anyhow::Result<()> {
             Ok(())
         }
         Role::Storage(daemon) => {
-            let config = StorageConfig::load(daemon.config.as_deref(), daemon.options)?;
-            telemetry::init(config.log_level, config.log_format)?;
-            runtime.block_on(async {
-                tokio::spawn(processor::stay_warm());
-                let (disk, clock) = (Arc::new(RealDisk), Arc::new(SystemClock::default()));
-                Ok(storage::run(config, disk, clock, notify_ready, stop_signal()?).await?)
-            })
+            let configs = StorageConfig::load(daemon.config.as_deref(), daemon.options)?;
+            telemetry::init(configs[0].log_level, configs[0].log_format)?;
+            runtime.block_on(run_storage(configs))
         }
     }
+}
+
+/// One thread for all that is asynchronous: twice to four times faster here than handing work between threads.
+fn new_runtime() -> std::io::Result<Runtime> {
+    tokio::runtime::Builder::new_current_thread().enable_all().on_thread_start(processor::roam).build()
+}
+
+async fn run_storage(mut configs: Vec<StorageConfig>) -> anyhow::Result<()> {
+    let (disk, clock) = (Arc::new(RealDisk), Arc::new(SystemClock::default()));
+    let stop = stop_signal()?;
+    if configs.len() > 1 {
+        let shared = storage::Shared { disk, clock, runtime: new_runtime, try_again_after: TRY_AGAIN_AFTER };
+        return Ok(storage::run_all(configs, shared, notify_ready, stop).await?);
+    }
+    tokio::spawn(processor::stay_warm());
+    let config = configs.remove(0);
+    Ok(storage::run(config, disk, clock, notify_ready, stop).await?)
 }
 
 /// Tells the service manager, if one started us.

@@ -101,12 +101,12 @@ impl Ground {
 
     async fn start_storage(&self, id: u32) -> Daemon {
         let options = StorageOptions {
-            data_dir: Some(self.path(NodeName { role: Role::Storage, id })),
+            data_dir: Some(vec![self.path(NodeName { role: Role::Storage, id })]),
             listen: Some(self.storages[id as usize - 1]),
             meta: Some(self.meta.to_string()),
             ..StorageOptions::default()
         };
-        let config = StorageConfig::resolve(options).unwrap();
+        let config = StorageConfig::resolve_all(options).unwrap().remove(0);
         let (disk, clock) = (Arc::new(RealDisk), Arc::new(SystemClock::default()));
         start(|ready, stopped| async move {
             crate::storage::run(config, disk, clock, ready, async { stopped.await.unwrap() }).await.unwrap();

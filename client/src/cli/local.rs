@@ -427,7 +427,8 @@ fn plan(dir: &Path, before: Option<&Remembered>, storage: Option<u32>, mount: Op
 }
 
 fn storage_config(daemon: &Daemon) -> CliResult<StorageConfig> {
-    Ok(StorageConfig::load(Some(&daemon.config), StorageOptions::default())?)
+    let mut configs = StorageConfig::load(Some(&daemon.config), StorageOptions::default())?;
+    Ok(configs.remove(0))
 }
 
 fn storage_id(daemon: &Daemon) -> CliResult<ServerId> {

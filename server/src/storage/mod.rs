@@ -6,6 +6,7 @@ mod replicate;
 mod report;
 mod scrub;
 mod service;
+mod several;
 pub mod store;
 #[cfg(test)]
 mod tests;
@@ -33,6 +34,7 @@ pub use self::{
     backups::Backups,
     scrub::{Scrubber, Scrubbing},
     service::StorageService,
+    several::{Shared, run_all},
 };
 use self::{
     replicate::Fetcher,

@@ -92,12 +92,12 @@ impl Server {
     }
 }
 
-fn block(n: u8, length: usize) -> Block {
+pub(super) fn block(n: u8, length: usize) -> Block {
     let bytes: Vec<u8> = (0..length).map(|i| u8::try_from((i / 7 + i % 5) % 256).unwrap() ^ n).collect();
     Block::seal(bytes.into()).unwrap()
 }
 
-fn put_block(block: &Block) -> PutBlock {
+pub(super) fn put_block(block: &Block) -> PutBlock {
     PutBlock { hash: block.hash(), length: block.length(), epoch: Epoch(0) }
 }
 
@@ -247,13 +247,13 @@ async fn blocks_are_deleted_below_an_epoch() {
 }
 
 /// A metadata server that only listens to heartbeats.
-struct Ear(mpsc::UnboundedSender<StorageNotice>);
+struct Ear(mpsc::UnboundedSender<(u32, StorageNotice)>);
 
 impl Serve for Ear {
     fn serve(self: Arc<Self>, from: PeerIdentity, request: Frame) -> BoxFuture<'static, Frame> {
-        assert_eq!(from.node, NodeName { role: Role::Storage, id: 7 });
+        assert_eq!(from.node.role, Role::Storage);
         let Ok(MetaRequest::Storage(notice)) = codec::decode(&request.header) else { panic!("not a notice") };
-        self.0.send(notice).unwrap();
+        self.0.send((from.node.id, notice)).unwrap();
         let reply = MetaReply {
             server_instance: 1,
             map_version: 1,
@@ -266,14 +266,15 @@ impl Serve for Ear {
 }
 
 /// What a test needs of a cluster: its authority, and a metadata server that hears heartbeats.
-struct Cluster {
-    ca: Ca,
-    meta: SocketAddr,
-    heard: mpsc::UnboundedReceiver<StorageNotice>,
+pub(super) struct Cluster {
+    pub(super) ca: Ca,
+    pub(super) meta: SocketAddr,
+    /// Of which server.
+    pub(super) heard: mpsc::UnboundedReceiver<(u32, StorageNotice)>,
     client: Arc<Node>,
 }
 
-fn credentials(ca: &Ca, role: Role, id: u32) -> Credentials {
+pub(super) fn credentials(ca: &Ca, role: Role, id: u32) -> Credentials {
     ca.issue_credentials(NodeName { role, id }, SystemClock::default().now(), Duration::from_secs(3600)).unwrap()
 }
 
@@ -281,7 +282,7 @@ fn bind(ca: &Ca, role: Role, id: u32) -> Arc<Node> {
     Node::bind(([127, 0, 0, 1], 0).into(), credentials(ca, role, id), NetOptions::default()).unwrap()
 }
 
-fn cluster() -> Cluster {
+pub(super) fn cluster() -> Cluster {
     let ca = Ca::create(CLUSTER, SystemClock::default().now()).unwrap();
     let meta = bind(&ca, Role::Meta, 1);
     let (sender, heard) = mpsc::unbounded_channel();
@@ -291,14 +292,15 @@ fn cluster() -> Cluster {
 }
 
 fn config(directory: &Path, meta: SocketAddr) -> StorageConfig {
-    StorageConfig::resolve(StorageOptions {
-        data_dir: Some(directory.to_owned()),
+    let mut configs = StorageConfig::resolve_all(StorageOptions {
+        data_dir: Some(vec![directory.to_owned()]),
         listen: Some(([127, 0, 0, 1], 0).into()),
         meta: Some(meta.to_string()),
         zone: Some("rack 4".to_owned()),
         ..StorageOptions::default()
     })
-    .unwrap()
+    .unwrap();
+    configs.remove(0)
 }
 
 fn spawn_run(config: StorageConfig) -> (oneshot::Sender<()>, tokio::task::JoinHandle<Result<(), RunError>>) {
@@ -309,16 +311,17 @@ fn spawn_run(config: StorageConfig) -> (oneshot::Sender<()>, tokio::task::JoinHa
     (stop, tokio::spawn(running))
 }
 
-async fn call(
+pub(super) async fn call(
     cluster: &Cluster,
+    id: u32,
     address: SocketAddr,
     request: &StorageRequest,
     payload: Bytes,
-) -> (StorageReply, Bytes) {
-    let to = Endpoint { address, name: NodeName { role: Role::Storage, id: 7 } };
+) -> Result<(StorageReply, Bytes), CallError> {
+    let to = Endpoint { address, name: NodeName { role: Role::Storage, id } };
     let frame = Frame { header: codec::encode(request).unwrap(), payload: vec![payload] };
-    let answer = cluster.client.call(to, frame, Duration::from_secs(5)).await.unwrap();
-    (codec::decode(&answer.header).unwrap(), replicate::joined(answer.payload))
+    let answer = cluster.client.call(to, frame, Duration::from_secs(5)).await?;
+    Ok((codec::decode(&answer.header).unwrap(), replicate::joined(answer.payload)))
 }
 
 #[tokio::test]
@@ -331,17 +334,19 @@ async fn a_server_registers_serves_stops_and_comes_back_with_its_blocks() {
     let mut boots = Vec::new();
     for life in 0..2 {
         let (stop, ended) = spawn_run(config.clone());
-        let Some(StorageNotice::Heartbeat { address, zone, boot, load }) = cluster.heard.recv().await else { panic!() };
+        let Some((7, StorageNotice::Heartbeat { address, zone, boot, load })) = cluster.heard.recv().await else {
+            panic!()
+        };
         assert_eq!((zone.as_str(), load.blocks), ("rack 4", life));
         assert!(load.capacity_bytes > 0 && load.memory_bytes > 0);
         boots.push(boot);
         if life == 0 {
             let put = StorageRequest::Put { blocks: vec![put_block(&block)], durable: false };
-            let (reply, _) = call(&cluster, address, &put, block.bytes().clone()).await;
+            let (reply, _) = call(&cluster, 7, address, &put, block.bytes().clone()).await.unwrap();
             assert_eq!(reply.0, Ok(StorageAnswer::Put { boot, durable: false }));
         }
         let get = StorageRequest::Get { block: block.hash(), range: None };
-        assert_eq!(call(&cluster, address, &get, Bytes::new()).await.1, block.bytes());
+        assert_eq!(call(&cluster, 7, address, &get, Bytes::new()).await.unwrap().1, block.bytes());
         let (second, refused) = spawn_run(config.clone());
         assert!(matches!(refused.await.unwrap(), Err(RunError::DataDir(DataDirError::Locked { .. }))));
         drop(second);
