@@ -311,9 +311,11 @@ fn moved(key: &'static str, mut address: SocketAddr, number: u16) -> Result<Sock
     Ok(address)
 }
 
+/// As the kernel knows it.
 fn machine_name() -> Option<String> {
     let name = fs::read_to_string("/proc/sys/kernel/hostname").ok()?;
-    Some(name.trim().to_owned()).filter(|name| !name.is_empty())
+    // That name is no machine's: with it all of them would be one zone.
+    Some(name.trim().to_owned()).filter(|name| !name.is_empty() && !name.starts_with("localhost"))
 }
 
 fn one_or_several<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Option<Vec<PathBuf>>, D::Error> {

@@ -27,8 +27,6 @@ pub enum Bug {
     BarrierAsksNobody,
     /// What is owed a copy gets none.
     OwedForgotten,
-    /// A storage server deletes what it is told to, whenever that was put.
-    EpochIgnored,
     /// A storage server whose machine has lost its power believes that it has all that it had.
     BootKept,
     /// A checkpoint does not wait for the barrier that covers what it makes durable.
@@ -36,7 +34,7 @@ pub enum Bug {
 }
 
 impl Bug {
-    pub const ALL: [Self; 14] = [
+    pub const ALL: [Self; 13] = [
         Self::SyncSkipped,
         Self::DurableTooEarly,
         Self::AnswerForgotten,
@@ -48,7 +46,6 @@ impl Bug {
         Self::PutForgotten,
         Self::BarrierAsksNobody,
         Self::OwedForgotten,
-        Self::EpochIgnored,
         Self::BootKept,
         Self::CheckpointUncovered,
     ];

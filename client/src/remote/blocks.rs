@@ -121,7 +121,8 @@ impl BlockClient {
     // ---- writing ----
 
     /// Puts each block on as many servers as are `wanted`, or on fewer, but enough, when no others can take it (the commit will owe them).
-    /// With fewer it retries until the mount's patience ends: then `EIO`. `ENOSPC` as soon as too few servers are left that are not full.
+    /// With fewer it retries until the mount's patience ends: then `EIO`, or `ENOSPC` if servers that are there are full; that at once when too
+    /// few servers are left that are not, even with those that are away.
     /// The answer: for each block its holders, as a commit names them.
     pub async fn put(&self, blocks: &[Block], durable: bool, wanted: usize) -> FsResult<Vec<NewBlock>> {
         let (epoch, enough) = (self.meta.epoch(), enough_replicas(wanted));
@@ -133,11 +134,16 @@ impl BlockClient {
                 return Ok(puts.into_iter().map(PutState::into_named).collect());
             }
             let map = self.meta.map();
-            if puts.iter().any(|put| put.lacks_room(&map, enough)) {
+            let lacks_room = |awaited| puts.iter().any(|put| put.lacks_room(&map, enough, awaited));
+            if lacks_room(Awaited::Everybody) {
                 error!("the storage servers are full");
                 return Err(Errno(libc::ENOSPC));
             }
             let (paused, ()) = tokio::join!(retry.pause(), self.meta.refresh_map());
+            if paused.is_err() && lacks_room(Awaited::Nobody) {
+                error!(within = ?self.io_timeout, "the storage servers that are there are full");
+                return Err(Errno(libc::ENOSPC));
+            }
             if paused.is_err() {
                 error!(within = ?self.io_timeout, "fewer than {enough} storage servers took the data");
                 return Err(Errno(libc::EIO));
@@ -464,6 +470,13 @@ struct PutState<'a> {
     full: Vec<ServerId>,
 }
 
+/// Whether servers that are away may still come back in time.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Awaited {
+    Everybody,
+    Nobody,
+}
+
 #[derive(Clone, Copy, Debug)]
 enum PutTrouble {
     Full,
@@ -481,14 +494,14 @@ impl<'a> PutState<'a> {
         NewBlock { hash: block.hash(), length: block.length(), holders, epoch }
     }
 
-    /// Servers are full, and without them not enough are left, even if those took it that have just failed, or are silent.
-    fn lacks_room(&self, map: &ClusterMap, enough: usize) -> bool {
+    /// Servers are full, and without them not enough are left, even if those took it that have just failed.
+    fn lacks_room(&self, map: &ClusterMap, enough: usize, awaited: Awaited) -> bool {
         let holds = |server: &ServerInfo| self.holders.iter().any(|holder| holder.server == server.id);
         // Those who have said that they have no room are not even asked.
         let is_full = |server: &ServerInfo| {
             self.full.contains(&server.id) || server.state == ServerState::Up && server.weight == 0
         };
-        let is_there = |server: &ServerInfo| matches!(server.state, ServerState::Up | ServerState::Suspect);
+        let is_there = |server: &ServerInfo| server.state == ServerState::Up || awaited == Awaited::Everybody;
         let (mut full, mut left) = (0, 0);
         for server in &map.servers {
             match holds(server) {
@@ -576,7 +589,8 @@ mod tests {
 
     #[test]
     fn a_write_finds_no_room_when_too_few_servers_are_left_that_are_not_full() {
-        use ServerState::{Down, Suspect, Up};
+        use Awaited::{Everybody, Nobody};
+        use ServerState::{Down, Up};
         let block = Block::seal(Bytes::from_static(b"block")).expect("a short block");
         let put = |holders: &[u32], full: &[u32]| {
             let mut put = PutState::new(&block, Epoch(0), 3);
@@ -587,16 +601,15 @@ mod tests {
             put
         };
         let [all_up, one_known_full] = [map(&[(Up, 9); 4]), map(&[(Up, 9), (Up, 9), (Up, 9), (Up, 0)])];
-        assert!(!put(&[1], &[2]).lacks_room(&all_up, 2), "two may take it yet");
+        assert!(!put(&[1], &[2]).lacks_room(&all_up, 2, Nobody), "two may take it yet");
         // What a simulated history found: one holds it, one has just failed, and two are full.
-        assert!(!put(&[1], &[2]).lacks_room(&one_known_full, 2), "who has failed may take it yet");
-        assert!(put(&[1], &[2, 3]).lacks_room(&one_known_full, 2));
-        assert!(put(&[], &[1, 2, 3]).lacks_room(&all_up, 2), "one alone is not enough");
-        let one_silent = map(&[(Up, 9), (Suspect, 0), (Up, 0), (Up, 0)]);
-        assert!(!put(&[1], &[]).lacks_room(&one_silent, 2), "it may come back");
-        let one_gone = map(&[(Up, 9), (Down, 0), (Up, 0), (Up, 0)]);
-        assert!(put(&[1], &[]).lacks_room(&one_gone, 2), "nobody waits for it");
-        let all_gone = map(&[(Up, 9), (Down, 0), (Down, 0)]);
-        assert!(!put(&[1], &[]).lacks_room(&all_gone, 2), "room is not what is missing");
+        assert!(!put(&[1], &[2]).lacks_room(&one_known_full, 2, Nobody), "who has failed may take it yet");
+        assert!(put(&[1], &[2, 3]).lacks_room(&one_known_full, 2, Everybody));
+        assert!(put(&[], &[1, 2, 3]).lacks_room(&all_up, 2, Everybody), "one alone is not enough");
+        let one_away = map(&[(Up, 9), (Down, 0), (Up, 0), (Up, 0)]);
+        assert!(!put(&[1], &[]).lacks_room(&one_away, 2, Everybody), "it may come back");
+        assert!(put(&[1], &[]).lacks_room(&one_away, 2, Nobody), "it has not");
+        let all_away = map(&[(Up, 9), (Down, 0), (Down, 0)]);
+        assert!(!put(&[1], &[]).lacks_room(&all_away, 2, Nobody), "room is not what is missing");
     }
 }

@@ -21,6 +21,9 @@ use super::{
     state::{Applied, Command, Entry, Outcome, Reply, Rows, apply, query},
 };
 
+/// A clock that is behind by more seconds has been set back; by less, it is only being adjusted.
+const SET_BACK_SECS: i64 = 1;
+
 /// Proposals that wait; more make their senders wait.
 const QUEUE_MAX: usize = 4096;
 /// Entries, and their bytes, in one batch.
@@ -213,7 +216,7 @@ impl Committer {
             asker.refuse(refusal);
             return Ok(());
         }
-        self.time = self.time.max(self.core.clock.now());
+        self.time = stamp(self.time, self.core.clock.now());
         let entry = Entry { time: self.time, command };
         match Log::encode(&entry) {
             Err(_) => asker.refuse(Refusal::TooLarge),
@@ -390,6 +393,11 @@ impl Committer {
     }
 }
 
+/// The time of the next entry: not before that of the last one, unless the clock has been set back.
+fn stamp(last: Time, now: Time) -> Time {
+    if last.secs.saturating_sub(now.secs) > SET_BACK_SECS { now } else { last.max(now) }
+}
+
 #[derive(Default)]
 struct Batch {
     /// Each with its bytes for the log.
@@ -408,4 +416,17 @@ fn log_changes(core: &Core, batch: &Batch, applied: &[(Applied, Vec<Attr>)]) -> 
         return Err(Fault::Diverged { log: position, database: first.position });
     }
     Ok(())
+}
+
+#[cfg(test)]
+mod stamp_tests {
+    use super::*;
+
+    #[test]
+    fn times_do_not_go_back_unless_the_clock_is_set_back() {
+        let at = |secs, nanos| Time { secs, nanos };
+        assert_eq!(stamp(at(100, 5), at(100, 7)), at(100, 7));
+        assert_eq!(stamp(at(100, 5), at(99, 0)), at(100, 5), "adjusted");
+        assert_eq!(stamp(at(100, 5), at(98, 9)), at(98, 9), "set back: what is written now is not of the future");
+    }
 }

@@ -30,6 +30,8 @@ use super::{
     strays,
 };
 
+/// How the journal says that a storage server turned out not to have copies.
+pub const MISSES_COPIES: &str = "does not have";
 const TICK: Duration = Duration::from_secs(1);
 /// After a bucket of more than so many blocks: who reads and writes goes first.
 const MANY: u64 = 64;
@@ -247,7 +249,7 @@ impl Comparer {
         if missing > 0 {
             let lost = missing - mended;
             tracing::warn!(%server, missing, lost, "a storage server does not have what it is on record for: copies are made");
-            let what = format!("does not have {missing} of the blocks that it is on record for");
+            let what = format!("{MISSES_COPIES} {missing} of the blocks that it is on record for");
             let note = Note::new(
                 if lost > 0 { Severity::Error } else { Severity::Warning },
                 format!("storage server {server}"),

@@ -26,6 +26,8 @@ use super::{
 };
 
 /// Copies that wait to be replaced: more are found again by the next pass of scrubbing.
+/// How the journal says that copies turned out to be bad.
+pub const HAS_BAD_COPIES: &str = "bad copies on its disk";
 const WAITING_MAX: usize = 1 << 20;
 /// Copies that are replaced in one round.
 const ROUND: usize = 256;
@@ -115,7 +117,7 @@ impl Mender {
 
 fn note(server: ServerId, (mended, left): (u64, u64)) -> Note {
     let place = format!("storage server {server}");
-    let what = format!("has found {} bad copies on its disk", mended + left);
+    let what = format!("has found {} {HAS_BAD_COPIES}", mended + left);
     match left {
         0 => Note::new(Severity::Warning, place, what)
             .meaning("none was read")

@@ -937,6 +937,23 @@ async fn what_is_put_again_before_it_is_deleted_stays() {
 }
 
 #[tokio::test]
+async fn what_no_file_names_is_kept_for_the_grace_also_after_a_long_rest() {
+    let mut cluster = Cluster::on(MemoryDisk::new(), soon_collected()).await;
+    let ino = cluster.create("a", false).await.unwrap();
+    cluster.write(ino, 1, &[1, 2, 3], true).await.unwrap();
+    let rested = cluster.clock.monotonic() + 2 * soon_collected().garbage_grace;
+    cluster
+        .while_heard(&[1, 2, 3], "nothing has happened for long", |cluster| cluster.clock.monotonic() > rested)
+        .await;
+    let before = cluster.clock.monotonic();
+    cluster.write(ino, 2, &[1, 2, 3], true).await.unwrap();
+    let is_condemned = |cluster: &Cluster| cluster.counters().condemned + cluster.counters().collected > 0;
+    cluster.while_heard(&[1, 2, 3], "the first is condemned", is_condemned).await;
+    let kept = cluster.clock.monotonic() - before;
+    assert!(kept >= soon_collected().garbage_grace, "it was kept for {kept:?}");
+}
+
+#[tokio::test]
 async fn a_condemned_block_waits_for_a_holder_that_is_down_and_goes_on_after_a_restart() {
     let mut cluster =
         Cluster::on(MemoryDisk::new(), Options { session_timeout: Duration::from_secs(20), ..soon_collected() }).await;

@@ -84,8 +84,9 @@ pub async fn run(
     let name = credentials.node;
     let data = DataDir::open(&*disk, &config.data_dir, credentials.identity())?;
     let options = store_options(&config, disk.as_ref()).map_err(RunError::Start)?;
-    let backups = Backups::new(Arc::clone(&disk), data.path(), options.reserve_bytes);
-    let store = Arc::new(Store::open(Arc::clone(&disk), data.path(), options)?);
+    let directory = data.path().to_owned();
+    let backups = Backups::new(Arc::clone(&disk), &directory, options.reserve_bytes);
+    let store = Arc::new(Store::open(Arc::clone(&disk), &directory, options)?.locked_by(data));
     let node = Node::bind(config.listen, credentials, NetOptions::default())?;
     let address = node.local_address().map_err(RunError::Start)?;
     let peers: Arc<dyn Peers> = Arc::clone(&node) as Arc<dyn Peers>;
@@ -99,14 +100,14 @@ pub async fn run(
         store: Arc::clone(&store),
         service: Arc::clone(&service),
         started_ms: millis_of(clock.now()),
-        watch: Watch::new(data.path()),
+        watch: Watch::new(&directory),
     };
     let (bad, found_bad) = mpsc::unbounded_channel();
     let scrubber = Scrubber {
         store: Arc::clone(&store),
         service: Arc::clone(&service),
         disk,
-        directory: data.path().to_owned(),
+        directory,
         clock,
         rate: config.scrub_rate_bytes,
         every: config.scrub_every,

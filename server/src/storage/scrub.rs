@@ -101,7 +101,9 @@ impl Scrubber {
     }
 
     async fn run(self: Arc<Self>) {
-        let mut state = load(&*self.disk, &self.directory);
+        let loading = Arc::clone(&self);
+        let loaded = work::run(move || load(&*loading.disk, &loading.directory)).await;
+        let mut state = loaded.unwrap_or_default();
         if state.since_secs == 0 {
             state.since_secs = self.now_secs();
             self.keep(&state).await;
@@ -146,14 +148,19 @@ impl Scrubber {
     fn is_due(&self, state: &State) -> bool {
         let is_under_way = state.after.is_some() && self.rate > 0;
         let last = state.last_pass_secs.max(state.since_secs);
-        let is_time = self.now_secs() >= last.saturating_add(self.every.as_secs()) && self.rate > 0;
+        let now = self.now_secs();
+        // A clock that was ahead when the last pass ended, and has been set right since.
+        let was_ahead = last > now;
+        let is_time = (was_ahead || now >= last.saturating_add(self.every.as_secs())) && self.rate > 0;
         is_under_way || is_time || self.progress.wanted.load(Acquire)
     }
 
     /// Checks some blocks, and ends the pass after the last.
     async fn page(self: &Arc<Self>, state: &mut State) -> Result<(), StoreError> {
         let after = state.after.as_deref().and_then(BlockHash::from_hex);
-        let (hashes, end) = self.store.list(after, PAGE)?;
+        let listing = Arc::clone(&self.store);
+        let listed = work::run(move || listing.list(after, PAGE)).await;
+        let (hashes, end) = listed.unwrap_or_else(|died| Err(StoreError::Io(io::Error::other(died))))?;
         for (hash, _) in &hashes {
             let started = Instant::now();
             let length = match self.checked(*hash).await {

@@ -1,6 +1,15 @@
 //! One daemon for several data directories: a storage server for each, on a thread of its own, which fails alone.
 
-use std::{future::Future, io, sync::Arc, thread, time::Duration};
+use std::{
+    future::Future,
+    io,
+    sync::{
+        Arc,
+        atomic::{AtomicBool, Ordering},
+    },
+    thread,
+    time::Duration,
+};
 
 use holdfast_common::{clock::Clock, config::StorageConfig, disk::Disk, processor};
 use tokio::{
@@ -27,16 +36,18 @@ impl std::fmt::Debug for Shared {
     }
 }
 
-/// What a storage server tells its daemon.
+/// What a storage server, by its number, tells its daemon.
 enum News {
-    /// It serves, or could not start. Once.
-    Started(Result<(), RunError>),
-    /// Its thread ends.
-    Ended(Result<(), RunError>),
+    Serving(usize),
+    /// It could not start, or had to stop.
+    Out(usize, RunError),
+    /// Its thread ends, as it should.
+    Stopped(Result<(), RunError>),
 }
 
-/// Runs a storage server for each of `configs` until `shutdown`. Calls `ready` when each serves or has failed. One that fails is tried
-/// again, while the others go on; the error is that of the first, if none could start, or of one that did not stop well.
+/// Runs a storage server for each of `configs` until `shutdown`. Calls `ready` when the first one serves. One that cannot start, or has
+/// to stop, is tried again while the others go on. When none is left this ends with the reason that the last one gave; after `shutdown`
+/// with that of one that did not stop well.
 pub async fn run_all(
     configs: Vec<StorageConfig>,
     shared: Shared,
@@ -45,9 +56,10 @@ pub async fn run_all(
 ) -> Result<(), RunError> {
     let (stop, stopping) = watch::channel(false);
     let (told, mut news) = mpsc::unbounded_channel();
-    let (mut waiting, mut serving) = (configs.len(), 0);
+    let mut out = vec![false; configs.len()];
     for (number, config) in configs.into_iter().enumerate() {
-        let server = Server { config, shared: shared.clone(), news: told.clone(), stopping: stopping.clone() };
+        let (shared, news, stopping) = (shared.clone(), told.clone(), stopping.clone());
+        let server = Server { number, config, shared, news, stopping };
         let thread = thread::Builder::new().name(format!("storage-{number}"));
         thread.spawn(move || server.run()).map_err(RunError::Start)?;
     }
@@ -58,18 +70,17 @@ pub async fn run_all(
         tokio::select! {
             () = &mut shutdown, if !*stop.borrow() => drop(stop.send_replace(true)),
             told = news.recv() => match told {
-                Some(News::Started(started)) => {
-                    waiting -= 1;
-                    serving += usize::from(started.is_ok());
-                    outcome = outcome.and(started);
-                    if waiting == 0 && serving > 0 {
-                        outcome = Ok(());
-                        ready.take().into_iter().for_each(|ready| ready());
-                    } else if waiting == 0 {
-                        stop.send_replace(true);
+                Some(News::Serving(number)) => {
+                    out[number] = false;
+                    ready.take().into_iter().for_each(|ready| ready());
+                }
+                Some(News::Out(number, error)) => {
+                    out[number] = true;
+                    if out.iter().all(|out| *out) && !stop.send_replace(true) {
+                        outcome = Err(error);
                     }
                 }
-                Some(News::Ended(ended)) => outcome = outcome.and(ended),
+                Some(News::Stopped(stopped)) => outcome = outcome.and(stopped),
                 None => return outcome,
             },
         }
@@ -78,6 +89,7 @@ pub async fn run_all(
 
 /// A data directory's.
 struct Server {
+    number: usize,
     config: StorageConfig,
     shared: Shared,
     news: mpsc::UnboundedSender<News>,
@@ -86,14 +98,19 @@ struct Server {
 
 impl Server {
     fn run(self) {
-        let ended = match (self.shared.runtime)() {
-            Ok(runtime) => runtime.block_on(async {
-                tokio::spawn(processor::stay_warm());
-                self.keep().await
-            }),
-            Err(error) => Err(RunError::Start(error)),
-        };
-        self.tell(News::Ended(ended));
+        // Of which directory a message is.
+        let span = tracing::error_span!("storage", directory = %self.config.data_dir.display());
+        let _within = span.enter();
+        match (self.shared.runtime)() {
+            Ok(runtime) => {
+                let stopped = runtime.block_on(async {
+                    tokio::spawn(processor::stay_warm());
+                    self.keep().await
+                });
+                self.tell(News::Stopped(stopped));
+            }
+            Err(error) => self.tell(News::Out(self.number, RunError::Start(error))),
+        }
     }
 
     /// Nobody listens only when the daemon has ended with an error.
@@ -102,27 +119,24 @@ impl Server {
     }
 
     async fn keep(&self) -> Result<(), RunError> {
-        let mut is_first = true;
         loop {
-            let mut has_started = false;
+            // The threads that it starts are to go where there is room, and not where this one was last kept.
+            processor::roam();
+            let is_serving = AtomicBool::new(false);
             let ready = || {
-                has_started = true;
-                if is_first {
-                    self.tell(News::Started(Ok(())));
-                }
+                is_serving.store(true, Ordering::Relaxed);
+                self.tell(News::Serving(self.number));
             };
             let (disk, clock) = (Arc::clone(&self.shared.disk), Arc::clone(&self.shared.clock));
             let outcome = run(self.config.clone(), disk, clock, ready, self.stopped()).await;
             if *self.stopping.borrow() {
-                return outcome;
+                // What could not even start has nothing to lose.
+                return if is_serving.load(Ordering::Relaxed) { outcome } else { Ok(()) };
             }
             if let Err(error) = outcome {
                 self.complain(&error);
-                if is_first && !has_started {
-                    self.tell(News::Started(Err(error)));
-                }
+                self.tell(News::Out(self.number, error));
             }
-            is_first = false;
             tokio::select! {
                 () = tokio::time::sleep(self.shared.try_again_after) => {}
                 () = self.stopped() => return Ok(()),
@@ -131,9 +145,8 @@ impl Server {
     }
 
     fn complain(&self, error: &RunError) {
-        let directory = self.config.data_dir.display();
         let source = std::error::Error::source(error).map(ToString::to_string).unwrap_or_default();
-        tracing::error!(%directory, %error, source, again_after = ?self.shared.try_again_after, "a data directory is out; the others go on");
+        tracing::error!(%error, source, again_after = ?self.shared.try_again_after, "a data directory is out; the others go on");
     }
 
     async fn stopped(&self) {

@@ -18,7 +18,7 @@ use holdfast_common::limits::REPLICAS;
 use parking_lot::Mutex;
 
 use crate::{
-    cluster::{Cluster, Options, PATIENCE, Status},
+    cluster::{Cluster, Options, Status},
     fault::random_bytes,
     mount::Mount,
     wait,
@@ -280,21 +280,19 @@ impl Stage {
     /// How fast each server checks what it has, with and without the foreground.
     fn scrub(&self) -> Result<String> {
         let passes = |status: &Status| status.storage_sum("scrub_passes");
-        let checked = |status: &Status| status.storage_sum("scrub_checked_bytes");
         let mut table = "\n| scrubbing | MB/s, each server | reads of 64 KiB, 1/s, before and during | p99, ms |\n|---|---:|---:|---:|\n".to_owned();
         for is_busy in [false, true] {
             let foreground = is_busy.then(|| Foreground::start(&self.mount)).transpose()?;
             thread::sleep(CALM);
-            let (calm, before) = (Instant::now(), checked(&self.cluster.status()));
-            let ended = passes(&self.cluster.status());
+            let (calm, status) = (Instant::now(), self.cluster.status());
+            let (ended, stored) = (passes(&status), status.storage_sum("stored_bytes"));
             let directory = self.cluster.path().to_str().context("a path in UTF-8")?;
             let ordered = self.cluster.holdfast(&["scrub", "--now", "--dir", directory]);
             ensure!(ordered.status.success(), "scrub --now: {}", String::from_utf8_lossy(&ordered.stderr));
-            wait::until("it is begun", PATIENCE, || checked(&self.cluster.status()) != before);
-            let (began, first) = (Instant::now(), checked(&self.cluster.status()));
-            thread::sleep(CALM / 2);
-            let (end, last) = (Instant::now(), checked(&self.cluster.status()));
-            let rate = last.saturating_sub(first) as f64 / 1e6 / SERVERS as f64 / (end - began).as_secs_f64();
+            let began = Instant::now();
+            wait::until("it is over", WHOLE_LIMIT, || passes(&self.cluster.status()) >= ended + SERVERS as u64);
+            let end = Instant::now();
+            let rate = stored as f64 / 1e6 / SERVERS as f64 / (end - began).as_secs_f64();
             table += &match &foreground {
                 None => format!("| idle | {rate:.0} | | |\n"),
                 Some(foreground) => {
@@ -309,8 +307,6 @@ impl Stage {
             if let Some(foreground) = foreground {
                 foreground.end();
             }
-            // So that the next begins anew.
-            wait::until("it is over", WHOLE_LIMIT, || passes(&self.cluster.status()) >= ended + SERVERS as u64);
         }
         eprint!("{table}");
         Ok(table)

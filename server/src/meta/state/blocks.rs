@@ -187,7 +187,8 @@ fn index(tables: &mut Tables<'_>, hash: BlockHash, old: Option<&BlockRow>, new: 
     mark(tables, &key::owed(hash), old.is_some_and(is_owed), new.is_some_and(is_owed), &[])?;
     mark(tables, &key::last_copy(hash), old.is_some_and(has_one_copy_left), new.is_some_and(has_one_copy_left), &[])?;
     mark(tables, &key::surplus(hash), old.is_some_and(has_surplus), new.is_some_and(has_surplus), &[])?;
-    let stamp = tables.counters.position.0.to_be_bytes();
+    // That of the entry which is being applied.
+    let stamp = (tables.counters.position.0 + 1).to_be_bytes();
     mark(tables, &key::unnamed(hash), old.is_some_and(is_unnamed), new.is_some_and(is_unnamed), &stamp)?;
     let condemned = |row: Option<&BlockRow>| {
         let list = |row: &BlockRow| if row.holders.is_empty() { key::DELETED } else { key::CONDEMNED };

@@ -130,12 +130,19 @@ pub(super) fn forget(tables: &mut Tables<'_>, hashes: &[BlockHash], epoch: Epoch
 }
 
 fn unnamed_since(rows: &impl Rows, hash: BlockHash) -> Result<Option<Position>> {
-    super::tables::fetch(rows.blocks(), &key::unnamed(hash), |row| Ok(stamp_of(row)))
+    super::tables::fetch(rows.blocks(), &key::unnamed(hash), stamp_of)
 }
 
-/// Of a row of the list of unnamed blocks. Versions before kept the time of day there, which is long ago by now.
-fn stamp_of(row: &[u8]) -> Position {
-    Position(row.try_into().map_or(0, u64::from_be_bytes))
+/// Bytes of the time of day, which versions before kept in these rows.
+const TIME_LENGTH: usize = 13;
+
+/// Of a row of the list of unnamed blocks: the position since which nothing names one. Of a version before: long ago by now.
+fn stamp_of(row: &[u8]) -> Result<Position> {
+    match <[u8; 8]>::try_from(row) {
+        Ok(bytes) => Ok(Position(u64::from_be_bytes(bytes))),
+        Err(_) if row.len() == TIME_LENGTH => Ok(Position(0)),
+        Err(_) => Err(StorageError::Damaged(format!("unnamed block: {} bytes", row.len()))),
+    }
 }
 
 /// Blocks that no piece has named after `through`: looks at up to `count` rows after `after`, in order, and tells where
@@ -150,7 +157,7 @@ pub fn unnamed_after(
     let (mut found, mut looked, mut last) = (Vec::new(), 0, None);
     scan(rows.blocks(), &start, &past(&[key::UNNAMED]), |key, row| {
         let hash = hash_of(key)?;
-        if stamp_of(row) <= through {
+        if stamp_of(row)? <= through {
             found.push(hash);
         }
         looked += 1;

@@ -114,7 +114,8 @@ pub enum Command {
     Settled {
         session: SessionId,
     },
-    /// As versions before wrote [`Self::CondemnUnnamed`], in logs that are still there: of blocks whose time had come.
+    /// As versions before wrote [`Self::CondemnUnnamed`], in a log that one of them has left. All that no piece names is condemned then,
+    /// also what had been named again since the time: stop a server in good order, which empties its log, before a new version runs.
     Condemn {
         blocks: Vec<BlockHash>,
         unnamed_before: Time,

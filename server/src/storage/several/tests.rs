@@ -189,9 +189,14 @@ async fn one_directory_that_cannot_start_does_not_keep_the_others_and_all_of_the
         }));
     ready.await.unwrap();
     until_heard(&mut cluster, &[7]).await;
-    // Its disk is mounted.
+    // Its disk is mounted, and fails later, and is mounted again: the other goes on, and they end well.
     credentials(&cluster.ca, Role::Storage, 8).save(&configs[0].tls_dir).unwrap();
-    until_heard(&mut cluster, &[7, 8]).await;
+    let address = until_heard(&mut cluster, &[7, 8]).await;
+    broken.store(true, Ordering::SeqCst);
+    let block = block(1, 5000);
+    let put = StorageRequest::Put { blocks: vec![put_block(&block)], durable: true };
+    drop(call(&cluster, 8, address, &put, block.bytes().clone()).await);
+    until_heard(&mut cluster, &[7]).await;
     stop.send(()).unwrap();
     running.await.unwrap().unwrap();
 }

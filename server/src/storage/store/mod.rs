@@ -49,6 +49,8 @@ use holdfast_common::{
 use parking_lot::{Mutex, MutexGuard};
 use rand::Rng;
 
+use crate::datadir::DataDir;
+
 use self::{
     background::{Background, Housekeeper},
     boot::Boot,
@@ -186,6 +188,8 @@ pub struct Store {
     inner: Arc<Inner>,
     recovery: Recovery,
     background: Background,
+    /// Goes last: nobody else may open the directory before.
+    lock: Option<DataDir>,
 }
 
 #[derive(Debug)]
@@ -227,13 +231,20 @@ impl Store {
             RecoverError::Index(error) => OpenError::Index { path: directory.to_owned(), reason: error.to_string() },
         })?;
         let inner = Arc::new(inner);
-        let mut store = Self { inner: Arc::clone(&inner), recovery, background: Background::default() };
+        let mut store = Self { inner: Arc::clone(&inner), recovery, background: Background::default(), lock: None };
         store.background.start_syncing(&inner).map_err(io_error)?;
         inner.checkpoint().map_err(|error| io_error(io::Error::other(error.to_string())))?;
         boot::commit(inner.segments.disk.as_ref(), directory, inner.boot).map_err(io_error)?;
         store.background.start_keeping(&inner).map_err(io_error)?;
         store.background.start_hints(&inner).map_err(io_error)?;
         Ok(store)
+    }
+
+    /// Keeps `lock` for as long as anybody uses this store, however long that is after the server has stopped.
+    #[must_use]
+    pub fn locked_by(mut self, lock: DataDir) -> Self {
+        self.lock = Some(lock);
+        self
     }
 
     /// What the start found.
@@ -664,9 +675,7 @@ impl Inner {
         let mut dead = Vec::with_capacity(hashes.len());
         for hash in hashes {
             let entry = self.index.get(hash).map_err(|error| self.index_failed(&error))?;
-            dead.extend(
-                entry.filter(|entry| entry.epoch < epoch || is_planted(Bug::EpochIgnored)).map(|entry| (**hash, entry)),
-            );
+            dead.extend(entry.filter(|entry| entry.epoch < epoch).map(|entry| (**hash, entry)));
         }
         Ok(dead)
     }

@@ -54,8 +54,8 @@ fn what_no_piece_names_is_condemned_when_its_time_has_come_and_forgotten_when_it
     cut(&mut world, cut_off);
     let unnamed = world.view().counters().position.0;
     let through = |position| garbage::unnamed_after(&world.view(), None, 10, Position(position)).unwrap().0;
-    assert_eq!((through(unnamed - 2), through(unnamed)), (vec![], vec![hash(2)]));
-    for (seed, through) in [(1, u64::MAX), (2, unnamed - 2), (9, u64::MAX)] {
+    assert_eq!((through(unnamed - 1), through(unnamed)), (vec![], vec![hash(2)]));
+    for (seed, through) in [(1, u64::MAX), (2, unnamed - 1), (9, u64::MAX)] {
         let (blocks, unnamed_through) = (vec![hash(seed)], Position(through));
         world.command(Command::CondemnUnnamed { blocks, unnamed_through }).unwrap();
     }
