@@ -79,8 +79,11 @@ async fn work_while_spoiled(
         Ok(())
     };
     let audit = async {
-        while honest && !over.get() {
-            nothing_is_missed(admin).await?;
+        while !over.get() {
+            nothing_is_violated(admin).await?;
+            if honest {
+                nothing_is_missed(admin).await?;
+            }
             tokio::time::sleep(HEARTBEAT).await;
         }
         Ok(())

@@ -14,6 +14,14 @@ pub(super) async fn ask(admin: &Host, request: AdminRequest) -> Result<MetaAnswe
     reply.result.map_err(|refusal| refusal.to_string())
 }
 
+/// Every invariant of the metadata holds, whenever they can be looked at.
+pub(super) async fn nothing_is_violated(admin: &Host) -> Result<(), Wrong> {
+    match ask(admin, AdminRequest::Check).await {
+        Ok(MetaAnswer::Violations(found)) if !found.is_empty() => Err(format!("violated: {found:?}")),
+        _ => Ok(()),
+    }
+}
+
 /// Nobody has found a copy missing or bad: not a mount that wanted to read it, nor who compares servers with the record.
 pub(super) async fn nothing_is_missed(admin: &Host) -> Result<(), Wrong> {
     let Ok(MetaAnswer::Journal(entries)) = ask(admin, AdminRequest::Journal { after: 0 }).await else { return Ok(()) };

@@ -69,7 +69,7 @@ use crate::{
 use self::{
     faults::{KINDS, spoil},
     history::{Told, history},
-    look::{ask_meta, nothing_is_missed, set_replicas, until, until_up, until_whole},
+    look::{ask_meta, nothing_is_missed, nothing_is_violated, set_replicas, until, until_up, until_whole},
     machines::{Machines, beat},
     user::{Files, Mount, User, read_file, wrong},
 };
