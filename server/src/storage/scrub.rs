@@ -103,7 +103,8 @@ impl Scrubber {
     async fn run(self: Arc<Self>) {
         let loading = Arc::clone(&self);
         let loaded = work::run(move || load(&*loading.disk, &loading.directory)).await;
-        let mut state = loaded.unwrap_or_default();
+        // The runtime is stopping: nothing is to be written over what is kept.
+        let Ok(mut state) = loaded else { return };
         if state.since_secs == 0 {
             state.since_secs = self.now_secs();
             self.keep(&state).await;

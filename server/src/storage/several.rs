@@ -145,8 +145,12 @@ impl Server {
     }
 
     fn complain(&self, error: &RunError) {
-        let source = std::error::Error::source(error).map(ToString::to_string).unwrap_or_default();
-        tracing::error!(%error, source, again_after = ?self.shared.try_again_after, "a data directory is out; the others go on");
+        let mut cause: &dyn std::error::Error = error;
+        while let Some(deeper) = cause.source() {
+            cause = deeper;
+        }
+        let again_after = self.shared.try_again_after;
+        tracing::error!(%error, %cause, ?again_after, "a data directory is out; others of this daemon do not stop for that");
     }
 
     async fn stopped(&self) {
