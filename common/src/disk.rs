@@ -3,6 +3,9 @@
 //! Both kinds of server keep everything they must not lose behind [`Disk`]: segments, logs, and redb
 //! through an adapter. A test's disk loses what was not synced, tears writes, and fails the n-th call.
 
+mod direct;
+mod sys;
+
 use std::{
     fs,
     io::{self, Seek, SeekFrom},
@@ -10,6 +13,10 @@ use std::{
     path::{Path, PathBuf},
     sync::Arc,
 };
+
+use bytes::Bytes;
+
+use self::direct::Direct;
 
 /// An open file: positioned, no cursor. Calls from several threads may overlap.
 pub trait DiskFile: Send + Sync + std::fmt::Debug {
@@ -19,12 +26,23 @@ pub trait DiskFile: Send + Sync + std::fmt::Debug {
     fn read_cached_at(&self, _buffer: &mut [u8], _offset: u64) -> io::Result<()> {
         Err(io::ErrorKind::WouldBlock.into())
     }
+    /// `length` bytes that will hardly be asked for again: memory need not keep what it did not have.
+    fn read_once(&self, offset: u64, length: usize) -> io::Result<Bytes> {
+        let mut bytes = vec![0; length];
+        self.read_exact_at(&mut bytes, offset)?;
+        Ok(bytes.into())
+    }
     /// Starts reading `offset..offset+length` into memory without waiting: a later `read_exact_at` has less to wait for.
     fn start_read(&self, _offset: u64, _length: u64) {}
     /// Forgets what memory has of `offset..offset+length` and the disk as well: a later read asks the disk.
     fn forget_cached(&self, _offset: u64, _length: u64) {}
     /// Writes all of `bytes`, growing the file as needed. Visible at once, durable after `sync_data`.
     fn write_all_at(&self, bytes: &[u8], offset: u64) -> io::Result<()>;
+    /// As `write_all_at`, for bytes that will hardly be read soon: on their way to the disk at once, and forgotten by
+    /// memory when they are there.
+    fn write_away_at(&self, bytes: &[u8], offset: u64) -> io::Result<()> {
+        self.write_all_at(bytes, offset)
+    }
     fn length(&self) -> io::Result<u64>;
     /// Bytes that it takes on the disk: without its holes.
     fn allocated(&self) -> io::Result<u64> {
@@ -70,12 +88,15 @@ pub struct RealDisk;
 const PAGE_LENGTH: u64 = 4096;
 
 #[derive(Debug)]
-struct RealFile(fs::File);
+struct RealFile {
+    file: fs::File,
+    direct: Direct,
+}
 
 impl Disk for RealDisk {
     fn open(&self, path: &Path, create: bool) -> io::Result<Arc<dyn DiskFile>> {
         let file = fs::OpenOptions::new().read(true).write(true).create(create).truncate(false).open(path)?;
-        Ok(Arc::new(RealFile(file)))
+        Ok(Arc::new(RealFile { file, direct: Direct::default() }))
     }
 
     fn create_directory(&self, path: &Path) -> io::Result<()> {
@@ -111,120 +132,161 @@ impl Disk for RealDisk {
 
 impl DiskFile for RealFile {
     fn read_exact_at(&self, buffer: &mut [u8], offset: u64) -> io::Result<()> {
-        self.0.read_exact_at(buffer, offset)
+        self.file.read_exact_at(buffer, offset)
     }
 
     fn read_cached_at(&self, buffer: &mut [u8], offset: u64) -> io::Result<()> {
-        match sys::read_nowait(&self.0, buffer, offset) {
+        match sys::read_nowait(&self.file, buffer, offset) {
             Ok(length) if length == buffer.len() => Ok(()),
             // A part, the end of the file, or a filesystem that cannot tell: who may wait will find out.
             Ok(_) | Err(_) => Err(io::ErrorKind::WouldBlock.into()),
         }
     }
 
+    fn read_once(&self, offset: u64, length: usize) -> io::Result<Bytes> {
+        let is_cold = |cached| cached < length as u64 / 2;
+        if sys::cached(&self.file, offset, length as u64).is_some_and(is_cold)
+            && let Some(bytes) = self.direct.read(&self.file, offset, length)?
+        {
+            return Ok(bytes);
+        }
+        let mut bytes = vec![0; length];
+        self.read_exact_at(&mut bytes, offset)?;
+        Ok(bytes.into())
+    }
+
     fn start_read(&self, offset: u64, length: u64) {
-        sys::advise(&self.0, offset, length, libc::POSIX_FADV_WILLNEED);
+        sys::advise(&self.file, offset, length, libc::POSIX_FADV_WILLNEED);
     }
 
     fn forget_cached(&self, offset: u64, length: u64) {
         // The kernel forgets whole pages only: those of which a part is meant go too.
         let start = offset / PAGE_LENGTH * PAGE_LENGTH;
         let end = offset.saturating_add(length).next_multiple_of(PAGE_LENGTH);
-        sys::advise(&self.0, start, end - start, libc::POSIX_FADV_DONTNEED);
+        sys::advise(&self.file, start, end - start, libc::POSIX_FADV_DONTNEED);
     }
 
     fn write_all_at(&self, bytes: &[u8], offset: u64) -> io::Result<()> {
-        self.0.write_all_at(bytes, offset)
+        self.file.write_all_at(bytes, offset)
+    }
+
+    fn write_away_at(&self, bytes: &[u8], offset: u64) -> io::Result<()> {
+        let mut done = 0;
+        while done < bytes.len() && sys::has_uncached_writes() {
+            match sys::write_uncached(&self.file, &bytes[done..], offset + done as u64) {
+                Ok(more @ 1..) => done += more,
+                Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+                // Whether it is for this filesystem only that this is not possible: the ordinary way will tell.
+                Ok(0) | Err(_) => break,
+            }
+        }
+        self.file.write_all_at(&bytes[done..], offset + done as u64)
     }
 
     fn length(&self) -> io::Result<u64> {
-        (&self.0).seek(SeekFrom::End(0))
+        (&self.file).seek(SeekFrom::End(0))
     }
 
     fn allocated(&self) -> io::Result<u64> {
-        Ok(std::os::unix::fs::MetadataExt::blocks(&self.0.metadata()?) * 512)
+        Ok(std::os::unix::fs::MetadataExt::blocks(&self.file.metadata()?) * 512)
     }
 
     fn set_length(&self, length: u64) -> io::Result<()> {
-        self.0.set_len(length)
+        self.file.set_len(length)
     }
 
     fn sync_data(&self) -> io::Result<()> {
-        self.0.sync_data()
+        self.file.sync_data()
     }
 
     fn start_writeback(&self, offset: u64, length: u64) {
-        sys::start_writeback(&self.0, offset, length);
+        sys::start_writeback(&self.file, offset, length);
     }
 
     fn punch_hole(&self, offset: u64, length: u64) -> io::Result<()> {
-        sys::punch_hole(&self.0, offset, length)
-    }
-}
-
-#[allow(unsafe_code, reason = "five system calls that std does not offer")]
-mod sys {
-    use std::{ffi::CString, fs::File, io, mem::MaybeUninit, os::fd::AsRawFd, os::unix::ffi::OsStrExt, path::Path};
-
-    use super::Space;
-
-    #[allow(clippy::unnecessary_cast, reason = "the types of statvfs differ between platforms")]
-    pub(super) fn space(directory: &Path) -> io::Result<Space> {
-        let path = CString::new(directory.as_os_str().as_bytes())?;
-        let mut stat = MaybeUninit::<libc::statvfs>::uninit();
-        // SAFETY: `path` is NUL-terminated and `stat` has room for the whole structure.
-        if unsafe { libc::statvfs(path.as_ptr(), stat.as_mut_ptr()) } != 0 {
-            return Err(io::Error::last_os_error());
-        }
-        // SAFETY: statvfs returned 0, so it has filled the structure.
-        let stat = unsafe { stat.assume_init() };
-        let unit = stat.f_frsize as u64;
-        Ok(Space { capacity: stat.f_blocks as u64 * unit, free: stat.f_bavail as u64 * unit })
-    }
-
-    pub(super) fn read_nowait(file: &File, buffer: &mut [u8], offset: u64) -> io::Result<usize> {
-        let part = libc::iovec { iov_base: buffer.as_mut_ptr().cast(), iov_len: buffer.len() };
-        // SAFETY: the descriptor is open for as long as `file` is borrowed, and the one part is `buffer`, which
-        // is borrowed for writing until the call returns.
-        let read =
-            unsafe { libc::preadv2(file.as_raw_fd(), &raw const part, 1, offset.cast_signed(), libc::RWF_NOWAIT) };
-        usize::try_from(read).map_err(|_| io::Error::last_os_error())
-    }
-
-    pub(super) fn advise(file: &File, offset: u64, length: u64, advice: libc::c_int) {
-        // SAFETY: the descriptor is open for as long as `file` is borrowed; no memory is passed.
-        // The result is of no use: this is a hint, and the read that follows reports every real error.
-        unsafe {
-            libc::posix_fadvise(file.as_raw_fd(), offset.cast_signed(), length.cast_signed(), advice);
-        }
-    }
-
-    pub(super) fn start_writeback(file: &File, offset: u64, length: u64) {
-        // SAFETY: the descriptor is open for as long as `file` is borrowed; no memory is passed.
-        // The result is of no use: this is a hint, and `sync_data` reports every real error.
-        unsafe {
-            libc::sync_file_range(
-                file.as_raw_fd(),
-                offset.cast_signed(),
-                length.cast_signed(),
-                libc::SYNC_FILE_RANGE_WRITE,
-            );
-        }
-    }
-
-    pub(super) fn punch_hole(file: &File, offset: u64, length: u64) -> io::Result<()> {
-        let mode = libc::FALLOC_FL_PUNCH_HOLE | libc::FALLOC_FL_KEEP_SIZE;
-        // SAFETY: the descriptor is open for as long as `file` is borrowed; no memory is passed.
-        match unsafe { libc::fallocate(file.as_raw_fd(), mode, offset.cast_signed(), length.cast_signed()) } {
-            0 => Ok(()),
-            _ => Err(io::Error::last_os_error()),
-        }
+        sys::punch_hole(&self.file, offset, length)
     }
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    /// A file of random bytes that are on the disk, and whether memory can be made to forget them here (not so on tmpfs).
+    fn written(path: &Path, length: usize) -> (RealFile, Vec<u8>, bool) {
+        let file = fs::OpenOptions::new().read(true).write(true).create(true).truncate(false).open(path).unwrap();
+        let file = RealFile { file, direct: Direct::default() };
+        let mut bytes = vec![0; length];
+        blake3::Hasher::new().update(path.as_os_str().as_encoded_bytes()).finalize_xof().fill(&mut bytes);
+        file.write_all_at(&bytes, 0).unwrap();
+        file.sync_data().unwrap();
+        file.forget_cached(0, length as u64);
+        let forgets = sys::cached(&file.file, 0, length as u64) == Some(0);
+        (file, bytes, forgets)
+    }
+
+    #[test]
+    fn what_is_read_once_is_what_is_there_and_memory_does_not_keep_it() {
+        let directory = tempfile::tempdir().unwrap();
+        let (file, bytes, forgets) = written(&directory.path().join("f"), 1_500_001);
+        for (offset, length) in [(0, 1 << 20), (5000, 1 << 20), (4096, 300_000), (1_200_000, 300_001), (77, 1_499_000)]
+        {
+            let part = file.read_once(offset as u64, length).unwrap();
+            assert!(part == bytes[offset..offset + length], "{offset} {length}");
+            if forgets && length <= 1 << 20 {
+                assert_eq!(sys::cached(&file.file, 0, bytes.len() as u64), Some(0), "{offset} {length}");
+            }
+        }
+        for (offset, length) in [(1_200_000, 300_002), (1_500_001, 1), (1 << 40, 1 << 20)] {
+            let error = file.read_once(offset, length).unwrap_err();
+            assert_eq!(error.kind(), io::ErrorKind::UnexpectedEof, "{offset} {length}");
+        }
+    }
+
+    #[test]
+    fn what_memory_alone_has_is_read_from_there() {
+        let directory = tempfile::tempdir().unwrap();
+        let (file, mut bytes, _) = written(&directory.path().join("f"), 1 << 20);
+        file.write_all_at(b"new", 500_000).unwrap();
+        bytes[500_000..500_003].copy_from_slice(b"new");
+        assert!(file.read_once(0, 1 << 20).unwrap() == bytes, "a page is newer than the disk");
+        let mut whole = vec![0; 1 << 20];
+        file.read_exact_at(&mut whole, 0).unwrap();
+        assert!(file.read_once(0, 1 << 20).unwrap() == bytes, "all of it is in memory");
+    }
+
+    #[test]
+    fn what_is_written_away_is_there_and_memory_forgets_it() {
+        let directory = tempfile::tempdir().unwrap();
+        let (file, mut bytes, forgets) = written(&directory.path().join("f"), 8192);
+        let start = 8192;
+        let more = vec![7; 1 << 20];
+        file.write_away_at(&more, start).unwrap();
+        bytes.extend_from_slice(&more);
+        file.sync_data().unwrap();
+        while forgets && sys::has_uncached_writes() && sys::cached(&file.file, start, 1 << 20) != Some(0) {
+            std::thread::yield_now();
+        }
+        // Written again while it goes to the disk: the newer bytes must not be forgotten with the older ones.
+        for round in 0..20 {
+            file.write_away_at(&more, start).unwrap();
+            file.write_all_at(&[round; 5000], start + 100_000).unwrap();
+            bytes[108_192..][..5000].fill(round);
+            let mut found = vec![0; bytes.len()];
+            file.read_exact_at(&mut found, 0).unwrap();
+            assert!(found == bytes, "round {round}");
+        }
+    }
+
+    #[test]
+    fn versions_of_the_kernel_are_compared_as_numbers() {
+        for (release, is_enough) in
+            [("6.16.0", true), ("6.18.2-arch1", true), ("7.0-rc1", true), ("6.9.1", false), ("5.99", false)]
+        {
+            assert_eq!(sys::is_at_least(release, (6, 16)), is_enough, "{release}");
+        }
+        assert!(!sys::is_at_least("", (6, 16)));
+    }
 
     #[test]
     fn what_was_just_written_is_read_from_memory_and_nothing_else_pretends_to_be() {

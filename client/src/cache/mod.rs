@@ -69,6 +69,10 @@ impl BlockCache {
         self.inner.insert(CacheKey { block: block.hash(), group: None }, block.bytes().clone());
     }
 
+    pub fn remove(&self, block: BlockHash) {
+        self.inner.remove(&CacheKey { block, group: None });
+    }
+
     pub fn insert_group(&self, block: BlockHash, group: u32, bytes: Bytes) {
         self.inner.insert(CacheKey { block, group: Some(group) }, bytes);
     }

@@ -97,6 +97,10 @@ impl Fs {
                 }
             });
         }
+        // Who reads past the kernel's cache may come back.
+        if file.flags & libc::O_DIRECT == 0 {
+            advice.passed.for_each(|chunk| self.shared.forget(&file.inode, ChunkIndex(chunk)));
+        }
         advice.sequential
     }
 
@@ -281,6 +285,13 @@ impl Fs {
 }
 
 impl super::shared::Shared {
+    /// Drops one chunk's blocks from the cache.
+    fn forget(&self, inode: &Arc<Inode>, chunk: ChunkIndex) {
+        if let ChunkPlan::Assemble(assembly) = inode.lock().plan(chunk, 0..holdfast_common::limits::BLOCK_SIZE_MAX) {
+            assembly.parts.iter().for_each(|(_, place)| self.fetcher.forget(place.hash));
+        }
+    }
+
     /// Brings one chunk's blocks into the cache.
     async fn prefetch(&self, inode: &Arc<Inode>, chunk: ChunkIndex) -> FsResult<()> {
         for _ in 0..MAP_TRIES {

@@ -1,4 +1,4 @@
-//! When to fetch what has not been asked for yet. Pure.
+//! When to fetch what has not been asked for yet, and when to forget what will not be asked for again. Pure.
 
 use std::ops::Range;
 
@@ -9,10 +9,17 @@ const SLACK: u64 = CHUNK_SIZE;
 /// As `SLACK`, after a jump: a second read must be nearer to count, or random readers would fetch whole blocks now and then.
 const SLACK_AFTER_JUMP: u64 = 128 << 10;
 
+/// Bytes after which a sequential reader will hardly come back for what it has read: the kernel has that, if anybody needs it.
+const LONG_RUN: u64 = 16 * CHUNK_SIZE;
+
 /// One open file's reading so far.
 #[derive(Debug, Default)]
 pub struct ReadAhead {
     next: u64,
+    /// Bytes since the last jump.
+    run: u64,
+    /// First chunk that the reader has not left behind for good.
+    behind_to: u32,
     /// Chunks to keep in flight ahead of the reader.
     window: u32,
     /// First chunk that has not been asked for.
@@ -28,6 +35,8 @@ pub struct Advice {
     pub sequential: bool,
     /// Chunks to fetch in the background.
     pub prefetch: Range<u32>,
+    /// Chunks that a long run has left behind.
+    pub passed: Range<u32>,
 }
 
 impl ReadAhead {
@@ -38,15 +47,24 @@ impl ReadAhead {
         let sequential = offset <= self.next + slack && offset + slack >= self.next;
         let crossed = chunk_of(end) > chunk_of(self.next);
         if !sequential {
-            *self = Self { next: end, window: 0, ahead_to: 0, jumped: true };
-            return Advice { sequential, prefetch: 0..0 };
+            *self = Self { next: end, jumped: true, ..Self::default() };
+            return Advice { sequential, prefetch: 0..0, passed: 0..0 };
         }
         self.jumped = false;
+        self.run += end.saturating_sub(self.next);
         self.next = self.next.max(end);
         if self.window == 0 || crossed {
             self.window = (self.window * 2).clamp(1, window_max.max(1));
         }
-        Advice { sequential, prefetch: self.advance(size) }
+        Advice { sequential, prefetch: self.advance(size), passed: self.pass() }
+    }
+
+    /// A read that the kernel sends late may still be as far back as `SLACK`.
+    fn pass(&mut self) -> Range<u32> {
+        let behind = chunk_of(self.next.saturating_sub(SLACK));
+        let from = self.behind_to.min(behind);
+        self.behind_to = behind;
+        if self.run > LONG_RUN { from..behind } else { behind..behind }
     }
 
     fn advance(&mut self, size: u64) -> Range<u32> {
@@ -98,5 +116,22 @@ mod tests {
         assert_eq!(ahead.note(0, 4096, 4096, 8).prefetch, 0..0);
         assert_eq!(ahead.note(0, 4096, MIB + 1, 8).prefetch, 1..2);
         assert_eq!(ahead.note(4096, 8192, MIB + 1, 8).prefetch, 0..0);
+    }
+
+    #[test]
+    fn only_a_long_run_leaves_chunks_behind_and_each_once() {
+        let mut ahead = ReadAhead::default();
+        let mut passed: Vec<u32> = Vec::new();
+        for chunk in 0..40 {
+            // The halves of a chunk may come in the wrong order.
+            for half in [1, 0] {
+                let offset = chunk * MIB + half * MIB / 2;
+                passed.extend(ahead.note(offset, offset + MIB / 2, 100 * MIB, 8).passed);
+            }
+        }
+        let kept = LONG_RUN / MIB - 1;
+        assert_eq!(passed, (u32::try_from(kept).unwrap()..39).collect::<Vec<_>>());
+        let after_a_jump = ahead.note(60 * MIB, 61 * MIB, 100 * MIB, 8).passed;
+        assert!(after_a_jump.is_empty() && ahead.note(61 * MIB, 62 * MIB, 100 * MIB, 8).passed.is_empty());
     }
 }

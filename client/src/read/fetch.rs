@@ -87,6 +87,11 @@ impl Fetcher {
         }
     }
 
+    /// The whole block will hardly be asked for again.
+    pub fn forget(&self, block: BlockHash) {
+        self.cache.remove(block);
+    }
+
     /// Brings the whole block into the cache while its reader goes on.
     fn fetch_rest(self: &Arc<Self>, place: BlockPlace) {
         let fetcher = Arc::clone(self);
@@ -100,6 +105,9 @@ impl Fetcher {
 
     fn keep_groups(&self, block: BlockHash, start: u32, part: &Bytes) {
         let first = start / HASH_GROUP_SIZE;
+        if part.len() <= HASH_GROUP_SIZE as usize {
+            return self.cache.insert_group(block, first, part.clone());
+        }
         for (group, bytes) in (first..).zip(part.chunks(HASH_GROUP_SIZE as usize)) {
             // A copy of its own, so that a cached group does not keep the whole answer alive.
             self.cache.insert_group(block, group, Bytes::copy_from_slice(bytes));

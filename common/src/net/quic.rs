@@ -23,15 +23,17 @@ use super::{
 };
 use crate::clock::{Clock, SystemClock};
 
-/// Bytes of the largest datagram. Above 6550, ten segments of one send exceed 64 KiB: sendmsg fails and quinn does not tell.
-const UDP_PAYLOAD_MAX: u16 = 6500;
+/// Bytes of the largest datagram to another machine. Above 6550, ten segments of one send exceed 64 KiB: sendmsg fails and quinn does not tell.
+const UDP_PAYLOAD_REMOTE: u16 = 6500;
+/// Bytes of a datagram to a peer on this machine: with IPv6 and UDP headers, no more than the loopback's 65,536. Each is sent alone.
+const UDP_PAYLOAD_LOCAL: u16 = 65_000;
 /// Bytes of a datagram before discovery: fits Ethernet's 1500 with IPv6 and UDP headers.
 const UDP_PAYLOAD_INITIAL: u16 = 1452;
 /// Bytes that may be under way before anything has been acknowledged. quinn's 12,000 are not even two of our largest
 /// datagrams: the second one of an answer would wait for the peer's delayed acknowledgement, 25 ms.
 const WINDOW_INITIAL_REMOTE: u64 = 64 << 10;
 const WINDOW_INITIAL_LOCAL: u64 = 1 << 20;
-const _: () = assert!(WINDOW_INITIAL_REMOTE >= 10 * UDP_PAYLOAD_MAX as u64);
+const _: () = assert!(WINDOW_INITIAL_REMOTE >= 10 * UDP_PAYLOAD_REMOTE as u64);
 const STREAM_WINDOW: u32 = 16 << 20;
 const CONNECTION_WINDOW: u32 = 64 << 20;
 const STREAMS_PER_CONNECTION: u32 = 1024;
@@ -122,7 +124,8 @@ impl Node {
         let bound = |source| BindError::new(listen, source);
         let socket = socket::bind(listen, options.socket_buffer_bytes).map_err(bound)?;
         let runtime = Arc::new(TokioRuntime);
-        let socket = runtime.wrap_udp_socket(socket).map_err(bound)?;
+        let inner = runtime.wrap_udp_socket(socket).map_err(bound)?;
+        let socket = Arc::new(socket::SmallBites { inner, datagram_max: usize::from(UDP_PAYLOAD_LOCAL) });
         if let Err(error) = credentials.check(SystemClock::default().now()) {
             tracing::warn!(node = %credentials.node, %error, "peers will refuse this node's certificate; enrol it again");
         }
@@ -198,7 +201,7 @@ fn endpoint_config(credentials: Option<&Credentials>, options: &NetOptions) -> R
     // and resets them at once: its peers need not wait for the idle timeout.
     let seed = options.rng_seed;
     config.cid_generator(move || Box::new(RandomIds(seed.map_or_else(StdRng::from_os_rng, StdRng::from_seed))));
-    config.max_udp_payload_size(UDP_PAYLOAD_MAX).map_err(|e| TlsError::Setup(e.to_string()))?;
+    config.max_udp_payload_size(UDP_PAYLOAD_LOCAL).map_err(|e| TlsError::Setup(e.to_string()))?;
     config.rng_seed(options.rng_seed);
     Ok(config)
 }
@@ -206,13 +209,16 @@ fn endpoint_config(credentials: Option<&Credentials>, options: &NetOptions) -> R
 /// `local` is for peers on this machine, where large datagrams need no discovery.
 pub(super) fn transport(options: &NetOptions, local: bool) -> Arc<TransportConfig> {
     let mut discovery = MtuDiscoveryConfig::default();
-    discovery.upper_bound(UDP_PAYLOAD_MAX).black_hole_cooldown(Duration::from_secs(5));
+    discovery
+        .upper_bound(if local { UDP_PAYLOAD_LOCAL } else { UDP_PAYLOAD_REMOTE })
+        .black_hole_cooldown(Duration::from_secs(5));
     let mut congestion = CubicConfig::default();
     congestion.initial_window(if local { WINDOW_INITIAL_LOCAL } else { WINDOW_INITIAL_REMOTE });
     let mut config = TransportConfig::default();
     config
         .congestion_controller_factory(Arc::new(congestion))
-        .initial_mtu(if local { UDP_PAYLOAD_MAX } else { UDP_PAYLOAD_INITIAL })
+        .initial_mtu(if local { UDP_PAYLOAD_LOCAL } else { UDP_PAYLOAD_INITIAL })
+        .enable_segmentation_offload(!local)
         .mtu_discovery_config(Some(discovery))
         .stream_receive_window(VarInt::from_u32(STREAM_WINDOW))
         .receive_window(VarInt::from_u32(CONNECTION_WINDOW))

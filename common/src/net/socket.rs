@@ -2,18 +2,75 @@
 #![allow(unsafe_code, reason = "SO_RCVBUFFORCE and SO_SNDBUFFORCE have no safe wrapper")]
 
 use std::{
-    io,
+    io::{self, IoSliceMut},
     net::{Ipv4Addr, Ipv6Addr, SocketAddr, UdpSocket},
     os::fd::AsRawFd,
-    sync::Once,
+    pin::Pin,
+    sync::{Arc, Once},
+    task::{Context, Poll},
     time::Duration,
 };
 
+use quinn::{
+    AsyncUdpSocket, UdpPoller,
+    udp::{RecvMeta, Transmit},
+};
 use socket2::{Domain, Protocol, Socket, Type};
 use tokio::time::timeout;
 
+/// Datagrams, each of which may be many that the kernel has joined, that are taken from the kernel at once. quinn's 32 would be read
+/// into two mebibytes that lie far apart: by the time that they are decrypted, the processor's cache has lost them.
+const RECEIVED_AT_ONCE: usize = 4;
+/// Bytes of a UDP datagram at most, and so of what the kernel joins.
+const UDP_DATAGRAM_MAX: usize = 65_535;
+
 /// How long to wait for an ICMP message before the next datagram, which may meet a process that died meanwhile.
 const ASK_AGAIN: Duration = Duration::from_millis(200);
+
+/// A socket that is read in smaller bites than quinn's.
+#[derive(Debug)]
+pub(super) struct SmallBites {
+    pub(super) inner: Arc<dyn AsyncUdpSocket>,
+    /// Bytes of the largest datagram.
+    pub(super) datagram_max: usize,
+}
+
+impl AsyncUdpSocket for SmallBites {
+    fn create_io_poller(self: Arc<Self>) -> Pin<Box<dyn UdpPoller>> {
+        self.inner.clone().create_io_poller()
+    }
+
+    fn try_send(&self, transmit: &Transmit<'_>) -> io::Result<()> {
+        self.inner.try_send(transmit)
+    }
+
+    fn poll_recv(
+        &self,
+        context: &mut Context<'_>,
+        buffers: &mut [IoSliceMut<'_>],
+        meta: &mut [RecvMeta],
+    ) -> Poll<io::Result<usize>> {
+        let count = buffers.len().min(RECEIVED_AT_ONCE);
+        self.inner.poll_recv(context, &mut buffers[..count], meta)
+    }
+
+    fn local_addr(&self) -> io::Result<SocketAddr> {
+        self.inner.local_addr()
+    }
+
+    fn max_transmit_segments(&self) -> usize {
+        self.inner.max_transmit_segments()
+    }
+
+    /// quinn makes its buffers from this. The kernel joins no more bytes than fit into one datagram, however many segments that are.
+    fn max_receive_segments(&self) -> usize {
+        self.inner.max_receive_segments().min(UDP_DATAGRAM_MAX.div_ceil(self.datagram_max))
+    }
+
+    fn may_fragment(&self) -> bool {
+        self.inner.may_fragment()
+    }
+}
 
 /// Binds `address`; `[::]` also takes IPv4.
 pub(super) fn bind(address: SocketAddr, buffer_bytes: usize) -> io::Result<UdpSocket> {

@@ -6,7 +6,6 @@
 
 use std::collections::{BTreeSet, VecDeque};
 
-use bytes::Bytes;
 use holdfast_common::BlockHash;
 
 use super::{
@@ -151,8 +150,8 @@ impl Inner {
     fn read_block(&self, hash: &BlockHash, entry: &Entry) -> Result<CheckedBlock, StoreError> {
         let skip = RECORD_HEADER_LENGTH + tree_length(entry.length) as usize;
         let read = || {
-            let bytes = self.read_checked(hash, entry, skip + entry.length as usize, Patience::Wait)?;
-            CheckedBlock::verify(*hash, Bytes::from(bytes).slice(skip..), entry.epoch)
+            let bytes = self.read_checked(hash, entry, skip + entry.length as usize, Patience::Once)?;
+            CheckedBlock::verify(*hash, bytes.slice(skip..), entry.epoch)
                 .map_err(|error| StoreError::Damaged(error.to_string()))
         };
         read().or_else(|error| {

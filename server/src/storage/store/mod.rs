@@ -9,6 +9,7 @@ mod checked;
 mod compact;
 mod format;
 mod index;
+mod lately;
 mod quarantine;
 mod recover;
 mod scan;
@@ -57,6 +58,7 @@ use self::{
     compact::Compaction,
     format::{Kind, Place, RECORD_HEADER_LENGTH, RecordHeader, tree_length},
     index::{Entry, INDEX_FILE, Index, IndexError, Saved},
+    lately::ReadLately,
     quarantine::Quarantine,
     recover::{RecoverError, Recoverer, read_record},
     segment::{NewRecord, Segments, Tail, list_segments, read_segment_key},
@@ -73,6 +75,8 @@ const SUSPECTS_MAX: usize = 4096;
 /// Tells the next start that redb's file cannot be trusted.
 const INDEX_DAMAGED_FILE: &str = "index.damaged";
 const PAGE: u64 = 4096;
+/// Bytes of a block that is worth being read past the kernel's memory of files.
+const LONG: u32 = 256 << 10;
 /// Blocks deleted while puts wait.
 const DELETED_AT_ONCE: usize = 64;
 
@@ -208,6 +212,7 @@ struct Inner {
     /// Bytes that may be written before the disk counts as full; set by the housekeeper, lowered by puts.
     room: AtomicU64,
     suspects: Mutex<BTreeSet<BlockHash>>,
+    lately: Mutex<ReadLately>,
     /// Records that later ones (up to that sequence) replaced or deleted, to be voided once those are durable.
     graves: Mutex<Vec<(u64, BlockHash, Entry)>>,
     flushing: Mutex<()>,
@@ -300,7 +305,10 @@ impl Store {
 
     /// The block's bytes. Their hash is *not* checked here: who reads checks, and has `verify` called when it is wrong.
     pub fn get(&self, hash: &BlockHash) -> Result<Bytes, StoreError> {
-        self.inner.located(hash, |entry| self.inner.read_payload(hash, entry, Patience::Wait))
+        self.inner.located(hash, |entry| {
+            let again = entry.length >= LONG && self.inner.lately.lock().note(*hash);
+            self.inner.read_payload(hash, entry, if again { Patience::Wait } else { Patience::Once })
+        })
     }
 
     /// As `get`, for blocks of at most `length_max` bytes whose bytes are in memory; else `NotCached`.
@@ -465,6 +473,7 @@ impl Inner {
             counters: Counters::from(saved),
             room: AtomicU64::new(0),
             suspects: Mutex::default(),
+            lately: Mutex::default(),
             graves: Mutex::new(graves),
             flushing: Mutex::default(),
             housekeeper: Housekeeper::default(),
@@ -809,6 +818,8 @@ fn write_error(error: io::Error) -> StoreError {
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Patience {
     Wait,
+    /// It may, and memory need not keep what it brings.
+    Once,
     CachedOnly,
 }
 
@@ -858,13 +869,19 @@ impl Inner {
         })
     }
 
-    fn read(&self, segment: u64, offset: u64, length: usize, patience: Patience) -> Result<Vec<u8>, StoreError> {
-        let mut bytes = vec![0; length];
-        let read = self.segments.file(segment).and_then(|file| match patience {
-            Patience::Wait => file.read_exact_at(&mut bytes, offset),
-            Patience::CachedOnly => file.read_cached_at(&mut bytes, offset),
+    fn read(&self, segment: u64, offset: u64, length: usize, patience: Patience) -> Result<Bytes, StoreError> {
+        let read = self.segments.file(segment).and_then(|file| {
+            if patience == Patience::Once && length >= LONG as usize {
+                return file.read_once(offset, length);
+            }
+            let mut bytes = vec![0; length];
+            match patience {
+                Patience::CachedOnly => file.read_cached_at(&mut bytes, offset)?,
+                Patience::Wait | Patience::Once => file.read_exact_at(&mut bytes, offset)?,
+            }
+            Ok(bytes.into())
         });
-        read.map(|()| bytes).map_err(read_error)
+        read.map_err(read_error)
     }
 
     /// The first `length` bytes of a record, whose header is checked.
@@ -874,7 +891,7 @@ impl Inner {
         entry: &Entry,
         length: usize,
         patience: Patience,
-    ) -> Result<Vec<u8>, StoreError> {
+    ) -> Result<Bytes, StoreError> {
         let bytes = self.read(entry.place.segment, entry.place.offset, length, patience)?;
         let header = bytes.first_chunk().map(|header| RecordHeader::decode(header, &self.segments.key, entry.place));
         match header {
@@ -891,13 +908,13 @@ impl Inner {
     fn read_payload(&self, hash: &BlockHash, entry: &Entry, patience: Patience) -> Result<Bytes, StoreError> {
         let skip = RECORD_HEADER_LENGTH + tree_length(entry.length) as usize;
         let bytes = self.read_checked(hash, entry, skip + entry.length as usize, patience)?;
-        Ok(Bytes::from(bytes).slice(skip..))
+        Ok(bytes.slice(skip..))
     }
 
     /// A block: its bytes are good, and the tree beside them is not.
     fn check_record(&self, hash: &BlockHash, entry: &Entry) -> Result<Option<CheckedBlock>, StoreError> {
         let skip = RECORD_HEADER_LENGTH + tree_length(entry.length) as usize;
-        let bytes = Bytes::from(self.read_checked(hash, entry, skip + entry.length as usize, Patience::Wait)?);
+        let bytes = self.read_checked(hash, entry, skip + entry.length as usize, Patience::Once)?;
         let block = CheckedBlock::verify(*hash, bytes.slice(skip..), entry.epoch)
             .map_err(|error| StoreError::Damaged(error.to_string()))?;
         Ok((block.tree() != &bytes[RECORD_HEADER_LENGTH..skip]).then_some(block))

@@ -17,6 +17,7 @@ use holdfast_common::{
 };
 use parking_lot::Mutex;
 
+use super::PAGE;
 use super::format::{
     ALIGNMENT, ALIGNMENT_BYTES, FormatFault, Key, Kind, Place, RECORD_HEADER_LENGTH, RecordHeader,
     SEGMENT_HEADER_BYTES, SEGMENT_HEADER_LENGTH, decode_segment_header, encode_segment_header,
@@ -368,8 +369,14 @@ impl Writer<'_> {
             return Ok(());
         }
         self.flush()?;
-        self.file.write_all_at(record.payload, self.start)?;
-        self.start = (self.start + record.payload.len() as u64).next_multiple_of(ALIGNMENT);
+        let end = self.start + record.payload.len() as u64;
+        // Memory keeps the page in which the next record begins: it would have to be read for that one.
+        let (whole_pages, tail) = record.payload.split_at(record.payload.len() - (end % PAGE) as usize);
+        self.file.write_away_at(whole_pages, self.start)?;
+        if !tail.is_empty() {
+            self.file.write_all_at(tail, end - tail.len() as u64)?;
+        }
+        self.start = end.next_multiple_of(ALIGNMENT);
         Ok(())
     }
 

@@ -10,6 +10,7 @@ use std::{
     },
 };
 
+use bytes::Bytes;
 use holdfast_common::disk::{Disk, DiskFile, Space};
 use parking_lot::{Condvar, Mutex};
 use rand::{Rng, SeedableRng, rngs::StdRng};
@@ -32,6 +33,7 @@ struct Shared {
     fault: Mutex<Fault>,
     calls: AtomicU64,
     segment_syncs: AtomicU64,
+    read_once: AtomicU64,
     free: AtomicU64,
     hold_syncs: Mutex<bool>,
     syncs_held: AtomicU64,
@@ -134,6 +136,11 @@ impl TestDisk {
 
     pub(super) fn segment_syncs(&self) -> u64 {
         self.shared.segment_syncs.load(SeqCst)
+    }
+
+    /// Reads of which memory need keep nothing.
+    pub(super) fn read_once(&self) -> u64 {
+        self.shared.read_once.load(SeqCst)
     }
 
     pub(super) fn set_free(&self, free: u64) {
@@ -291,6 +298,13 @@ impl DiskFile for TestFile {
         let bytes = content.live.get(start..start + buffer.len()).ok_or(io::ErrorKind::UnexpectedEof)?;
         buffer.copy_from_slice(bytes);
         Ok(())
+    }
+
+    fn read_once(&self, offset: u64, length: usize) -> io::Result<Bytes> {
+        self.shared.read_once.fetch_add(1, SeqCst);
+        let mut bytes = vec![0; length];
+        self.read_exact_at(&mut bytes, offset)?;
+        Ok(bytes.into())
     }
 
     fn write_all_at(&self, bytes: &[u8], offset: u64) -> io::Result<()> {

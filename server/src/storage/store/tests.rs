@@ -130,6 +130,23 @@ fn a_list_is_read_in_pages_across_memory_and_redb() {
 }
 
 #[test]
+fn the_first_read_of_a_long_block_passes_by_the_memory_of_files_and_the_next_fills_it() {
+    let disk = TestDisk::new();
+    let store = open(&disk);
+    let [long, short] = [block(1, 1 << 20), block(2, 100_000)];
+    store.put(&[long.clone(), short.clone()]).unwrap();
+    let mut read = |block: &CheckedBlock| {
+        let before = disk.read_once();
+        assert_eq!(store.get(&block.hash()).unwrap(), block.bytes());
+        disk.read_once() - before
+    };
+    assert_eq!([&long, &long, &long, &short, &short].map(&mut read), [1, 0, 0, 0, 0]);
+    let before = disk.read_once();
+    store.verify(&long.hash()).unwrap();
+    assert_eq!(disk.read_once() - before, 1, "nobody asked for what is scrubbed");
+}
+
+#[test]
 fn a_range_comes_with_the_proof_of_its_groups() {
     let store = open(&TestDisk::new());
     for (length, offset, part) in [
