@@ -57,7 +57,8 @@ pub fn lose_power(directory: &Path) -> usize {
     let [path] = &files(directory)[..] else { panic!("not one log in {}", directory.display()) };
     let mut log = fs::read(path).expect("read the metadata log");
     let (mut at, mut lost) = (LOG_HEADER, 0);
-    while at < log.len() {
+    // What follows the last record was written ahead.
+    while log[at..].iter().any(|byte| *byte != 0) {
         assert_eq!(&log[at..][..4], b"HFR1", "a record at {at}");
         let length = u32::from_le_bytes(log[at + 8..][..4].try_into().expect("four bytes")) as usize;
         lost = if log[at + 4] == LOG_KIND_MARK { 0 } else { lost + length };

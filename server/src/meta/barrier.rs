@@ -333,7 +333,7 @@ impl Barrier {
         let (file, end) = {
             let mut log = self.core.log.lock();
             log.mark(position)?;
-            (log.file(), log.length())
+            log.to_sync()
         };
         let syncing = Arc::clone(&file);
         let synced = work::run(move || syncing.sync_data()).await;

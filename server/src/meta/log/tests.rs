@@ -115,6 +115,37 @@ fn a_torn_tail_is_cut_at_every_byte() {
 }
 
 #[test]
+fn what_is_written_ahead_is_the_end_of_the_log_and_seldom_makes_it_longer() {
+    const ENTRIES: u64 = 1500;
+    let disk = MemoryDisk::new();
+    let mut log = place(&disk).begin(Position(1)).unwrap();
+    let mut lengths = std::collections::BTreeSet::new();
+    for number in 1..=ENTRIES {
+        append(&mut log, number..=number);
+        log.mark(Position(number)).unwrap();
+        let (file, end) = log.to_sync();
+        file.sync_data().unwrap();
+        log.note_synced(&file, end, Position(number)).unwrap();
+        lengths.insert(file.length().unwrap());
+    }
+    assert!((1..4).contains(&lengths.len()), "{lengths:?}");
+    assert!(log.file().length().unwrap() > log.length());
+    for (what, after) in [("a kill", disk.process_death()), ("a power cut", disk.power_cut(0))] {
+        let found = find(&after).unwrap().unwrap();
+        assert_eq!(replayed(&found, 0), (1..=ENTRIES).collect::<Vec<_>>(), "after {what}");
+        let torn = after.bytes(log.path());
+        let middle = usize::try_from(log.length()).unwrap() - 70;
+        after.replace(log.path(), [&torn[..middle], &vec![0; torn.len() - middle]].concat());
+        assert!(replayed(&find(&after).unwrap().unwrap(), 0).len() as u64 >= ENTRIES - 1, "zeroes are a torn end");
+    }
+    let after = disk.process_death();
+    let mut log = find(&after).unwrap().unwrap().resume(&place(&after), Position(0)).unwrap().unwrap();
+    assert_eq!(log.file().length().unwrap(), log.length(), "what was written ahead is cut");
+    append(&mut log, ENTRIES + 1..=ENTRIES + 2);
+    assert_eq!(replayed(&find(&after).unwrap().unwrap(), ENTRIES), [ENTRIES + 1, ENTRIES + 2]);
+}
+
+#[test]
 fn damage_before_the_tail_is_refused_with_a_sentence() {
     let disk = MemoryDisk::new();
     let (path, ends) = example(&disk);

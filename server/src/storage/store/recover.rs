@@ -171,16 +171,23 @@ impl<'a> Recoverer<'a> {
     fn replay(&mut self, file: &Arc<dyn DiskFile>, start: Place) -> Result<(u64, Vec<Lost>), RecoverError> {
         let mut end = start.offset;
         let mut lost = Vec::new();
-        for item in Scan::new(file.as_ref(), &self.segments.key, start)? {
+        let mut items = Scan::new(file.as_ref(), &self.segments.key, start)?.peekable();
+        while let Some(item) = items.next() {
             match item {
                 Item::Record { place, header } => {
-                    if self.survived(file.as_ref(), place, &header)? {
+                    let is_last = matches!(items.peek(), None | Some(Item::Blank { .. }));
+                    if self.survived(file.as_ref(), place, &header, is_last)? {
                         end = place.offset + header.span();
                     } else {
                         lost.push(Lost { place, end: place.offset + header.span(), sequence: header.sequence });
                     }
                     self.sequence = self.sequence.max(header.sequence);
                 }
+                // What had not been used of the zeroes was cut before the next segment was synced.
+                Item::Blank { place } if self.sequence < self.marked => {
+                    self.damaged(place, format_args!("zeroes are where synced records were"));
+                }
+                Item::Blank { .. } => {}
                 Item::Bad { place, end: bad_end, at_end_of_file } => {
                     let never_synced = self.sequence >= self.marked && (at_end_of_file || !self.cache_survived);
                     if never_synced {
@@ -197,10 +204,17 @@ impl<'a> Recoverer<'a> {
     }
 
     /// Applies a record, unless it was lost. A damaged one is quarantined, and did survive in that sense.
-    fn survived(&mut self, file: &dyn DiskFile, place: Place, header: &RecordHeader) -> Result<bool, RecoverError> {
+    fn survived(
+        &mut self,
+        file: &dyn DiskFile,
+        place: Place,
+        header: &RecordHeader,
+        is_last: bool,
+    ) -> Result<bool, RecoverError> {
         let unsure = header.kind == Kind::Block && header.sequence > self.marked;
         if unsure && !is_whole(file, place, header) {
-            if !self.cache_survived {
+            // The process may have been killed in the middle of its last write.
+            if !self.cache_survived || is_last && ends_blank(file, place, header) {
                 return Ok(false);
             }
             self.damaged(place, format_args!("the block {} does not match its hash", header.hash));
@@ -276,6 +290,11 @@ pub(super) fn read_record(file: &dyn DiskFile, place: Place, length: u64) -> io:
     let mut bytes = vec![0; usize::try_from(length).map_err(io::Error::other)?];
     file.read_exact_at(&mut bytes, place.offset)?;
     Ok(bytes)
+}
+
+fn ends_blank(file: &dyn DiskFile, place: Place, header: &RecordHeader) -> bool {
+    let mut last = [1];
+    file.read_exact_at(&mut last, place.offset + header.end() - 1).is_ok() && last == [0]
 }
 
 fn is_whole(file: &dyn DiskFile, place: Place, header: &RecordHeader) -> bool {

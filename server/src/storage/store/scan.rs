@@ -16,6 +16,8 @@ pub(super) enum Item {
     Record { place: Place, header: RecordHeader },
     /// Bytes in which no record starts, up to the next one or to the `end` of the file.
     Bad { place: Place, end: u64, at_end_of_file: bool },
+    /// Zeroes up to the end of the file, which were written ahead of records that did not come.
+    Blank { place: Place },
 }
 
 /// The records of segment `number` from offset `from` (a multiple of 8) on.
@@ -56,13 +58,16 @@ impl<'a> Scan<'a> {
         self.window.get(start..start + RECORD_HEADER_LENGTH)?.try_into().ok()
     }
 
-    fn fill(&mut self, offset: u64) {
+    /// Could all of it be read?
+    fn fill(&mut self, offset: u64) -> bool {
         let room = usize::try_from(self.length - offset).unwrap_or(WINDOW);
         self.window.resize(room.min(WINDOW), 0);
         self.window_start = offset;
-        if self.file.read_exact_at(&mut self.window, offset).is_err() {
+        let is_read = self.file.read_exact_at(&mut self.window, offset).is_ok();
+        if !is_read {
             self.fill_page_by_page();
         }
+        is_read
     }
 
     /// Pages that cannot be read become zeroes, which are no record.
@@ -88,6 +93,18 @@ impl<'a> Scan<'a> {
         self.bad(start, self.length, true)
     }
 
+    fn is_blank_from(&mut self, start: u64) -> bool {
+        let mut offset = start;
+        while offset < self.length {
+            // What cannot be read is not known to be blank.
+            if !self.fill(offset) || self.window.iter().any(|byte| *byte != 0) {
+                return false;
+            }
+            offset += self.window.len() as u64;
+        }
+        true
+    }
+
     fn bad(&mut self, start: u64, end: u64, at_end_of_file: bool) -> Item {
         let place = Place { offset: start, ..self.next };
         self.next.offset = end;
@@ -107,6 +124,10 @@ impl Iterator for Scan<'_> {
             Some(header) => {
                 self.next.offset += header.span();
                 Some(Item::Record { place, header })
+            }
+            None if self.is_blank_from(place.offset) => {
+                self.next.offset = self.length;
+                Some(Item::Blank { place })
             }
             None => Some(self.bad_from(place.offset)),
         }

@@ -271,21 +271,74 @@ fn a_damaged_record_is_not_believed_by_a_later_rebuild() {
     assert_here(&store, &block(3, 100));
 }
 
+/// Bytes of a segment up to the end of its last record.
+fn used(bytes: &[u8]) -> usize {
+    bytes.iter().rposition(|byte| *byte != 0).map_or(0, |last| (last + 1).next_multiple_of(8))
+}
+
+#[test]
+fn short_records_that_are_synced_one_by_one_seldom_make_a_segment_longer() {
+    let disk = TestDisk::new();
+    let store = Store::open(Arc::clone(&disk) as Arc<dyn Disk>, Path::new(DIRECTORY), StoreOptions::default()).unwrap();
+    let blocks: Vec<_> = (0..300).map(|n| block(n, 4000)).collect();
+    let mut lengths = BTreeSet::new();
+    for block in &blocks {
+        put_durable(&store, block);
+        lengths.insert(disk.edit(&segment(1), |bytes| bytes.len()));
+    }
+    assert!(lengths.len() < 12, "{} times for 1.2 MB", lengths.len());
+    for (found, kind) in [(disk.after_kill(), "a kill"), (disk.after_power_cut(3), "a power cut")] {
+        let store = open(&found);
+        assert_eq!((store.recovery().damaged, store.recovery().lost), (0, 0), "after {kind}");
+        blocks.iter().for_each(|block| assert_here(&store, block));
+    }
+}
+
+#[test]
+fn what_was_written_ahead_of_a_full_segment_is_cut_and_zeroes_instead_of_records_are_damage() {
+    let disk = TestDisk::new();
+    let store = open(&disk);
+    let mut blocks = Vec::new();
+    while disk.paths(".seg").len() < 2 {
+        blocks.push(block(u32::try_from(blocks.len()).unwrap(), 900));
+        put_durable(&store, &blocks[blocks.len() - 1]);
+    }
+    let length = disk.edit(&segment(1), |bytes| {
+        assert_eq!(bytes.len(), used(bytes));
+        bytes.len()
+    });
+    let whole = open(&disk.after_power_cut(1));
+    assert_eq!((whole.recovery().damaged, whole.recovery().lost), (0, 0));
+    let damaged = disk.after_kill();
+    damaged.edit(&segment(1), |bytes| bytes[length - 2000..].fill(0));
+    damaged.remove(&index_path()).unwrap();
+    assert!(open(&damaged).recovery().damaged > 0);
+}
+
 #[test]
 fn a_torn_tail_is_cut_at_every_byte() {
     let disk = TestDisk::new();
     let store = open(&disk);
     let (first, last) = (block(1, 300), block(2, 77));
     put_durable(&store, &first);
-    let before = disk.edit(&segment(1), |bytes| bytes.len());
+    let before = disk.edit(&segment(1), |bytes| used(bytes));
     store.put(std::slice::from_ref(&last)).unwrap();
-    let after = disk.edit(&segment(1), |bytes| bytes.len());
-    for length in before + 1..after - 3 {
+    let after = disk.edit(&segment(1), |bytes| used(bytes));
+    assert!(after > before + 77);
+    // What is missing at the end is not there at all, or is the zeroes that were written ahead of it.
+    for (length, is_blank) in (before + 1..after - 3).flat_map(|length| [(length, false), (length, true)]) {
         let torn = disk.after_kill();
-        torn.edit(&segment(1), |bytes| bytes.truncate(length));
+        let size = torn.edit(&segment(1), |bytes| {
+            if is_blank {
+                bytes[length..].fill(0)
+            } else {
+                bytes.truncate(length)
+            }
+            bytes.len()
+        });
         let store = open(&torn);
         assert_eq!((store.recovery().damaged, store.recovery().lost), (0, 1), "at {length}");
-        assert_eq!(store.recovery().cut_bytes, (length - before) as u64);
+        assert_eq!(store.recovery().cut_bytes, (size - before) as u64);
         assert_here(&store, &first);
         assert_missing(&store, &last);
         put_durable(&store, &last);
@@ -569,7 +622,8 @@ fn a_failed_sync_stops_the_store_for_good_and_changes_the_boot_id() {
     let store = open(&disk);
     let boot = store.boot();
     let ticket = store.put(&[block(1, 100)]).unwrap();
-    disk.fail(Fault::Once(1, libc::EIO));
+    // The first call only writes ahead.
+    disk.fail(Fault::Once(2, libc::EIO));
     let error = store.wait_durable(ticket).unwrap_err();
     assert!(error.to_string().contains("sync of the block store failed"), "{error}");
     assert!(matches!(store.put(&[block(2, 100)]), Err(StoreError::Failed(_))));
