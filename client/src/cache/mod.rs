@@ -69,8 +69,9 @@ impl BlockCache {
         self.inner.insert(CacheKey { block: block.hash(), group: None }, block.bytes().clone());
     }
 
+    /// Drops a whole block. One that is being fetched stays.
     pub fn remove(&self, block: BlockHash) {
-        self.inner.remove(&CacheKey { block, group: None });
+        self.inner.remove_if(&CacheKey { block, group: None }, |_| true);
     }
 
     pub fn insert_group(&self, block: BlockHash, group: u32, bytes: Bytes) {

@@ -1,6 +1,6 @@
 //! The bytes of files: read, write, flush, fsync.
 
-use std::{ops::Range, sync::Arc};
+use std::{collections::BTreeSet, ops::Range, sync::Arc};
 
 use bytes::{Bytes, BytesMut};
 use holdfast_common::{
@@ -14,7 +14,7 @@ use tracing::warn;
 use super::{
     Caller, Errno, FileHandle, Fs, FsResult,
     inode::{ChunkPlan, Inode, Which, split},
-    open::OpenFile,
+    open::{OpenFile, goes_around_pages},
 };
 use crate::{
     fs::shared::{FreshMap, MAP_TRIES, Urgency, unsteady},
@@ -98,8 +98,8 @@ impl Fs {
             });
         }
         // Who reads past the kernel's cache may come back.
-        if file.flags & libc::O_DIRECT == 0 {
-            advice.passed.for_each(|chunk| self.shared.forget(&file.inode, ChunkIndex(chunk)));
+        if !advice.passed.is_empty() && file.flags & libc::O_DIRECT == 0 && !goes_around_pages(file.flags) {
+            self.shared.forget(&file.inode, advice.passed, advice.coming);
         }
         advice.sequential
     }
@@ -285,11 +285,19 @@ impl Fs {
 }
 
 impl super::shared::Shared {
-    /// Drops one chunk's blocks from the cache.
-    fn forget(&self, inode: &Arc<Inode>, chunk: ChunkIndex) {
-        if let ChunkPlan::Assemble(assembly) = inode.lock().plan(chunk, 0..holdfast_common::limits::BLOCK_SIZE_MAX) {
-            assembly.parts.iter().for_each(|(_, place)| self.fetcher.forget(place.hash));
-        }
+    /// Drops the blocks of chunks `passed` from the cache, but for those that `coming` have as well.
+    fn forget(&self, inode: &Arc<Inode>, passed: Range<u32>, coming: Range<u32>) {
+        let blocks = |chunks: Range<u32>| {
+            let state = inode.lock();
+            let mut hashes = BTreeSet::new();
+            for chunk in chunks.map(ChunkIndex) {
+                if let ChunkPlan::Assemble(assembly) = state.plan(chunk, 0..holdfast_common::limits::BLOCK_SIZE_MAX) {
+                    hashes.extend(assembly.parts.iter().map(|(_, place)| place.hash));
+                }
+            }
+            hashes
+        };
+        blocks(passed).difference(&blocks(coming)).for_each(|hash| self.fetcher.forget(*hash));
     }
 
     /// Brings one chunk's blocks into the cache.

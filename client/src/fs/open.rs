@@ -301,7 +301,7 @@ impl Fs {
 }
 
 /// Only this mount's `Fs` knows where the end is that a handle appends at: the kernel keeps no pages of it.
-fn goes_around_pages(flags: i32) -> bool {
+pub(super) fn goes_around_pages(flags: i32) -> bool {
     flags & libc::O_APPEND != 0
 }
 

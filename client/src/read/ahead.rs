@@ -37,6 +37,8 @@ pub struct Advice {
     pub prefetch: Range<u32>,
     /// Chunks that a long run has left behind.
     pub passed: Range<u32>,
+    /// Chunks that are being read, or fetched.
+    pub coming: Range<u32>,
 }
 
 impl ReadAhead {
@@ -48,7 +50,7 @@ impl ReadAhead {
         let crossed = chunk_of(end) > chunk_of(self.next);
         if !sequential {
             *self = Self { next: end, jumped: true, ..Self::default() };
-            return Advice { sequential, prefetch: 0..0, passed: 0..0 };
+            return Advice { sequential, prefetch: 0..0, passed: 0..0, coming: 0..0 };
         }
         self.jumped = false;
         self.run += end.saturating_sub(self.next);
@@ -56,7 +58,8 @@ impl ReadAhead {
         if self.window == 0 || crossed {
             self.window = (self.window * 2).clamp(1, window_max.max(1));
         }
-        Advice { sequential, prefetch: self.advance(size), passed: self.pass() }
+        let (prefetch, passed) = (self.advance(size), self.pass());
+        Advice { sequential, prefetch, passed, coming: self.behind_to..self.ahead_to }
     }
 
     /// A read that the kernel sends late may still be as far back as `SLACK`.

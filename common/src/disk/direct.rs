@@ -35,9 +35,7 @@ impl Direct {
         let start = offset - offset % ALIGNMENT as u64;
         let skip = (offset % ALIGNMENT as u64) as usize;
         let end = skip + length;
-        let Some(direct) = self.0.get_or_init(|| open(file)).as_ref().filter(|_| end <= BUFFER_BYTES) else {
-            return Ok(None);
-        };
+        let Some(direct) = self.file(file).filter(|_| end <= BUFFER_BYTES) else { return Ok(None) };
         let mut buffer = Buffer::take();
         match fill(direct, &mut buffer.as_mut()[..end.next_multiple_of(ALIGNMENT)], start, end) {
             Ok(()) => Ok(Some(Bytes::from_owner(buffer).slice(skip..end))),
@@ -45,11 +43,23 @@ impl Direct {
             Err(error) => Err(error),
         }
     }
+
+    fn file(&self, file: &fs::File) -> Option<&fs::File> {
+        if self.0.get().is_none() {
+            match open(file) {
+                Ok(direct) => drop(self.0.set(Some(direct))),
+                Err(error) if error.kind() == io::ErrorKind::InvalidInput => drop(self.0.set(None)),
+                // No descriptors, say: the next read tries again.
+                Err(error) => tracing::debug!(%error, "a file cannot be opened a second time"),
+            }
+        }
+        self.0.get()?.as_ref()
+    }
 }
 
-fn open(file: &fs::File) -> Option<fs::File> {
+fn open(file: &fs::File) -> io::Result<fs::File> {
     let path = format!("/proc/self/fd/{}", file.as_raw_fd());
-    fs::OpenOptions::new().read(true).custom_flags(libc::O_DIRECT).open(path).ok()
+    fs::OpenOptions::new().read(true).custom_flags(libc::O_DIRECT).open(path)
 }
 
 /// Reads until at least `wanted` bytes of `buffer` are there.

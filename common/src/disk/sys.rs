@@ -60,7 +60,14 @@ pub(super) fn cached(file: &File, offset: u64, length: u64) -> Option<u64> {
     // SAFETY: the descriptor is open for as long as `file` is borrowed; the call reads the two numbers of `range` and
     // writes the five of `pages`, both of which outlive it.
     let result = unsafe { libc::syscall(SYS_CACHESTAT, file.as_raw_fd(), range.as_ptr(), &raw mut pages, 0) };
-    (result == 0).then_some(pages.cached * PAGE_LENGTH)
+    (result == 0).then(|| pages.cached * page_length())
+}
+
+/// Bytes of a page of the kernel.
+fn page_length() -> u64 {
+    // SAFETY: no memory is passed.
+    let length = unsafe { libc::sysconf(libc::_SC_PAGESIZE) };
+    u64::try_from(length).unwrap_or(PAGE_LENGTH)
 }
 
 /// struct cachestat of the kernel: numbers of pages.

@@ -1,6 +1,12 @@
 //! QUIC: one endpoint on one UDP socket, with which a process serves and calls.
 
-use std::{future::Future, io, net::SocketAddr, sync::Arc, time::Duration};
+use std::{
+    future::Future,
+    io,
+    net::SocketAddr,
+    sync::{Arc, LazyLock},
+    time::Duration,
+};
 
 use quinn::{
     AsyncUdpSocket, ConnectionId, ConnectionIdGenerator, EndpointConfig, IdleTimeout, MtuDiscoveryConfig, Runtime,
@@ -124,8 +130,7 @@ impl Node {
         let bound = |source| BindError::new(listen, source);
         let socket = socket::bind(listen, options.socket_buffer_bytes).map_err(bound)?;
         let runtime = Arc::new(TokioRuntime);
-        let inner = runtime.wrap_udp_socket(socket).map_err(bound)?;
-        let socket = Arc::new(socket::SmallBites { inner, datagram_max: usize::from(UDP_PAYLOAD_LOCAL) });
+        let socket = runtime.wrap_udp_socket(socket).map_err(bound)?;
         if let Err(error) = credentials.check(SystemClock::default().now()) {
             tracing::warn!(node = %credentials.node, %error, "peers will refuse this node's certificate; enrol it again");
         }
@@ -190,6 +195,7 @@ pub(super) fn new_endpoint(
 ) -> Result<quinn::Endpoint, BindError> {
     let address = socket.local_addr().unwrap_or(SocketAddr::from(([0, 0, 0, 0], 0)));
     let config = endpoint_config(credentials, options).map_err(BindError::Tls)?;
+    let socket = Arc::new(socket::SmallBites { inner: socket, datagram_max: usize::from(UDP_PAYLOAD_LOCAL) });
     quinn::Endpoint::new_with_abstract_socket(config, None, socket, runtime)
         .map_err(|source| BindError::new(address, source))
 }
@@ -206,18 +212,31 @@ fn endpoint_config(credentials: Option<&Credentials>, options: &NetOptions) -> R
     Ok(config)
 }
 
+/// Bytes of a datagram to a peer on this machine: some have made the loopback carry less than Linux does by itself.
+fn payload_local() -> u16 {
+    static PAYLOAD: LazyLock<u16> = LazyLock::new(|| {
+        let mtu = std::fs::read_to_string("/sys/class/net/lo/mtu").ok().and_then(|mtu| mtu.trim().parse().ok());
+        mtu.map_or(UDP_PAYLOAD_LOCAL, payload_within)
+    });
+    *PAYLOAD
+}
+
+/// What fits into packets of `mtu` bytes beside the headers of IPv6 and UDP; at least what QUIC needs.
+fn payload_within(mtu: u32) -> u16 {
+    u16::try_from(mtu.saturating_sub(48)).map_or(UDP_PAYLOAD_LOCAL, |room| room.clamp(1200, UDP_PAYLOAD_LOCAL))
+}
+
 /// `local` is for peers on this machine, where large datagrams need no discovery.
 pub(super) fn transport(options: &NetOptions, local: bool) -> Arc<TransportConfig> {
+    let payload_max = if local { payload_local() } else { UDP_PAYLOAD_REMOTE };
     let mut discovery = MtuDiscoveryConfig::default();
-    discovery
-        .upper_bound(if local { UDP_PAYLOAD_LOCAL } else { UDP_PAYLOAD_REMOTE })
-        .black_hole_cooldown(Duration::from_secs(5));
+    discovery.upper_bound(payload_max).black_hole_cooldown(Duration::from_secs(5));
     let mut congestion = CubicConfig::default();
     congestion.initial_window(if local { WINDOW_INITIAL_LOCAL } else { WINDOW_INITIAL_REMOTE });
     let mut config = TransportConfig::default();
     config
         .congestion_controller_factory(Arc::new(congestion))
-        .initial_mtu(if local { UDP_PAYLOAD_LOCAL } else { UDP_PAYLOAD_INITIAL })
+        .initial_mtu(if local { payload_max } else { UDP_PAYLOAD_INITIAL })
         .enable_segmentation_offload(!local)
         .mtu_discovery_config(Some(discovery))
         .stream_receive_window(VarInt::from_u32(STREAM_WINDOW))
@@ -293,6 +312,20 @@ impl HmacKey for ResetKey {
         match <[u8; 32]>::try_from(signature) {
             Ok(given) if expected == blake3::Hash::from_bytes(given) => Ok(()),
             _ => Err(CryptoError),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_datagram_fits_into_what_the_loopback_carries() {
+        for (mtu, payload) in
+            [(65_536, UDP_PAYLOAD_LOCAL), (u32::MAX, UDP_PAYLOAD_LOCAL), (16_436, 16_388), (1500, 1452), (68, 1200)]
+        {
+            assert_eq!(payload_within(mtu), payload, "{mtu}");
         }
     }
 }

@@ -85,6 +85,8 @@ pub struct Log {
     end: u64,
     /// Bytes that a completed sync has covered.
     synced: u64,
+    /// Where the last sync began.
+    synced_from: u64,
     /// The file is written up to here, if only with zeroes.
     blank_to: u64,
     next: Position,
@@ -251,6 +253,7 @@ impl LogPlace {
             file,
             end: FILE_HEADER_LENGTH as u64,
             synced: FILE_HEADER_LENGTH as u64,
+            synced_from: FILE_HEADER_LENGTH as u64,
             blank_to: FILE_HEADER_LENGTH as u64,
             next: first,
         })
@@ -316,6 +319,7 @@ impl Found {
             file: self.file,
             end: self.end,
             synced: self.synced,
+            synced_from: self.end,
             blank_to: self.end,
             next,
         }))
@@ -387,14 +391,16 @@ impl Log {
 
     /// The file to sync, on a thread that may wait, and how much of it that sync will cover.
     ///
-    /// When it has grown past what was written ahead, zeroes go ahead of it again: a sync of what then lies within the file need not wait for
+    /// When it has grown past what was written ahead, by little since the last sync, zeroes go ahead of it again: a sync of what then lies within the file need not wait for
     /// the filesystem's own journal, which takes a third of its time. Whoever reads the log takes them for its end.
     pub fn to_sync(&mut self) -> (Arc<dyn DiskFile>, u64) {
-        if self.end > self.blank_to {
-            match self.file.write_all_at(&BLANK, self.end) {
-                Ok(()) => self.blank_to = self.end + BLANK.len() as u64,
+        let grown = self.end - self.synced_from;
+        self.synced_from = self.end;
+        if self.end > self.blank_to && grown <= BLANK.len() as u64 / 4 {
+            self.blank_to = self.end + BLANK.len() as u64;
+            if let Err(error) = self.file.write_all_at(&BLANK, self.end) {
                 // Nothing depends on it, and an entry that meets the same will say so.
-                Err(error) => tracing::debug!(path = %self.path.display(), %error, "cannot write ahead in the log"),
+                tracing::debug!(path = %self.path.display(), %error, "cannot write ahead in the log");
             }
         }
         (Arc::clone(&self.file), self.end)

@@ -9,7 +9,7 @@ use std::collections::{BTreeSet, VecDeque};
 use holdfast_common::BlockHash;
 
 use super::{
-    CheckedBlock, Inner, NewBlock, Patience, RECORD_HEADER_LENGTH, StoreError,
+    CheckedBlock, Inner, NewBlock, RECORD_HEADER_LENGTH, StoreError,
     format::{Kind, Place, RecordHeader, SEGMENT_HEADER_LENGTH, tree_length},
     index::{Entry, Usage},
     scan::{Item, Scan},
@@ -150,7 +150,7 @@ impl Inner {
     fn read_block(&self, hash: &BlockHash, entry: &Entry) -> Result<CheckedBlock, StoreError> {
         let skip = RECORD_HEADER_LENGTH + tree_length(entry.length) as usize;
         let read = || {
-            let bytes = self.read_checked(hash, entry, skip + entry.length as usize, Patience::Once)?;
+            let bytes = self.read_checked(hash, entry, skip + entry.length as usize, self.once(entry))?;
             CheckedBlock::verify(*hash, bytes.slice(skip..), entry.epoch)
                 .map_err(|error| StoreError::Damaged(error.to_string()))
         };

@@ -76,7 +76,7 @@ const SUSPECTS_MAX: usize = 4096;
 const INDEX_DAMAGED_FILE: &str = "index.damaged";
 const PAGE: u64 = 4096;
 /// Bytes of a block that is worth being read past the kernel's memory of files.
-const LONG: u32 = 256 << 10;
+const LONG: u32 = 512 << 10;
 /// Blocks deleted while puts wait.
 const DELETED_AT_ONCE: usize = 64;
 
@@ -206,6 +206,7 @@ struct Inner {
     tail: Mutex<Tail>,
     /// The tail's sequence, without its lock.
     appended: Arc<AtomicU64>,
+    growing: Arc<AtomicU64>,
     gate: SyncGate,
     quarantine: Quarantine,
     counters: Counters,
@@ -307,7 +308,7 @@ impl Store {
     pub fn get(&self, hash: &BlockHash) -> Result<Bytes, StoreError> {
         self.inner.located(hash, |entry| {
             let again = entry.length >= LONG && self.inner.lately.lock().note(*hash);
-            self.inner.read_payload(hash, entry, if again { Patience::Wait } else { Patience::Once })
+            self.inner.read_payload(hash, entry, if again { Patience::Wait } else { self.inner.once(entry) })
         })
     }
 
@@ -467,6 +468,7 @@ impl Inner {
             segments,
             index,
             appended: tail.appended(),
+            growing: tail.growing(),
             tail: Mutex::new(tail),
             gate: SyncGate::new(0),
             quarantine,
@@ -869,15 +871,20 @@ impl Inner {
         })
     }
 
+    /// How to read a block that will hardly be read again soon. Not past the kernel's memory in the growing segment: such a read
+    /// holds up writes of the same file.
+    fn once(&self, entry: &Entry) -> Patience {
+        let is_growing = entry.place.segment == self.growing.load(Relaxed);
+        if entry.length >= LONG && !is_growing { Patience::Once } else { Patience::Wait }
+    }
+
     fn read(&self, segment: u64, offset: u64, length: usize, patience: Patience) -> Result<Bytes, StoreError> {
         let read = self.segments.file(segment).and_then(|file| {
-            if patience == Patience::Once && length >= LONG as usize {
-                return file.read_once(offset, length);
-            }
             let mut bytes = vec![0; length];
             match patience {
+                Patience::Once => return file.read_once(offset, length),
                 Patience::CachedOnly => file.read_cached_at(&mut bytes, offset)?,
-                Patience::Wait | Patience::Once => file.read_exact_at(&mut bytes, offset)?,
+                Patience::Wait => file.read_exact_at(&mut bytes, offset)?,
             }
             Ok(bytes.into())
         });
@@ -914,7 +921,7 @@ impl Inner {
     /// A block: its bytes are good, and the tree beside them is not.
     fn check_record(&self, hash: &BlockHash, entry: &Entry) -> Result<Option<CheckedBlock>, StoreError> {
         let skip = RECORD_HEADER_LENGTH + tree_length(entry.length) as usize;
-        let bytes = self.read_checked(hash, entry, skip + entry.length as usize, Patience::Once)?;
+        let bytes = self.read_checked(hash, entry, skip + entry.length as usize, self.once(entry))?;
         let block = CheckedBlock::verify(*hash, bytes.slice(skip..), entry.epoch)
             .map_err(|error| StoreError::Damaged(error.to_string()))?;
         Ok((block.tree() != &bytes[RECORD_HEADER_LENGTH..skip]).then_some(block))

@@ -138,7 +138,7 @@ impl<'a> Recoverer<'a> {
         }
         let header = read_segment_key(file.as_ref(), number)?;
         let records_before = self.report.records;
-        let (end, lost) = self.replay(&file, start)?;
+        let (end, lost, is_blank) = self.replay(&file, start)?;
         if let Err(fault) = header {
             let is_empty = self.report.records == records_before && start.offset == SEGMENT_HEADER_LENGTH;
             if is_empty {
@@ -149,7 +149,10 @@ impl<'a> Recoverer<'a> {
             file.write_all_at(&encode_segment_header(number, &self.segments.key), 0)?;
         }
         self.clear(file.as_ref(), end, &lost)?;
-        if self.sequence > self.marked || !lost.is_empty() || header.is_err() {
+        if is_blank {
+            file.set_length(end)?;
+        }
+        if self.sequence > self.marked || !lost.is_empty() || header.is_err() || is_blank {
             touched.push((number, Arc::clone(&file)));
         }
         Ok((Place { segment: number, offset: end }, Some(file)))
@@ -167,10 +170,12 @@ impl<'a> Recoverer<'a> {
         self.segments.set_aside(start.segment)
     }
 
-    /// Applies the records from `start` on; returns where the last good one ends, and what was lost.
-    fn replay(&mut self, file: &Arc<dyn DiskFile>, start: Place) -> Result<(u64, Vec<Lost>), RecoverError> {
+    /// Applies the records from `start` on; returns where the last good one ends, what was lost, and whether there are
+    /// zeroes at the end.
+    fn replay(&mut self, file: &Arc<dyn DiskFile>, start: Place) -> Result<(u64, Vec<Lost>, bool), RecoverError> {
         let mut end = start.offset;
         let mut lost = Vec::new();
+        let mut is_blank = false;
         let mut items = Scan::new(file.as_ref(), &self.segments.key, start)?.peekable();
         while let Some(item) = items.next() {
             match item {
@@ -184,10 +189,12 @@ impl<'a> Recoverer<'a> {
                     self.sequence = self.sequence.max(header.sequence);
                 }
                 // What had not been used of the zeroes was cut before the next segment was synced.
-                Item::Blank { place } if self.sequence < self.marked => {
-                    self.damaged(place, format_args!("zeroes are where synced records were"));
+                Item::Blank { place } => {
+                    is_blank = true;
+                    if self.sequence < self.marked {
+                        self.damaged(place, format_args!("zeroes are where synced records were"));
+                    }
                 }
-                Item::Blank { .. } => {}
                 Item::Bad { place, end: bad_end, at_end_of_file } => {
                     let never_synced = self.sequence >= self.marked && (at_end_of_file || !self.cache_survived);
                     if never_synced {
@@ -200,7 +207,7 @@ impl<'a> Recoverer<'a> {
                 }
             }
         }
-        Ok((end, lost))
+        Ok((end, lost, is_blank))
     }
 
     /// Applies a record, unless it was lost. A damaged one is quarantined, and did survive in that sense.

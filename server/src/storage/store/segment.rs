@@ -25,8 +25,8 @@ use super::format::{
 
 /// Segment files that are held open at once, besides those that wait for a sync.
 const OPEN_FILES_MAX: usize = 256;
-/// A payload at least this long is written from where it lies; shorter ones are gathered into one write.
-const GATHER_BELOW: usize = 64 << 10;
+/// A payload longer than this is written from where it lies; shorter ones are gathered into one write.
+const GATHER_MAX: usize = 64 << 10;
 /// Written ahead of short records.
 static BLANK: [u8; 256 << 10] = [0; 256 << 10];
 /// Bytes after which the disk is told to start writing, so that the next sync finds little to do.
@@ -207,6 +207,8 @@ pub(super) struct Tail {
     sequence: u64,
     /// The same, for those who must not wait for whoever holds the tail.
     appended: Arc<AtomicU64>,
+    /// The growing segment, for the same.
+    growing: Arc<AtomicU64>,
     hinted: u64,
     /// Where the last sync left the end of the growing segment.
     synced_end: u64,
@@ -236,6 +238,7 @@ impl Tail {
             end: place,
             sequence,
             appended: Arc::new(AtomicU64::new(sequence)),
+            growing: Arc::new(AtomicU64::new(place.segment)),
             hinted,
             synced_end: place.offset,
             blank_to: place.offset,
@@ -247,6 +250,11 @@ impl Tail {
     /// Shows the sequence without the tail's lock, under which a disk is written.
     pub(super) fn appended(&self) -> Arc<AtomicU64> {
         Arc::clone(&self.appended)
+    }
+
+    /// Shows the number of the growing segment without the tail's lock.
+    pub(super) fn growing(&self) -> Arc<AtomicU64> {
+        Arc::clone(&self.growing)
     }
 
     fn set_sequence(&mut self, sequence: u64) {
@@ -323,6 +331,7 @@ impl Tail {
             segments.hint(&full, self.hinted, self.place.offset - self.hinted);
             self.cut_blank(&full);
         }
+        self.growing.store(number, Ordering::Relaxed);
         self.place = Place { segment: number, offset: SEGMENT_HEADER_LENGTH };
         self.hinted = SEGMENT_HEADER_LENGTH;
         self.synced_end = SEGMENT_HEADER_LENGTH;
@@ -345,16 +354,16 @@ impl Tail {
         let appended = self.place.offset - self.synced_end;
         self.synced_end = self.place.offset;
         let end = (self.place.offset + BLANK.len() as u64).min(self.segment_bytes);
-        let Some(file) = &self.file else { return };
+        let Some(file) = self.file.as_ref().filter(|_| self.unsynced.contains_key(&self.place.segment)) else { return };
         if self.place.offset <= self.blank_to || appended > BLANK.len() as u64 / 4 || end <= self.place.offset {
             return;
         }
+        self.blank_to = end;
         #[expect(clippy::cast_possible_truncation, reason = "at most the length of BLANK")]
         let zeroes = &BLANK[..(end - self.place.offset) as usize];
-        match file.write_all_at(zeroes, self.place.offset) {
-            Ok(()) => self.blank_to = end,
+        if let Err(error) = file.write_all_at(zeroes, self.place.offset) {
             // Nothing depends on it, and a put that meets the same will say so.
-            Err(error) => tracing::debug!(%error, "cannot write ahead in a segment"),
+            tracing::debug!(%error, "cannot write ahead in a segment");
         }
     }
 
@@ -406,7 +415,7 @@ impl Writer<'_> {
     fn record(&mut self, header: &[u8], record: &NewRecord<'_>) -> io::Result<()> {
         self.buffer.extend_from_slice(header);
         self.buffer.extend_from_slice(record.tree);
-        if record.payload.len() < GATHER_BELOW {
+        if record.payload.len() <= GATHER_MAX {
             self.buffer.extend_from_slice(record.payload);
             let padded = self.buffer.len().next_multiple_of(ALIGNMENT_BYTES);
             self.buffer.resize(padded, 0);

@@ -133,14 +133,17 @@ fn a_list_is_read_in_pages_across_memory_and_redb() {
 fn the_first_read_of_a_long_block_passes_by_the_memory_of_files_and_the_next_fills_it() {
     let disk = TestDisk::new();
     let store = open(&disk);
-    let [long, short] = [block(1, 1 << 20), block(2, 100_000)];
-    store.put(&[long.clone(), short.clone()]).unwrap();
+    let [long, short, last] = [block(1, 1 << 20), block(2, (512 << 10) - 1), block(3, 1 << 20)];
+    for block in [&long, &short, &last] {
+        store.put(std::slice::from_ref(block)).unwrap();
+    }
     let mut read = |block: &CheckedBlock| {
         let before = disk.read_once();
         assert_eq!(store.get(&block.hash()).unwrap(), block.bytes());
         disk.read_once() - before
     };
     assert_eq!([&long, &long, &long, &short, &short].map(&mut read), [1, 0, 0, 0, 0]);
+    assert_eq!(read(&last), 0, "in the segment that grows, it would hold up writes");
     let before = disk.read_once();
     store.verify(&long.hash()).unwrap();
     assert_eq!(disk.read_once() - before, 1, "nobody asked for what is scrubbed");
@@ -313,6 +316,26 @@ fn what_was_written_ahead_of_a_full_segment_is_cut_and_zeroes_instead_of_records
     damaged.edit(&segment(1), |bytes| bytes[length - 2000..].fill(0));
     damaged.remove(&index_path()).unwrap();
     assert!(open(&damaged).recovery().damaged > 0);
+}
+
+#[test]
+fn what_was_written_ahead_does_not_outlive_a_restart() {
+    let disk = TestDisk::new();
+    let store = open(&disk);
+    put_durable(&store, &block(1, 900));
+    assert!(disk.edit(&segment(1), |bytes| bytes.len() > used(bytes)));
+    drop(store);
+    let disk = disk.after_kill();
+    let store = open(&disk);
+    assert!(disk.edit(&segment(1), |bytes| bytes.len() == used(bytes)));
+    // One that does not fit into the first segment any more.
+    put_durable(&store, &block(2, 100_000));
+    assert_eq!(disk.paths(".seg").len(), 2);
+    let after = disk.after_kill();
+    after.remove(&index_path()).unwrap();
+    let store = open(&after);
+    assert_eq!((store.recovery().damaged, store.recovery().lost), (0, 0));
+    [block(1, 900), block(2, 100_000)].iter().for_each(|block| assert_here(&store, block));
 }
 
 #[test]
@@ -821,7 +844,7 @@ proptest! {
         hostile.remove(&index_path()).unwrap();
         hostile.edit(&segment(1), |good| {
             for (position, value) in &flips {
-                let position = usize::from(*position) % good.len();
+                let position = usize::from(*position) % (used(good) + 100).min(good.len());
                 good[position] ^= value;
             }
         });
