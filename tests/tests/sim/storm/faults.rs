@@ -75,7 +75,10 @@ pub(super) async fn spoil(machines: &Arc<Mutex<Machines>>, admin: &Host, random:
     let stroke = Stroke { machines, random, victim, rotten, long, power, honest };
     match fault {
         Fault::StorageDies => stroke.storage_dies(Duration::ZERO).await,
-        Fault::StorageIsGivenUp => stroke.storage_dies(GIVEN_UP_AFTER).await,
+        Fault::StorageIsGivenUp => {
+            let victim = stroke.may_be_given_up();
+            Stroke { victim, ..stroke }.storage_dies(GIVEN_UP_AFTER).await;
+        }
         Fault::MetaDies => stroke.meta_dies().await,
         Fault::Partition => stroke.partition().await,
         Fault::BadNetwork => stroke.bad_network().await,
@@ -94,6 +97,12 @@ pub(super) async fn spoil(machines: &Arc<Mutex<Machines>>, admin: &Host, random:
 }
 
 impl Stroke<'_> {
+    /// Of two copies of a block one may be on the rotten disk: where bits turn, no other server may be away for so long that the other copy is off the record, or whoever
+    /// reads the block is told, as he has to be, that no good copy is known.
+    fn may_be_given_up(&self) -> u32 {
+        if self.honest { self.victim } else { self.rotten }
+    }
+
     async fn storage_dies(self, longer: Duration) {
         let power = self.power.filter(|_| !self.honest);
         let disk = self.machines.lock().stop_storage(self.victim, power);
@@ -109,9 +118,14 @@ impl Stroke<'_> {
 
     /// Between two, both ways or one of them.
     async fn partition(self) {
+        let given_up = self.may_be_given_up();
         let random = self.random;
         let one = if random.random() { mount(random.random_range(1..=MOUNTS)) } else { META };
-        let other = if one != META && random.random() { META } else { storage(self.victim) };
+        let other = match one {
+            META => storage(given_up),
+            _ if random.random() => META,
+            _ => storage(self.victim),
+        };
         let mut cut = vec![(one, other), (other, one)];
         if random.random_range(0..3) > 0 {
             cut.remove(random.random_range(0..2));
