@@ -17,7 +17,7 @@ use super::{
     open::{OpenFile, goes_around_pages},
 };
 use crate::{
-    fs::shared::{FreshMap, MAP_TRIES, Urgency, unsteady},
+    fs::shared::{DURABLE_PUT_BYTES_MAX, FreshMap, MAP_TRIES, Urgency, unsteady},
     write::budget::NoRoom,
 };
 
@@ -111,7 +111,7 @@ impl Fs {
         if data.is_empty() {
             return Ok(());
         }
-        self.wait_for_room().await?;
+        self.wait_for_room(&file.inode).await?;
         let appends = file.flags & libc::O_APPEND != 0;
         if appends {
             self.drop_privileges(caller, &file.inode).await?;
@@ -167,13 +167,14 @@ impl Fs {
     }
 
     /// Past the bound on dirty bytes a writer waits until some have been stored.
-    async fn wait_for_room(&self) -> FsResult<()> {
-        if self.shared.budget.has_room() {
+    async fn wait_for_room(&self, inode: &Inode) -> FsResult<()> {
+        let held = inode.lock().held_bytes();
+        if self.shared.budget.has_room(held) {
             return Ok(());
         }
         self.write_out_old(std::time::Duration::ZERO);
         self.shared.release_durable();
-        self.shared.budget.wait_for_room(self.shared.io_timeout).await.map_err(|no_room| {
+        self.shared.budget.wait_for_room(held, self.shared.io_timeout).await.map_err(|no_room| {
             warn!(dirty = self.dirty_bytes(), ?no_room, "a write found no room: what was written before is not stored");
             match no_room {
                 NoRoom::Full => Errno(libc::ENOSPC),
@@ -211,10 +212,11 @@ impl Fs {
     pub async fn fsync(&self, _ino: Ino, handle: FileHandle, _data_only: bool) -> FsResult<()> {
         let file = self.file(handle)?;
         file.check_locks()?;
-        let (errors, is_inherited) = {
-            let state = file.inode.lock();
-            (state.errors(), state.is_inherited())
+        let (errors, is_inherited, is_little) = {
+            let mut state = file.inode.lock();
+            (state.errors(), state.is_inherited(), state.take_written_since_sync() <= DURABLE_PUT_BYTES_MAX)
         };
+        let begun = tokio::time::Instant::now();
         let urgency = if is_inherited { Urgency::DurableBlocks } else { Urgency::Durable };
         self.shared.write_out(&file.inode, urgency).await;
         let (failed, position) = {
@@ -225,6 +227,9 @@ impl Fs {
             self.shared.make_durable().await?;
             self.check_made(&file.inode).await?;
             file.inode.lock().disinherit();
+        }
+        if is_little {
+            self.shared.budget.note_sync(begun.elapsed());
         }
         self.tell_error(&file)
     }

@@ -44,7 +44,8 @@ impl Duties {
     /// Lets go of what has become durable, and has it become so when it takes much of the budget.
     async fn settling(fs: &Arc<Fs>) {
         loop {
-            tokio::time::sleep(TICK).await;
+            fs.shared.budget.until_pressed(TICK).await;
+            fs.shared.budget.calm_down();
             fs.shared.release_durable();
             if fs.shared.budget.is_pressed()
                 && fs.shared.retained.lock().bytes() > 0

@@ -65,6 +65,8 @@ pub(super) struct State {
     severed: u64,
     /// Writes so far, and which of them made each dirty chunk dirty.
     writes: u64,
+    /// Bytes that were written since the last fsync.
+    since_sync: u64,
     written: BTreeMap<ChunkIndex, u64>,
     appended: Option<Appended>,
     pub map: KnownMap,
@@ -212,6 +214,7 @@ impl Inode {
             severed: 0,
             writers: Some(BTreeSet::new()),
             writes: 0,
+            since_sync: 0,
             written: BTreeMap::new(),
             appended: None,
             map,
@@ -395,7 +398,8 @@ impl State {
         self.dirty_bytes
     }
 
-    fn held_bytes(&self) -> u64 {
+    /// Bytes that are dirty, or on their way.
+    pub(super) fn held_bytes(&self) -> u64 {
         self.dirty_bytes + self.uploads.values().map(|upload| upload.bytes).sum::<u64>()
     }
 
@@ -406,6 +410,11 @@ impl State {
     /// Are there uploads up to this one that are worth waiting for?
     pub(super) fn uploads_up_to(&self, id: u64) -> bool {
         self.uploads.range(..=id).any(|(id, _)| !self.late.contains(id))
+    }
+
+    /// How many bytes were written since this was asked last.
+    pub(super) fn take_written_since_sync(&mut self) -> u64 {
+        std::mem::take(&mut self.since_sync)
     }
 
     /// How many writes there have been.
@@ -466,6 +475,7 @@ impl State {
     /// Takes in written bytes. Returns how many more are held, and whether a chunk is now complete.
     pub(super) fn write(&mut self, offset: u64, data: Bytes, now: Time) -> (u64, bool) {
         self.writes += 1;
+        self.since_sync += data.len() as u64;
         self.write_since(offset, data, now, self.writes)
     }
 

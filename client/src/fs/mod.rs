@@ -192,6 +192,7 @@ impl Fs {
             budget: DirtyBudget::new(options.dirty_bytes),
             retained: Mutex::default(),
             upload_slots: Semaphore::new(UPLOADS_IN_FLIGHT_MAX),
+            small_upload_slots: Semaphore::new(UPLOADS_IN_FLIGHT_MAX),
             io_timeout: options.io_timeout,
             clock,
         };
@@ -266,7 +267,7 @@ impl Fs {
 
     /// Half of the budget is dirty: time to store what is old, before anyone has to wait.
     fn is_pressed(&self) -> bool {
-        self.dirty_bytes() >= self.shared.budget.limit() / 2
+        self.dirty_bytes() >= self.shared.budget.bound() / 2
     }
 
     /// Bytes of verified blocks in memory.

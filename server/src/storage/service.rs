@@ -33,7 +33,7 @@ use super::{
     replicate::{Fetcher, SOURCES_MAX, joined},
     scrub::ScrubProgress,
     store::{CheckedBlock, Store, StoreError, Verdict},
-    workers::{WorkError, Workers},
+    workers::{Effort, WorkError, Workers},
 };
 
 /// A put of at most so many bytes is hashed and written where it arrives, if no other work waits: handing it to a
@@ -193,7 +193,7 @@ impl StorageService {
             StorageRequest::KeepBackup { number, offset, end } => {
                 let (backups, part) = (Arc::clone(&self.backups), joined(payload));
                 let keep = move || backups.keep(number, offset, &part, end);
-                self.workers.run(keep).await.map_err(work_refusal)??;
+                self.workers.run(Effort::Long, keep).await.map_err(work_refusal)??;
                 Ok((StorageAnswer::Kept, Vec::new()))
             }
         }
@@ -202,10 +202,11 @@ impl StorageService {
     /// Runs `work` on a worker's thread.
     async fn blocking<T: Send + 'static>(
         &self,
+        effort: Effort,
         work: impl FnOnce(&Store) -> Result<T, StoreError> + Send + 'static,
     ) -> Result<T, StoreError> {
         let store = Arc::clone(&self.store);
-        match self.workers.run(move || work(&store)).await {
+        match self.workers.run(effort, move || work(&store)).await {
             Ok(result) => result,
             Err(WorkError::Full) => Err(StoreError::Busy),
             Err(WorkError::Died) => Err(std::io::Error::other(WorkError::Died).into()),
@@ -217,16 +218,17 @@ impl StorageService {
         // Not a bare zero, which nobody has to have been told.
         let latest = blocks.iter().map(|block| block.epoch).max().filter(|epoch| epoch.0 > 0);
         latest.into_iter().for_each(|epoch| self.hear(epoch));
-        let ticket = if payload.len() <= INLINE_BYTES_MAX && self.workers.is_idle() {
+        let effort = if payload.len() <= INLINE_BYTES_MAX { Effort::Short } else { Effort::Long };
+        let ticket = if effort == Effort::Short && self.workers.is_idle() {
             let checked = check_blocks(&blocks, &payload)?;
             match self.store.try_put(&checked) {
                 Some(put) => put.map_err(logged)?,
-                None => self.blocking(move |store| store.put(&checked)).await.map_err(logged)?,
+                None => self.blocking(effort, move |store| store.put(&checked)).await.map_err(logged)?,
             }
         } else {
             let store = Arc::clone(&self.store);
             let put = move || check_blocks(&blocks, &payload).and_then(|checked| store.put(&checked).map_err(logged));
-            self.workers.run(put).await.map_err(work_refusal)??
+            self.workers.run(effort, put).await.map_err(work_refusal)??
         };
         if durable {
             self.store.durable(ticket).await.map_err(logged)?;
@@ -247,7 +249,8 @@ impl StorageService {
                     None => with_length(store.get(&block)),
                     Some(range) => store.get_range(&block, range),
                 };
-                self.blocking(read).await
+                let is_short = range.is_some_and(|range| range.length <= INLINE_READ_MAX);
+                self.blocking(if is_short { Effort::Short } else { Effort::Long }, read).await
             }
             cached => cached,
         };
@@ -265,24 +268,25 @@ impl StorageService {
         // No blocks: a probe, which must not wait for a disk behind the others.
         let present = match blocks.is_empty() {
             true => Vec::new(),
-            false => self.blocking(move |store| store.has(&blocks)).await.map_err(logged)?,
+            false => self.blocking(Effort::Long, move |store| store.has(&blocks)).await.map_err(logged)?,
         };
         Ok((StorageAnswer::Has { boot: self.store.boot(), present }, Vec::new()))
     }
 
     async fn delete(&self, blocks: Vec<BlockHash>, epoch: Epoch) -> Answer {
         check_list(&blocks)?;
-        let count = self.blocking(move |store| store.delete(&blocks, epoch)).await.map_err(logged)?;
+        let count = self.blocking(Effort::Long, move |store| store.delete(&blocks, epoch)).await.map_err(logged)?;
         Ok((StorageAnswer::Deleted { count }, Vec::new()))
     }
 
     async fn list(&self, after: Option<BlockHash>) -> Answer {
-        let (blocks, end) = self.blocking(move |store| store.list(after, HASH_LIST_MAX)).await.map_err(logged)?;
+        let (blocks, end) =
+            self.blocking(Effort::Long, move |store| store.list(after, HASH_LIST_MAX)).await.map_err(logged)?;
         Ok((StorageAnswer::List { blocks, end }, Vec::new()))
     }
 
     async fn digest(&self, bucket: u8) -> Answer {
-        let digest = self.blocking(move |store| digest_of(store, bucket)).await.map_err(logged)?;
+        let digest = self.blocking(Effort::Long, move |store| digest_of(store, bucket)).await.map_err(logged)?;
         Ok((StorageAnswer::Digest(digest), Vec::new()))
     }
 
@@ -290,7 +294,7 @@ impl StorageService {
         check_sources(sources)?;
         self.hear(epoch);
         let _one_at_a_time = self.lane(&hash).lock().await;
-        let here = self.blocking(move |store| store.raise(&hash, epoch)).await;
+        let here = self.blocking(Effort::Long, move |store| store.raise(&hash, epoch)).await;
         match here {
             Ok(Some(ticket)) => self.store.durable(ticket).await.map_err(logged)?,
             Ok(None) | Err(StoreError::Damaged(_)) => self.fetch_and_store(hash, sources, epoch).await?,
@@ -303,26 +307,29 @@ impl StorageService {
         check_sources(sources)?;
         let _one_at_a_time = self.lane(&hash).lock().await;
         for _ in 0..VERDICTS_MAX {
-            let (good, bad) = match self.blocking(move |store| store.examine(&hash)).await.map_err(logged)? {
-                Verdict::Good => return Ok((StorageAnswer::Repaired { replaced: false }, Vec::new())),
-                Verdict::Missing => {
-                    self.fetch_and_store(hash, sources, self.stamp()?).await?;
-                    self.store.note_repaired();
-                    return Ok((StorageAnswer::Repaired { replaced: true }, Vec::new()));
-                }
-                Verdict::BadTree(block, bad) => {
-                    tracing::error!(block = %hash, "the hash tree of a copy is bad, its bytes are good");
-                    (Some(block), bad)
-                }
-                Verdict::Damaged(bad, reason) => {
-                    tracing::error!(block = %hash, reason, "a copy is bad");
-                    let fetched = self.fetcher.fetch(hash, sources).await;
-                    (fetched.map(|block| CheckedBlock::from_block(&block, Epoch(0))), bad)
-                }
-            };
+            let (good, bad) =
+                match self.blocking(Effort::Long, move |store| store.examine(&hash)).await.map_err(logged)? {
+                    Verdict::Good => return Ok((StorageAnswer::Repaired { replaced: false }, Vec::new())),
+                    Verdict::Missing => {
+                        self.fetch_and_store(hash, sources, self.stamp()?).await?;
+                        self.store.note_repaired();
+                        return Ok((StorageAnswer::Repaired { replaced: true }, Vec::new()));
+                    }
+                    Verdict::BadTree(block, bad) => {
+                        tracing::error!(block = %hash, "the hash tree of a copy is bad, its bytes are good");
+                        (Some(block), bad)
+                    }
+                    Verdict::Damaged(bad, reason) => {
+                        tracing::error!(block = %hash, reason, "a copy is bad");
+                        let fetched = self.fetcher.fetch(hash, sources).await;
+                        (fetched.map(|block| CheckedBlock::from_block(&block, Epoch(0))), bad)
+                    }
+                };
             // A bad copy may be the only one of which anything can be read: it stays until there is a good one.
             let good = good.ok_or(Refusal::Unavailable)?;
-            if let Some(ticket) = self.blocking(move |store| store.replace(&good, bad)).await.map_err(logged)? {
+            if let Some(ticket) =
+                self.blocking(Effort::Long, move |store| store.replace(&good, bad)).await.map_err(logged)?
+            {
                 self.store.durable(ticket).await.map_err(logged)?;
                 tracing::info!(block = %hash, "a good copy is here again");
                 return Ok((StorageAnswer::Repaired { replaced: true }, Vec::new()));
@@ -334,7 +341,7 @@ impl StorageService {
     async fn fetch_and_store(&self, hash: BlockHash, sources: &[Source], epoch: Epoch) -> Result<(), Refusal> {
         let block = self.fetcher.fetch(hash, sources).await.ok_or(Refusal::Unavailable)?;
         let put = move |store: &Store| store.put(&[CheckedBlock::from_block(&block, epoch)]);
-        let ticket = self.blocking(put).await.map_err(logged)?;
+        let ticket = self.blocking(Effort::Long, put).await.map_err(logged)?;
         self.store.durable(ticket).await.map_err(logged)
     }
 

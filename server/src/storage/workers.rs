@@ -1,4 +1,4 @@
-//! A few threads for what would hold up the network: hashing, and disks.
+//! A few threads for what would hold up the network: hashing, and disks. Short work goes before long.
 
 use std::{
     collections::VecDeque,
@@ -28,16 +28,52 @@ struct Shared {
 
 impl std::fmt::Debug for Shared {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.debug_struct("Shared").field("waiting", &self.queue.lock().jobs.len()).finish_non_exhaustive()
+        f.debug_struct("Shared").field("waiting", &self.queue.lock().waiting()).finish_non_exhaustive()
     }
+}
+
+/// How long work takes, as far as can be told before.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Effort {
+    /// A page or a small file, for which a user waits.
+    Short,
+    /// A block, or something of which nobody knows.
+    Long,
 }
 
 #[derive(Default)]
 struct Queue {
-    jobs: VecDeque<Job>,
+    short: VecDeque<Job>,
+    long: VecDeque<Job>,
+    /// Short jobs that were taken while a long one waited.
+    in_a_row: u32,
     /// Jobs that wait or run.
     unfinished: usize,
     stopping: bool,
+}
+
+impl Queue {
+    fn waiting(&self) -> usize {
+        self.short.len() + self.long.len()
+    }
+
+    fn push(&mut self, effort: Effort, job: Job) {
+        match effort {
+            Effort::Short => self.short.push_back(job),
+            Effort::Long => self.long.push_back(job),
+        }
+        self.unfinished += 1;
+    }
+
+    /// A short one, unless a long one has seen enough of them go before it.
+    fn take(&mut self) -> Option<Job> {
+        if self.long.is_empty() || (!self.short.is_empty() && self.in_a_row < SHORT_IN_A_ROW) {
+            self.in_a_row = if self.long.is_empty() { 0 } else { self.in_a_row + 1 };
+            return self.short.pop_front();
+        }
+        self.in_a_row = 0;
+        self.long.pop_front()
+    }
 }
 
 /// The queue is full, or the job panicked.
@@ -51,6 +87,8 @@ pub(super) enum WorkError {
 
 /// Jobs that may wait.
 const QUEUE_MAX: usize = 2048;
+/// Short jobs that go before a long one: together they take about as long as it does.
+const SHORT_IN_A_ROW: u32 = 16;
 
 impl Workers {
     pub(super) fn start(count: usize) -> io::Result<Self> {
@@ -76,26 +114,27 @@ impl Workers {
     /// Runs `work` on one of the threads, if there are any. Dropping the future does not stop it.
     pub(super) async fn run<T: Send + 'static>(
         &self,
+        effort: Effort,
         work: impl FnOnce() -> T + Send + 'static,
     ) -> Result<T, WorkError> {
         if self.threads.is_empty() {
             return work::run(work).await.map_err(|_| WorkError::Died);
         }
         let (sender, receiver) = oneshot::channel();
-        self.push(Box::new(move || {
+        let job = move || {
             // Nobody may be waiting any more.
             drop(sender.send(work()));
-        }))?;
+        };
+        self.push(effort, Box::new(job))?;
         receiver.await.map_err(|_| WorkError::Died)
     }
 
-    fn push(&self, job: Job) -> Result<(), WorkError> {
+    fn push(&self, effort: Effort, job: Job) -> Result<(), WorkError> {
         let mut queue = self.shared.queue.lock();
-        if queue.jobs.len() >= QUEUE_MAX {
+        if queue.waiting() >= QUEUE_MAX {
             return Err(WorkError::Full);
         }
-        queue.jobs.push_back(job);
-        queue.unfinished += 1;
+        queue.push(effort, job);
         self.shared.wake.notify_one();
         Ok(())
     }
@@ -127,7 +166,7 @@ impl Shared {
     fn next(&self) -> Option<Job> {
         let mut queue = self.queue.lock();
         loop {
-            if let Some(job) = queue.jobs.pop_front() {
+            if let Some(job) = queue.take() {
                 return Some(job);
             }
             if queue.stopping {
@@ -135,5 +174,35 @@ impl Shared {
             }
             self.wake.wait(&mut queue);
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn short_work_goes_first_and_long_work_is_not_forgotten() {
+        let (mut queue, taken) = (Queue::default(), Arc::new(Mutex::new(Vec::new())));
+        let job = |name: u32| -> Job {
+            let taken = Arc::clone(&taken);
+            Box::new(move || taken.lock().push(name))
+        };
+        const LONG: u32 = 1000;
+        [LONG, LONG + 1].into_iter().for_each(|name| queue.push(Effort::Long, job(name)));
+        (0..SHORT_IN_A_ROW + 1).for_each(|name| queue.push(Effort::Short, job(name)));
+        while let Some(job) = queue.take() {
+            job();
+        }
+        let expected: Vec<u32> = (0..SHORT_IN_A_ROW).chain([LONG, SHORT_IN_A_ROW, LONG + 1]).collect();
+        assert_eq!(*taken.lock(), expected);
+        assert_eq!((queue.waiting(), queue.in_a_row), (0, 0));
+    }
+
+    #[tokio::test]
+    async fn work_of_both_kinds_is_done() {
+        let workers = Workers::start(2).unwrap();
+        let done = tokio::join!(workers.run(Effort::Long, || 1), workers.run(Effort::Short, || 2));
+        assert_eq!(done, (Ok(1), Ok(2)));
     }
 }

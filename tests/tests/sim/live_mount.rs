@@ -1,16 +1,30 @@
-//! A mount that stays alive while every server loses its power: it loses nothing, fsynced or not (I3).
+//! A mount that stays alive while every server loses its power loses nothing, fsynced or not (I3); and one in which much is written does not keep those waiting who write
+//! little.
 
-use std::{sync::Arc, time::Duration};
+use std::{
+    sync::{
+        Arc,
+        atomic::{AtomicUsize, Ordering},
+    },
+    time::Duration,
+};
 
 use bytes::Bytes;
+use futures_util::future::BoxFuture;
 use holdfast_client::{
     fs::{AccessTimes, Caller, Duties, Errno, FileHandle, Fs, FsOptions, FsResult, MakeRequest},
     remote::meta::MountName,
 };
 use holdfast_common::{
-    Attr, Ino, Kind, clock::SystemClock, wire::meta::AdminRequest, wire::meta::MetaAnswer, wire::meta::MetaRequest,
+    Attr, Ino, Kind,
+    clock::SystemClock,
+    net::{CallError, Endpoint, Frame, Peers},
+    wire::meta::AdminRequest,
+    wire::meta::MetaAnswer,
+    wire::meta::MetaRequest,
 };
 use holdfast_tests::{fault::random_bytes, sim_disk::SimDisk};
+use tokio::sync::watch;
 
 use crate::node::{Life, Network, STORAGE_SERVERS, run};
 
@@ -37,16 +51,20 @@ impl Drop for Mount {
 }
 
 async fn mount(network: &Network, id: u32) -> Mount {
+    mount_through(network.of_client(id), id, 8 << 20).await
+}
+
+async fn mount_through(peers: Arc<dyn Peers>, id: u32, dirty_bytes: u64) -> Mount {
     let options = FsOptions {
         cache_bytes: 8 << 20,
-        dirty_bytes: 8 << 20,
+        dirty_bytes,
         io_timeout: PATIENCE,
         connect_timeout: Duration::from_secs(10),
         access_times: AccessTimes::default(),
     };
     let name = MountName { host: "sim".into(), mountpoint: format!("/mnt-{id}") };
     let clock = Arc::new(SystemClock::default());
-    let fs = Fs::connect(network.of_client(id), Network::meta(), name, options, clock).await.expect("a session");
+    let fs = Fs::connect(peers, Network::meta(), name, options, clock).await.expect("a session");
     let duties = tokio::spawn(Duties::run(Arc::clone(&fs)));
     Mount { fs, duties }
 }
@@ -160,3 +178,65 @@ fn a_mount_that_stays_alive_loses_nothing_when_all_storage_servers_lose_their_po
 fn a_mount_that_stays_alive_loses_nothing_when_every_server_loses_its_power() {
     (0..4).for_each(|seed| run(check(true, true, seed)));
 }
+
+/// Keeps what is long on its way until it is opened.
+struct Gate {
+    peers: Arc<dyn Peers>,
+    is_open: watch::Sender<bool>,
+    /// Long requests that have come to it.
+    held: AtomicUsize,
+}
+
+impl Peers for Gate {
+    fn call(&self, to: Endpoint, request: Frame, deadline: Duration) -> BoxFuture<'_, Result<Frame, CallError>> {
+        Box::pin(async move {
+            if request.payload.iter().map(Bytes::len).sum::<usize>() > 512 << 10 {
+                self.held.fetch_add(1, Ordering::Relaxed);
+                self.is_open.subscribe().wait_for(|is_open| *is_open).await.expect("the gate is there");
+            }
+            self.peers.call(to, request, deadline).await
+        })
+    }
+}
+
+async fn write_bulk(mount: &Mount, file: &(Attr, FileHandle), content: &[u8]) {
+    let (attr, handle) = file;
+    for (number, part) in (0..).zip(content.chunks(1 << 20)) {
+        mount.write(CALLER, attr.ino, *handle, number << 20, Bytes::copy_from_slice(part)).await.expect("write");
+    }
+    mount.fsync(attr.ino, *handle, false).await.expect("fsync");
+}
+
+#[test]
+fn a_small_file_is_stored_and_synced_while_no_block_of_a_long_one_arrives() {
+    run(async {
+        let network = Network::default();
+        let _life = Life::start_on(SimDisk::rack(1 + STORAGE_SERVERS.count()), network.clone()).await.expect("a start");
+        let gate = Arc::new(Gate {
+            peers: network.of_client(1),
+            is_open: watch::Sender::new(false),
+            held: AtomicUsize::new(0),
+        });
+        let mount = mount_through(Arc::clone(&gate) as Arc<dyn Peers>, 1, DIRTY).await;
+        let bulk = create(&mount, Ino::ROOT, "bulk").await;
+        let content = random_bytes(1, LONG);
+        let small = async {
+            tokio::time::sleep(Duration::from_secs(1)).await;
+            assert!(mount.dirty_bytes() >= DIRTY && gate.held.load(Ordering::Relaxed) > 0, "the long one is held up");
+            write_file(&mount, Ino::ROOT, "closed", &[1; 5000]).await;
+            let (attr, handle) = create(&mount, Ino::ROOT, "synced").await;
+            mount.write(CALLER, attr.ino, handle, 0, Bytes::from_static(&[2; 5000])).await.expect("write");
+            mount.fsync(attr.ino, handle, false).await.expect("fsync");
+            assert!(mount.dirty_bytes() >= DIRTY, "nothing of the long one is stored");
+            gate.is_open.send_replace(true);
+        };
+        let both = async { tokio::join!(write_bulk(&mount, &bulk, &content), small) };
+        tokio::time::timeout(PATIENCE / 2, both).await.expect("nobody waits for a timeout");
+        let found = mount.read(bulk.0.ino, bulk.1, (LONG - (1 << 20)) as u64, 1 << 20).await.expect("read");
+        assert!(found == content[LONG - (1 << 20)..], "the long one has other bytes");
+    });
+}
+
+const DIRTY: u64 = 32 << 20;
+/// More than may be dirty.
+const LONG: usize = 40 << 20;
