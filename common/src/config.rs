@@ -344,7 +344,7 @@ pub struct ClientOptions {
     /// Memory for verified blocks that were read [default: 256MiB]
     #[arg(long, value_name = "BYTES")]
     pub cache_bytes: Option<ByteSize>,
-    /// Memory for bytes that were written and are not durable yet; writers wait past it [default: 256MiB]
+    /// Memory for bytes that were written and are not durable yet; writers wait past it (small files past an eighth more), or earlier while fsyncs of little take long [default: 256MiB]
     #[arg(long, value_name = "BYTES")]
     pub dirty_bytes: Option<ByteSize>,
     /// How long a write or read is retried while too few servers answer, in seconds [default: 60]

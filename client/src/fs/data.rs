@@ -9,6 +9,7 @@ use holdfast_common::{
     mode::{HAS_CAPABILITY, PERMISSIONS},
     wire::meta::{Query, SetAttr},
 };
+use tokio::time::Instant;
 use tracing::warn;
 
 use super::{
@@ -17,9 +18,23 @@ use super::{
     open::{OpenFile, goes_around_pages},
 };
 use crate::{
-    fs::shared::{DURABLE_PUT_BYTES_MAX, FreshMap, MAP_TRIES, Urgency, unsteady},
-    write::budget::NoRoom,
+    fs::shared::{FreshMap, MAP_TRIES, Urgency, unsteady},
+    write::{
+        budget::{Amount, NoRoom},
+        pace::Synced,
+    },
 };
+
+/// What came of making a file durable.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Sync {
+    /// It was.
+    Nothing,
+    /// It is now.
+    Waited,
+    /// What was written could not be stored; the file's error says why.
+    Failed,
+}
 
 /// How long an unmount waits for repairs that its reads have begun.
 const MENDING_PATIENCE: std::time::Duration = std::time::Duration::from_secs(5);
@@ -168,19 +183,26 @@ impl Fs {
 
     /// Past the bound on dirty bytes a writer waits until some have been stored.
     async fn wait_for_room(&self, inode: &Inode) -> FsResult<()> {
-        let held = inode.lock().held_bytes();
-        if self.shared.budget.has_room(held) {
+        let amount = self.amount_under_way(inode);
+        if self.shared.budget.has_room(amount) {
             return Ok(());
         }
         self.write_out_old(std::time::Duration::ZERO);
         self.shared.release_durable();
-        self.shared.budget.wait_for_room(held, self.shared.io_timeout).await.map_err(|no_room| {
+        self.shared.budget.wait_for_room(amount, self.shared.io_timeout).await.map_err(|no_room| {
             warn!(dirty = self.dirty_bytes(), ?no_room, "a write found no room: what was written before is not stored");
             match no_room {
                 NoRoom::Full => Errno(libc::ENOSPC),
                 NoRoom::Timeout => Errno(libc::EIO),
             }
         })
+    }
+
+    /// How much was written to the file that may not be durable yet.
+    fn amount_under_way(&self, inode: &Inode) -> Amount {
+        let state = inode.lock();
+        let is_durable = state.to_make_durable().is_some_and(|position| self.shared.meta.is_durable(position));
+        if state.is_clean() && is_durable { Amount::Little } else { Amount::of(state.written_since_sync()) }
     }
 
     /// Starts storing what has been dirty for longer than `age`.
@@ -212,26 +234,41 @@ impl Fs {
     pub async fn fsync(&self, _ino: Ino, handle: FileHandle, _data_only: bool) -> FsResult<()> {
         let file = self.file(handle)?;
         file.check_locks()?;
-        let (errors, is_inherited, is_little) = {
-            let mut state = file.inode.lock();
-            (state.errors(), state.is_inherited(), state.take_written_since_sync() <= DURABLE_PUT_BYTES_MAX)
+        let (begun, used) = (Instant::now(), self.shared.budget.used());
+        let written = file.inode.lock().take_written_since_sync();
+        let synced = self.make_file_durable(&file.inode).await;
+        match synced {
+            Ok(Sync::Waited) if Amount::of(written) == Amount::Little => {
+                self.shared.budget.note_sync(Synced { begun, ended: Instant::now(), used });
+            }
+            Ok(Sync::Waited | Sync::Nothing) => {}
+            Ok(Sync::Failed) | Err(_) => file.inode.lock().note_written_since_sync(written),
+        }
+        synced?;
+        self.tell_error(&file)
+    }
+
+    async fn make_file_durable(&self, inode: &Arc<Inode>) -> FsResult<Sync> {
+        let (errors, is_inherited, is_clean) = {
+            let state = inode.lock();
+            (state.errors(), state.is_inherited(), state.is_clean())
         };
-        let begun = tokio::time::Instant::now();
         let urgency = if is_inherited { Urgency::DurableBlocks } else { Urgency::Durable };
-        self.shared.write_out(&file.inode, urgency).await;
+        self.shared.write_out(inode, urgency).await;
         let (failed, position) = {
-            let state = file.inode.lock();
+            let state = inode.lock();
             (state.errors() > errors, state.to_make_durable())
         };
-        if !failed && !position.is_some_and(|position| self.shared.meta.is_durable(position)) {
-            self.shared.make_durable().await?;
-            self.check_made(&file.inode).await?;
-            file.inode.lock().disinherit();
+        if failed {
+            return Ok(Sync::Failed);
         }
-        if is_little {
-            self.shared.budget.note_sync(begun.elapsed());
+        if position.is_some_and(|position| self.shared.meta.is_durable(position)) {
+            return Ok(if is_clean { Sync::Nothing } else { Sync::Waited });
         }
-        self.tell_error(&file)
+        self.shared.make_durable().await?;
+        self.check_made(inode).await?;
+        inode.lock().disinherit();
+        Ok(Sync::Waited)
     }
 
     /// `ESTALE` if the file, which was made ahead of the server, is not there. After a barrier.

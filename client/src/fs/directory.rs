@@ -7,10 +7,10 @@ use holdfast_common::{
     wire::meta::{MetaAnswer, Query},
 };
 use parking_lot::Mutex;
-use tokio::task::JoinHandle;
+use tokio::{task::JoinHandle, time::Instant};
 
 use super::{DirectoryPage, Errno, FileHandle, Fs, FsResult, OpenedDirectory, listings::Filling};
-use crate::{remote::meta::unexpected, sys::boot_time};
+use crate::{remote::meta::unexpected, sys::boot_time, write::pace::Synced};
 
 /// Cookies of `.` and `..`; those of the server come after.
 const DOT: u64 = 1;
@@ -228,7 +228,9 @@ impl Fs {
 
     /// Names made and removed before are durable when this returns.
     pub async fn fsyncdir(&self, _ino: Ino) -> FsResult<()> {
+        let (begun, used) = (Instant::now(), self.shared.budget.used());
         self.shared.meta.barrier().await?;
+        self.shared.budget.note_sync(Synced { begun, ended: Instant::now(), used });
         self.shared.meta.hear_failure()
     }
 }

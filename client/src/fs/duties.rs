@@ -35,6 +35,7 @@ impl Duties {
     async fn storing(fs: &Arc<Fs>) {
         loop {
             tokio::time::sleep(TICK).await;
+            fs.shared.budget.calm_down(tokio::time::Instant::now());
             let age = if fs.is_pressed() { Duration::ZERO } else { DIRTY_AGE_MAX };
             fs.write_out_old(age);
             fs.sweep();
@@ -45,13 +46,15 @@ impl Duties {
     async fn settling(fs: &Arc<Fs>) {
         loop {
             fs.shared.budget.until_pressed(TICK).await;
-            fs.shared.budget.calm_down();
             fs.shared.release_durable();
+            let waits = fs.shared.retained.lock().bytes();
             if fs.shared.budget.is_pressed()
-                && fs.shared.retained.lock().bytes() > 0
+                && waits > 0
+                && waits >= fs.shared.budget.bound() / 8
                 && let Err(error) = fs.shared.make_durable().await
             {
                 warn!(?error, "what was written does not become durable");
+                tokio::time::sleep(TICK).await;
             }
         }
     }

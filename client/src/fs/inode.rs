@@ -65,7 +65,7 @@ pub(super) struct State {
     severed: u64,
     /// Writes so far, and which of them made each dirty chunk dirty.
     writes: u64,
-    /// Bytes that were written since the last fsync.
+    /// Bytes that were written since the last fsync that succeeded.
     since_sync: u64,
     written: BTreeMap<ChunkIndex, u64>,
     appended: Option<Appended>,
@@ -398,8 +398,7 @@ impl State {
         self.dirty_bytes
     }
 
-    /// Bytes that are dirty, or on their way.
-    pub(super) fn held_bytes(&self) -> u64 {
+    fn held_bytes(&self) -> u64 {
         self.dirty_bytes + self.uploads.values().map(|upload| upload.bytes).sum::<u64>()
     }
 
@@ -412,9 +411,18 @@ impl State {
         self.uploads.range(..=id).any(|(id, _)| !self.late.contains(id))
     }
 
-    /// How many bytes were written since this was asked last.
+    /// How many bytes were written since they were taken last.
+    pub(super) fn written_since_sync(&self) -> u64 {
+        self.since_sync
+    }
+
     pub(super) fn take_written_since_sync(&mut self) -> u64 {
         std::mem::take(&mut self.since_sync)
+    }
+
+    /// They were taken, and are not durable.
+    pub(super) fn note_written_since_sync(&mut self, bytes: u64) {
+        self.since_sync += bytes;
     }
 
     /// How many writes there have been.

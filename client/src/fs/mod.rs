@@ -265,6 +265,11 @@ impl Fs {
         self.shared.budget.used().saturating_sub(retained)
     }
 
+    /// Bytes past which those who write much wait now: the limit, or less while fsyncs of little take long.
+    pub fn dirty_bound(&self) -> u64 {
+        self.shared.budget.bound()
+    }
+
     /// Half of the budget is dirty: time to store what is old, before anyone has to wait.
     fn is_pressed(&self) -> bool {
         self.dirty_bytes() >= self.shared.budget.bound() / 2

@@ -30,7 +30,7 @@ use crate::{
         retry::Retry,
     },
     write::{
-        budget::DirtyBudget,
+        budget::{DirtyBudget, LITTLE},
         buffer::Extent,
         commit::{Committed, Committer, Item},
         cut::{self, Cut},
@@ -46,13 +46,11 @@ const PIECES_URGENT: usize = PIECES_PER_CHUNK_MAX / 2;
 pub(super) const MAP_TRIES: usize = 64;
 /// Chunks whose map is asked for at a time.
 const MAP_BATCH: u32 = 256;
-/// Uploads in flight; with at most 4 MiB each they bound what is encrypted and queued at a time.
+/// Uploads in flight, and small ones besides; with at most 4 MiB each, and a quarter of one, they bound what is encrypted and queued at a time.
 pub(super) const UPLOADS_IN_FLIGHT_MAX: usize = 24;
-/// Bytes of an upload that does not wait behind longer ones: whoever closes a small file, or syncs a page, must not wait for all that someone else writes in bulk.
-const SMALL_UPLOAD_MAX: u64 = 256 << 10;
 /// Dirty bytes up to which an fsync lets every put wait for its own fdatasync, which saves a round trip. Beyond, the puts
 /// stream and one barrier makes them durable together.
-pub(super) const DURABLE_PUT_BYTES_MAX: u64 = 4 << 20;
+const DURABLE_PUT_BYTES_MAX: u64 = 4 << 20;
 
 /// Blocks that are not durable after this long are looked after: barriers are made every second.
 const RETAINED_AGE_MAX: Duration = Duration::from_millis(1500);
@@ -123,7 +121,9 @@ impl Shared {
 
     /// Puts the upload's blocks and commits its pieces.
     async fn store(&self, inode: &Arc<Inode>, upload: &Upload, cut: Option<Cut>, urgency: Urgency) -> FsResult<Stored> {
-        let slots = if upload.bytes <= SMALL_UPLOAD_MAX { &self.small_upload_slots } else { &self.upload_slots };
+        // Whoever closes a small file, or syncs a page, does not wait for all that someone else writes in bulk.
+        let is_small = upload.bytes <= LITTLE && upload.scattered.is_empty();
+        let slots = if is_small { &self.small_upload_slots } else { &self.upload_slots };
         let slot = tokio::time::timeout(self.io_timeout, slots.acquire());
         let _slot = slot.await.map_err(|_| Errno(libc::EIO))?.map_err(|_| Errno(libc::EIO))?;
         if let Some(part) = &upload.append {

@@ -8,30 +8,42 @@ use std::{
 use parking_lot::Mutex;
 use tokio::{sync::Notify, time::Instant};
 
-/// What an fsync of little may take before the writers of much have to be held back for it.
-const SYNC_TARGET: Duration = Duration::from_millis(50);
-/// The bound is not lowered below this: enough for every disk to be busy while the next blocks are on their way.
-const BOUND_MIN: u64 = 8 << 20;
-/// A file of which less is counted is none that is written in bulk.
-const LITTLE: u64 = 1 << 20;
-/// Nobody has waited for an fsync of little for this long: writers may go to the limit again.
-const CALM_AFTER: Duration = Duration::from_secs(1);
+use super::pace::{Pace, Synced};
 
-/// Counts the bytes of the whole mount that are dirty, or stored and not yet durable.
-///
-/// An fsync waits for all that was stored before it, so those who write much without one decide how long it takes. While fsyncs of little take longer than they should, the
-/// bound is lower than the limit: halved by each one that does, raised by an eighth by each that takes less than half of that, as congestion control does with a window.
+/// A writer of much that has waited for so long may take what is kept for those of little: there may always be some of them.
+const TURN_AFTER: Duration = Duration::from_secs(1);
+
+/// Counts the bytes of the whole mount that are dirty, or stored and not yet durable. While fsyncs of little take long, the bound is lower than the limit (`pace`).
 #[derive(Debug)]
 pub struct DirtyBudget {
     limit: u64,
     bound: AtomicU64,
-    last_sync: Mutex<Option<Instant>>,
+    pace: Mutex<Pace>,
     used: AtomicU64,
+    /// Bytes that have left the budget since it was made.
+    drained: AtomicU64,
     /// The servers had no space for what was written before.
     full: AtomicBool,
     changed: Notify,
     /// Half of a lowered bound is used.
     pressed: Notify,
+}
+
+/// Of how much someone waits for the storing.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Amount {
+    /// Less than [`LITTLE`].
+    Little,
+    Much,
+}
+
+/// Bytes of a file, written since it was made durable last, up to which it is none that is written in bulk.
+pub const LITTLE: u64 = 256 << 10;
+
+impl Amount {
+    pub fn of(bytes: u64) -> Self {
+        if bytes <= LITTLE { Self::Little } else { Self::Much }
+    }
 }
 
 /// Why a writer may not go on.
@@ -44,20 +56,21 @@ pub enum NoRoom {
 }
 
 impl DirtyBudget {
-    /// `limit` in bytes. An eighth more is for files of which little is counted, and one write beyond that is let in.
+    /// `limit` in bytes. An eighth more is for writers of little, and one write beyond that is let in.
     pub fn new(limit: u64) -> Self {
         Self {
             limit,
             bound: AtomicU64::new(limit),
-            last_sync: Mutex::new(None),
+            pace: Mutex::new(Pace::new(limit)),
             used: AtomicU64::new(0),
+            drained: AtomicU64::new(0),
             full: AtomicBool::new(false),
             changed: Notify::new(),
             pressed: Notify::new(),
         }
     }
 
-    /// Bytes past which writers wait now.
+    /// Bytes past which writers of much wait now.
     pub fn bound(&self) -> u64 {
         self.bound.load(Ordering::Relaxed)
     }
@@ -66,11 +79,12 @@ impl DirtyBudget {
         self.used.load(Ordering::Relaxed)
     }
 
-    /// Whether a writer of a file may go on at once of which `held` bytes are counted. One that has little goes on for a while when others have used up the bound: it is not
-    /// for a small file to wait until what someone writes in bulk is stored.
-    pub fn has_room(&self, held: u64) -> bool {
+    /// Whether a writer may go on at once. One of little goes on for a while when others have used up the bound: it is not for a small file to wait until what someone writes in
+    /// bulk is stored.
+    pub fn has_room(&self, amount: Amount) -> bool {
         let bound = self.bound();
-        self.used() < if held < LITTLE { bound.saturating_add(bound / 8) } else { bound }
+        let reserve = if amount == Amount::Little { bound / 8 } else { 0 };
+        self.used() < bound.saturating_add(reserve)
     }
 
     /// Half full: time to make room, before anyone has to wait.
@@ -80,6 +94,10 @@ impl DirtyBudget {
 
     pub fn add(&self, bytes: u64) {
         self.used.fetch_add(bytes, Ordering::Relaxed);
+        self.tell_pressure();
+    }
+
+    fn tell_pressure(&self) {
         if self.bound() < self.limit && self.is_pressed() {
             self.pressed.notify_one();
         }
@@ -91,38 +109,29 @@ impl DirtyBudget {
         drop(tokio::time::timeout(tick, self.pressed.notified()).await);
     }
 
-    /// An fsync of little, which took so long, is over.
-    pub fn note_sync(&self, took: Duration) {
-        *self.last_sync.lock() = Some(Instant::now());
-        let bound = self.bound();
-        let new = if took > SYNC_TARGET {
-            (bound.min(self.used()) / 2).max(BOUND_MIN)
-        } else if took < SYNC_TARGET / 2 && self.is_pressed() {
-            bound.saturating_add(bound / 8)
-        } else {
-            bound
-        };
-        self.set_bound(new.min(self.limit));
+    /// An fsync of little is over.
+    pub fn note_sync(&self, synced: Synced) {
+        let mut pace = self.pace.lock();
+        self.set_bound(pace.synced(synced));
     }
 
     /// Lets writers go to the limit again if nobody has waited for an fsync of little lately.
-    pub fn calm_down(&self) {
-        let mut last = self.last_sync.lock();
-        if last.is_some_and(|last| last.elapsed() >= CALM_AFTER) {
-            *last = None;
-            self.set_bound(self.limit);
-        }
+    pub fn calm_down(&self, now: Instant) {
+        let mut pace = self.pace.lock();
+        self.set_bound(pace.calmed(now));
     }
 
     fn set_bound(&self, bound: u64) {
         if self.bound.swap(bound, Ordering::Relaxed) < bound {
             self.changed.notify_waiters();
         }
+        self.tell_pressure();
     }
 
     pub fn sub(&self, bytes: u64) {
         let before = self.used.fetch_sub(bytes, Ordering::Relaxed);
         debug_assert!(before >= bytes, "the dirty budget went below zero");
+        self.drained.fetch_add(bytes, Ordering::Relaxed);
         self.changed.notify_waiters();
     }
 
@@ -132,23 +141,28 @@ impl DirtyBudget {
         self.changed.notify_waiters();
     }
 
-    /// Waits at most `patience` for room, as [`DirtyBudget::has_room`] says. Past the limit nobody waits for servers that are full.
-    pub async fn wait_for_room(&self, held: u64, patience: Duration) -> Result<(), NoRoom> {
-        let wait = async {
-            loop {
-                let changed = self.changed.notified();
-                tokio::pin!(changed);
-                changed.as_mut().enable();
-                if self.has_room(held) {
-                    return Ok(());
-                }
-                if self.full.load(Ordering::Relaxed) {
-                    return Err(NoRoom::Full);
-                }
-                changed.await;
+    /// Waits for room, as [`DirtyBudget::has_room`] says, for as long as there is none and some becomes free at least every `patience`. Nobody waits for servers that are full.
+    pub async fn wait_for_room(&self, amount: Amount, patience: Duration) -> Result<(), NoRoom> {
+        let (begun, mut drained, mut progress) = (Instant::now(), self.drained.load(Ordering::Relaxed), Instant::now());
+        loop {
+            let changed = self.changed.notified();
+            tokio::pin!(changed);
+            changed.as_mut().enable();
+            let amount = if begun.elapsed() >= TURN_AFTER { Amount::Little } else { amount };
+            if self.has_room(amount) {
+                return Ok(());
             }
-        };
-        tokio::time::timeout(patience, wait).await.unwrap_or(Err(NoRoom::Timeout))
+            if self.full.load(Ordering::Relaxed) {
+                return Err(NoRoom::Full);
+            }
+            let now_drained = self.drained.load(Ordering::Relaxed);
+            if now_drained > drained {
+                (drained, progress) = (now_drained, Instant::now());
+            }
+            if tokio::time::timeout_at(progress + patience, changed).await.is_err() {
+                return Err(NoRoom::Timeout);
+            }
+        }
     }
 }
 
@@ -158,14 +172,16 @@ mod tests {
 
     use super::*;
 
+    const MIB: u64 = 1 << 20;
+
     #[tokio::test(start_paused = true)]
     async fn a_writer_past_the_limit_waits_until_bytes_are_stored() {
         let budget = Arc::new(DirtyBudget::new(100));
         budget.add(100);
-        assert_eq!(budget.wait_for_room(LITTLE, Duration::from_secs(1)).await, Err(NoRoom::Timeout));
+        assert_eq!(budget.wait_for_room(Amount::Much, Duration::from_secs(1)).await, Err(NoRoom::Timeout));
         let writer = tokio::spawn({
             let budget = Arc::clone(&budget);
-            async move { budget.wait_for_room(LITTLE, Duration::from_secs(1)).await }
+            async move { budget.wait_for_room(Amount::Much, Duration::from_secs(1)).await }
         });
         tokio::task::yield_now().await;
         budget.sub(1);
@@ -176,46 +192,50 @@ mod tests {
     async fn a_writer_past_the_limit_does_not_wait_for_full_servers() {
         let budget = DirtyBudget::new(100);
         budget.set_full(true);
-        assert_eq!(budget.wait_for_room(LITTLE, Duration::from_secs(1)).await, Ok(()));
+        assert_eq!(budget.wait_for_room(Amount::Much, Duration::from_secs(1)).await, Ok(()));
         budget.add(100);
-        assert_eq!(budget.wait_for_room(LITTLE, Duration::from_secs(1)).await, Err(NoRoom::Full));
+        assert_eq!(budget.wait_for_room(Amount::Much, Duration::from_secs(1)).await, Err(NoRoom::Full));
     }
 
-    const MIB: u64 = 1 << 20;
+    #[tokio::test(start_paused = true)]
+    async fn only_a_writer_for_whom_nothing_becomes_free_is_out_of_patience() {
+        let (budget, patience) = (DirtyBudget::new(100), Duration::from_secs(60));
+        budget.add(1000);
+        let draining = async {
+            for _ in 0..10 {
+                tokio::time::sleep(patience * 3 / 4).await;
+                budget.sub(50);
+            }
+            for _ in 0..2 {
+                tokio::time::sleep(patience * 3 / 4).await;
+                // Nothing, but a sign of life.
+                budget.sub(0);
+            }
+        };
+        let begun = Instant::now();
+        let (room, ()) =
+            tokio::join!(async { (budget.wait_for_room(Amount::Much, patience).await, begun.elapsed()) }, draining);
+        assert_eq!(room, (Err(NoRoom::Timeout), patience * 15 / 2 + patience));
+    }
 
     #[tokio::test(start_paused = true)]
-    async fn slow_syncs_of_little_hold_writers_back_until_nobody_waits_for_one() {
-        let budget = DirtyBudget::new(256 * MIB);
+    async fn slow_syncs_of_little_hold_writers_back_and_calm_lets_them_go() {
+        let budget = Arc::new(DirtyBudget::new(256 * MIB));
         budget.add(200 * MIB);
-        budget.note_sync(2 * SYNC_TARGET);
-        assert_eq!(budget.bound(), 100 * MIB, "half of what is used");
-        assert!(!budget.has_room(LITTLE) && budget.is_pressed());
-        (0..20).for_each(|_| budget.note_sync(2 * SYNC_TARGET));
-        assert_eq!(budget.bound(), BOUND_MIN);
-        budget.note_sync(SYNC_TARGET * 3 / 4);
-        assert_eq!(budget.bound(), BOUND_MIN, "about as long as it should take");
-        budget.note_sync(SYNC_TARGET / 4);
-        assert_eq!(budget.bound(), BOUND_MIN + BOUND_MIN / 8);
-        budget.sub(200 * MIB);
-        budget.note_sync(SYNC_TARGET / 4);
-        assert_eq!(budget.bound(), BOUND_MIN + BOUND_MIN / 8, "raised only when it holds someone back");
-
-        tokio::time::advance(CALM_AFTER / 2).await;
-        budget.calm_down();
-        assert_eq!(budget.bound(), BOUND_MIN + BOUND_MIN / 8);
-        tokio::time::advance(CALM_AFTER).await;
-        budget.calm_down();
+        let begun = Instant::now();
+        tokio::time::advance(Duration::from_millis(100)).await;
+        budget.note_sync(Synced { begun, ended: Instant::now(), used: 200 * MIB });
+        assert_eq!(budget.bound(), 100 * MIB);
+        assert!(!budget.has_room(Amount::Little) && budget.is_pressed());
+        let writer = tokio::spawn({
+            let budget = Arc::clone(&budget);
+            async move { budget.wait_for_room(Amount::Much, Duration::from_secs(60)).await }
+        });
+        tokio::time::sleep(Duration::from_millis(1500)).await;
+        assert!(!writer.is_finished());
+        budget.calm_down(Instant::now());
         assert_eq!(budget.bound(), 256 * MIB);
-    }
-
-    #[tokio::test(start_paused = true)]
-    async fn a_bound_is_never_above_the_limit_and_a_small_limit_stays() {
-        let budget = DirtyBudget::new(4 * MIB);
-        budget.add(4 * MIB);
-        budget.note_sync(2 * SYNC_TARGET);
-        assert_eq!(budget.bound(), 4 * MIB);
-        budget.note_sync(Duration::ZERO);
-        assert_eq!(budget.bound(), 4 * MIB);
+        assert_eq!(writer.await.unwrap(), Ok(()));
     }
 
     #[tokio::test(start_paused = true)]
@@ -223,21 +243,31 @@ mod tests {
         let tick = Duration::from_millis(200);
         let waited_with = async |budget: &DirtyBudget| {
             let begun = Instant::now();
-            tokio::join!(budget.until_pressed(tick), async { budget.add(BOUND_MIN) });
+            tokio::join!(budget.until_pressed(tick), async { budget.add(16 * MIB) });
             begun.elapsed()
         };
-        let budget = DirtyBudget::new(2 * BOUND_MIN);
+        let budget = DirtyBudget::new(32 * MIB);
         assert_eq!(waited_with(&budget).await, tick);
-        budget.note_sync(2 * SYNC_TARGET);
+        let begun = Instant::now();
+        budget.note_sync(Synced { begun, ended: begun + tick, used: 32 * MIB });
         assert_eq!(waited_with(&budget).await, Duration::ZERO);
     }
 
-    #[test]
-    fn a_file_with_little_has_room_for_a_while_after_the_others() {
+    #[tokio::test(start_paused = true)]
+    async fn little_has_room_for_a_while_after_much_and_much_that_has_waited_long_as_well() {
         let budget = DirtyBudget::new(80 * MIB);
         budget.add(80 * MIB);
-        assert!(budget.has_room(LITTLE - 1) && !budget.has_room(LITTLE));
+        assert_eq!([LITTLE, LITTLE + 1].map(Amount::of), [Amount::Little, Amount::Much]);
+        assert!(budget.has_room(Amount::Little) && !budget.has_room(Amount::Much));
+        let begun = Instant::now();
+        let others = async {
+            tokio::time::sleep(TURN_AFTER).await;
+            budget.sub(1);
+            budget.add(1);
+        };
+        let (room, ()) = tokio::join!(budget.wait_for_room(Amount::Much, 60 * TURN_AFTER), others);
+        assert_eq!((room, begun.elapsed()), (Ok(()), TURN_AFTER));
         budget.add(10 * MIB);
-        assert!(!budget.has_room(0));
+        assert!(!budget.has_room(Amount::Little));
     }
 }

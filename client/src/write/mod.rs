@@ -4,4 +4,5 @@ pub mod budget;
 pub mod buffer;
 pub mod commit;
 pub mod cut;
+pub mod pace;
 pub mod retained;

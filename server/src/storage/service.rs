@@ -268,7 +268,7 @@ impl StorageService {
         // No blocks: a probe, which must not wait for a disk behind the others.
         let present = match blocks.is_empty() {
             true => Vec::new(),
-            false => self.blocking(Effort::Long, move |store| store.has(&blocks)).await.map_err(logged)?,
+            false => self.blocking(Effort::Short, move |store| store.has(&blocks)).await.map_err(logged)?,
         };
         Ok((StorageAnswer::Has { boot: self.store.boot(), present }, Vec::new()))
     }

@@ -35,7 +35,7 @@ impl std::fmt::Debug for Shared {
 /// How long work takes, as far as can be told before.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Effort {
-    /// A page or a small file, for which a user waits.
+    /// A slice, a small write, a look into the index: a user may wait for it.
     Short,
     /// A block, or something of which nobody knows.
     Long,
@@ -87,8 +87,8 @@ pub(super) enum WorkError {
 
 /// Jobs that may wait.
 const QUEUE_MAX: usize = 2048;
-/// Short jobs that go before a long one: together they take about as long as it does.
-const SHORT_IN_A_ROW: u32 = 16;
+/// Short jobs that go before a long one.
+const SHORT_IN_A_ROW: u32 = 8;
 
 impl Workers {
     pub(super) fn start(count: usize) -> io::Result<Self> {
@@ -200,7 +200,7 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn work_of_both_kinds_is_done() {
+    async fn what_was_asked_for_comes_back() {
         let workers = Workers::start(2).unwrap();
         let done = tokio::join!(workers.run(Effort::Long, || 1), workers.run(Effort::Short, || 2));
         assert_eq!(done, (Ok(1), Ok(2)));

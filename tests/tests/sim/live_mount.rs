@@ -1,13 +1,6 @@
-//! A mount that stays alive while every server loses its power loses nothing, fsynced or not (I3); and one in which much is written does not keep those waiting who write
-//! little.
+//! A mount that stays alive: while every server loses its power it loses nothing, fsynced or not (I3); while much is written it does not keep those waiting who write little.
 
-use std::{
-    sync::{
-        Arc,
-        atomic::{AtomicUsize, Ordering},
-    },
-    time::Duration,
-};
+use std::{sync::Arc, time::Duration};
 
 use bytes::Bytes;
 use futures_util::future::BoxFuture;
@@ -179,21 +172,28 @@ fn a_mount_that_stays_alive_loses_nothing_when_every_server_loses_its_power() {
     (0..4).for_each(|seed| run(check(true, true, seed)));
 }
 
-/// Keeps what is long on its way until it is opened.
+const DIRTY: u64 = 32 << 20;
+/// More than may be dirty.
+const LONG: usize = 40 << 20;
+/// Longer than an fsync should take.
+const SLOW: Duration = Duration::from_millis(60);
+
+/// Keeps what is long on its way until it is opened, and makes everything slow.
 struct Gate {
     peers: Arc<dyn Peers>,
     is_open: watch::Sender<bool>,
     /// Long requests that have come to it.
-    held: AtomicUsize,
+    held: watch::Sender<usize>,
 }
 
 impl Peers for Gate {
     fn call(&self, to: Endpoint, request: Frame, deadline: Duration) -> BoxFuture<'_, Result<Frame, CallError>> {
         Box::pin(async move {
             if request.payload.iter().map(Bytes::len).sum::<usize>() > 512 << 10 {
-                self.held.fetch_add(1, Ordering::Relaxed);
+                self.held.send_modify(|held| *held += 1);
                 self.is_open.subscribe().wait_for(|is_open| *is_open).await.expect("the gate is there");
             }
+            tokio::time::sleep(SLOW).await;
             self.peers.call(to, request, deadline).await
         })
     }
@@ -207,36 +207,43 @@ async fn write_bulk(mount: &Mount, file: &(Attr, FileHandle), content: &[u8]) {
     mount.fsync(attr.ino, *handle, false).await.expect("fsync");
 }
 
+async fn until(what: &str, holds: impl Fn() -> bool) {
+    let wait = async {
+        while !holds() {
+            tokio::time::sleep(Duration::from_millis(1)).await;
+        }
+    };
+    tokio::time::timeout(PATIENCE, wait).await.unwrap_or_else(|_| panic!("never: {what}"));
+}
+
+async fn write_little(mount: &Mount, gate: &Gate) {
+    until("the long one is held up", || mount.dirty_bytes() >= DIRTY && *gate.held.borrow() > 0).await;
+    assert_eq!(mount.dirty_bound(), DIRTY);
+    write_file(mount, Ino::ROOT, "closed", &[1; 5000]).await;
+    let (attr, handle) = create(mount, Ino::ROOT, "synced").await;
+    mount.write(CALLER, attr.ino, handle, 0, Bytes::from_static(&[2; 5000])).await.expect("write");
+    mount.fsync(attr.ino, handle, false).await.expect("fsync");
+    assert!(mount.dirty_bytes() >= DIRTY, "nothing of the long one is stored");
+    assert_eq!(mount.dirty_bound(), DIRTY / 2, "it took long, with much under way");
+    gate.is_open.send_replace(true);
+}
+
 #[test]
 fn a_small_file_is_stored_and_synced_while_no_block_of_a_long_one_arrives() {
     run(async {
         let network = Network::default();
         let _life = Life::start_on(SimDisk::rack(1 + STORAGE_SERVERS.count()), network.clone()).await.expect("a start");
-        let gate = Arc::new(Gate {
-            peers: network.of_client(1),
-            is_open: watch::Sender::new(false),
-            held: AtomicUsize::new(0),
-        });
+        let (is_open, held) = (watch::Sender::new(false), watch::Sender::new(0));
+        let gate = Arc::new(Gate { peers: network.of_client(1), is_open, held });
         let mount = mount_through(Arc::clone(&gate) as Arc<dyn Peers>, 1, DIRTY).await;
         let bulk = create(&mount, Ino::ROOT, "bulk").await;
         let content = random_bytes(1, LONG);
-        let small = async {
-            tokio::time::sleep(Duration::from_secs(1)).await;
-            assert!(mount.dirty_bytes() >= DIRTY && gate.held.load(Ordering::Relaxed) > 0, "the long one is held up");
-            write_file(&mount, Ino::ROOT, "closed", &[1; 5000]).await;
-            let (attr, handle) = create(&mount, Ino::ROOT, "synced").await;
-            mount.write(CALLER, attr.ino, handle, 0, Bytes::from_static(&[2; 5000])).await.expect("write");
-            mount.fsync(attr.ino, handle, false).await.expect("fsync");
-            assert!(mount.dirty_bytes() >= DIRTY, "nothing of the long one is stored");
-            gate.is_open.send_replace(true);
-        };
-        let both = async { tokio::join!(write_bulk(&mount, &bulk, &content), small) };
-        tokio::time::timeout(PATIENCE / 2, both).await.expect("nobody waits for a timeout");
-        let found = mount.read(bulk.0.ino, bulk.1, (LONG - (1 << 20)) as u64, 1 << 20).await.expect("read");
-        assert!(found == content[LONG - (1 << 20)..], "the long one has other bytes");
+        let both = async { tokio::join!(write_bulk(&mount, &bulk, &content), write_little(&mount, &gate)) };
+        // Less than the patience of a mount: nobody has waited for that.
+        tokio::time::timeout(PATIENCE * 3 / 4, both).await.expect("nobody waits for what does not come");
+        let last = LONG - (1 << 20);
+        let found = mount.read(bulk.0.ino, bulk.1, last as u64, 1 << 20).await.expect("read");
+        assert!(found == content[last..], "the long one has other bytes");
+        until("the bound is the limit again", || mount.dirty_bound() == DIRTY).await;
     });
 }
-
-const DIRTY: u64 = 32 << 20;
-/// More than may be dirty.
-const LONG: usize = 40 << 20;
