@@ -239,7 +239,11 @@ impl Fs {
         let synced = self.make_file_durable(&file.inode).await;
         match synced {
             Ok(Sync::Waited) if Amount::of(written) == Amount::Little => {
-                self.shared.budget.note_sync(Synced { begun, ended: Instant::now(), used });
+                self.shared.budget.note_sync(Synced {
+                    begun: begun.into_std(),
+                    ended: Instant::now().into_std(),
+                    used,
+                });
             }
             Ok(Sync::Waited | Sync::Nothing) => {}
             Ok(Sync::Failed) | Err(_) => file.inode.lock().note_written_since_sync(written),

@@ -230,7 +230,7 @@ impl Fs {
     pub async fn fsyncdir(&self, _ino: Ino) -> FsResult<()> {
         let (begun, used) = (Instant::now(), self.shared.budget.used());
         self.shared.meta.barrier().await?;
-        self.shared.budget.note_sync(Synced { begun, ended: Instant::now(), used });
+        self.shared.budget.note_sync(Synced { begun: begun.into_std(), ended: Instant::now().into_std(), used });
         self.shared.meta.hear_failure()
     }
 }

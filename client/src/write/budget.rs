@@ -32,7 +32,7 @@ pub struct DirtyBudget {
 /// Of how much someone waits for the storing.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Amount {
-    /// Less than [`LITTLE`].
+    /// At most [`LITTLE`].
     Little,
     Much,
 }
@@ -118,7 +118,7 @@ impl DirtyBudget {
     /// Lets writers go to the limit again if nobody has waited for an fsync of little lately.
     pub fn calm_down(&self, now: Instant) {
         let mut pace = self.pace.lock();
-        self.set_bound(pace.calmed(now));
+        self.set_bound(pace.calmed(now.into_std()));
     }
 
     fn set_bound(&self, bound: u64) {
@@ -224,7 +224,7 @@ mod tests {
         budget.add(200 * MIB);
         let begun = Instant::now();
         tokio::time::advance(Duration::from_millis(100)).await;
-        budget.note_sync(Synced { begun, ended: Instant::now(), used: 200 * MIB });
+        budget.note_sync(Synced { begun: begun.into_std(), ended: Instant::now().into_std(), used: 200 * MIB });
         assert_eq!(budget.bound(), 100 * MIB);
         assert!(!budget.has_room(Amount::Little) && budget.is_pressed());
         let writer = tokio::spawn({
@@ -248,7 +248,7 @@ mod tests {
         };
         let budget = DirtyBudget::new(32 * MIB);
         assert_eq!(waited_with(&budget).await, tick);
-        let begun = Instant::now();
+        let begun = std::time::Instant::now();
         budget.note_sync(Synced { begun, ended: begun + tick, used: 32 * MIB });
         assert_eq!(waited_with(&budget).await, Duration::ZERO);
     }

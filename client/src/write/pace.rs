@@ -1,12 +1,10 @@
 //! How much may be under way while somebody waits for fsyncs of little. Pure.
 //!
 //! An fsync makes durable all that came before it, so those who write much without one decide how long it takes. The bound on what is under way is halved by an fsync of little that
-//! takes longer than it should, at most once for all that run at the same time, and raised by an eighth by each that does not: additive increase and multiplicative decrease in
-//! the manner of congestion control (Chiu and Jain, 1989), with an increase that is a share because there is no unit of it.
+//! takes longer than it should, at most once for all that run at the same time, and raised by an eighth by each that does not, as
+//! congestion control does with a window (Jacobson, 1988), but for the increase: there is no unit of it that suits a fast and a slow disk.
 
-use std::time::Duration;
-
-use tokio::time::Instant;
+use std::time::{Duration, Instant};
 
 /// What an fsync of little should take.
 const TARGET: Duration = Duration::from_millis(50);
