@@ -186,7 +186,8 @@ pub struct MetaOptions {
     #[arg(long, value_name = "BYTES")]
     pub checkpoint_log_bytes: Option<ByteSize>,
     /// Space that is left free on the disk of data_dir, so that the tables can still be made durable and things be deleted: with
-    /// less, what would make the tables grow is refused [default: 2 x checkpoint_log_bytes]
+    /// less, what would make the tables grow is refused. Half of it, 64 MiB at most, is held by a file, which makes room when others
+    /// have filled the disk [default: 2 x checkpoint_log_bytes]
     #[arg(long, value_name = "BYTES")]
     pub reserve_bytes: Option<ByteSize>,
     /// Silence after which a mount counts as gone and its open files are released, in seconds [default: 60]
@@ -259,7 +260,8 @@ pub struct StorageOptions {
     /// Most bytes of blocks to keep here, in each data directory [default: the whole disk]
     #[arg(long, value_name = "BYTES")]
     pub capacity_bytes: Option<ByteSize>,
-    /// Bytes of the disk to leave free [default: 1GiB, or 5 % of the disk if that is less]
+    /// Bytes of the disk to leave free. Half of it, 64 MiB at most, is held by a file, which makes room when others have filled the
+    /// disk [default: 1GiB, or 5 % of the disk if that is less]
     #[arg(long, value_name = "BYTES")]
     pub reserve_bytes: Option<ByteSize>,
     /// Length at which a new segment file is begun [default: 256MiB]

@@ -49,6 +49,10 @@ pub trait DiskFile: Send + Sync + std::fmt::Debug {
         self.length()
     }
     fn set_length(&self, length: u64) -> io::Result<()>;
+    /// Takes the first `length` bytes of the file from the disk now, where that can be done: who writes there later cannot find it full.
+    fn allocate(&self, _length: u64) -> io::Result<()> {
+        Ok(())
+    }
     /// Data and length are on stable storage when this returns (fdatasync). After an error nothing is known:
     /// the caller must not go on with this file.
     fn sync_data(&self) -> io::Result<()>;
@@ -193,6 +197,10 @@ impl DiskFile for RealFile {
 
     fn set_length(&self, length: u64) -> io::Result<()> {
         self.file.set_len(length)
+    }
+
+    fn allocate(&self, length: u64) -> io::Result<()> {
+        sys::allocate(&self.file, length)
     }
 
     fn sync_data(&self) -> io::Result<()> {

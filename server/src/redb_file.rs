@@ -16,9 +16,13 @@ use std::{
 use holdfast_common::disk::DiskFile;
 use redb::StorageBackend;
 
+use crate::ballast::Ballast;
+
 #[derive(Debug)]
 pub struct RedbFile {
     file: Arc<dyn DiskFile>,
+    /// After a write that failed redb does nothing any more, so a full disk is better kept from it.
+    ballast: Option<Arc<Ballast>>,
     frozen: Arc<AtomicBool>,
 }
 
@@ -32,7 +36,21 @@ pub struct Freeze(Arc<AtomicBool>);
 
 impl RedbFile {
     pub fn new(file: Arc<dyn DiskFile>) -> Self {
-        Self { file, frozen: Arc::default() }
+        Self { file, ballast: None, frozen: Arc::default() }
+    }
+
+    /// One that takes from `ballast` what a full disk refuses.
+    #[must_use]
+    pub fn with_ballast(self, ballast: &Arc<Ballast>) -> Self {
+        Self { ballast: Some(Arc::clone(ballast)), ..self }
+    }
+
+    fn change(&self, work: impl Fn() -> io::Result<()>) -> io::Result<()> {
+        self.check_frozen()?;
+        match &self.ballast {
+            Some(ballast) => ballast.spend(work),
+            None => work(),
+        }
     }
 
     pub fn freeze_handle(&self) -> Freeze {
@@ -84,18 +102,15 @@ impl StorageBackend for RedbFile {
     }
 
     fn set_len(&self, length: u64) -> io::Result<()> {
-        self.check_frozen()?;
-        self.file.set_length(length)
+        self.change(|| self.file.set_length(length))
     }
 
     fn sync_data(&self) -> io::Result<()> {
-        self.check_frozen()?;
-        self.file.sync_data()
+        self.change(|| self.file.sync_data())
     }
 
     fn write(&self, offset: u64, data: &[u8]) -> io::Result<()> {
-        self.check_frozen()?;
-        self.file.write_all_at(data, offset)
+        self.change(|| self.file.write_all_at(data, offset))
     }
 }
 

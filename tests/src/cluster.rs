@@ -143,11 +143,8 @@ impl Cluster {
 
     /// Starts every daemon that does not run, and waits until all are up.
     pub fn start_daemons(&self) {
-        for process in std::iter::once(&self.meta).chain(&self.storage) {
-            if !process.is_started() {
-                process.start();
-            }
-        }
+        let all = std::iter::once(&self.meta).chain(&self.storage);
+        Process::start_all(&all.filter(|process| !process.is_started()).collect::<Vec<_>>());
         self.wait_until_up();
     }
 
@@ -178,7 +175,24 @@ impl Cluster {
     }
 
     pub fn storage_data(&self, n: usize) -> PathBuf {
-        self.path().join(format!("storage-{n}/data"))
+        self.path().join(format!("storage-{n}")).join(self.get(&format!("storage-{n}/storage.toml"), "data_dir"))
+    }
+
+    /// Storage server `n`, which does not run, has its data in `directory` from now on.
+    pub fn move_data(&self, n: usize, directory: &Path) {
+        let directory = directory.to_str().expect("test paths are UTF-8");
+        self.set(&format!("storage-{n}/storage.toml"), "data_dir", directory);
+    }
+
+    /// Storage server `n` dies, and comes back with an empty disk.
+    pub fn wipe(&self, n: usize) {
+        self.storage(n).kill();
+        for name in ["segments", "index.redb", "boot.toml", "scrub.json"] {
+            let path = self.storage_data(n).join(name);
+            let removed = if path.is_dir() { fs::remove_dir_all(&path) } else { fs::remove_file(&path) };
+            assert!(removed.is_ok() || !path.exists(), "{}: {removed:?}", path.display());
+        }
+        self.storage(n).start();
     }
 
     /// Storage server `n` is alone in the world.

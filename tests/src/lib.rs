@@ -11,6 +11,7 @@ pub mod process;
 pub mod proxy;
 pub mod shell;
 pub mod sim_disk;
+pub mod small_disk;
 pub mod sys;
 pub mod tree;
 pub mod wait;

@@ -86,13 +86,22 @@ impl Process {
     /// them before it becomes another program, and that waits for the very server that is to be started. So each start
     /// leaves a shell behind that has done so already, and becomes the program at the next.
     pub fn start(&self) {
+        Self::start_all(&[self]);
+    }
+
+    /// Starts them all before it leaves anything behind: that may wait for any of them.
+    pub fn start_all(processes: &[&Self]) {
+        processes.iter().for_each(|process| process.become_the_program());
+        processes.iter().for_each(|process| *process.spare.lock() = Some(process.wait_for_start()));
+    }
+
+    fn become_the_program(&self) {
         let mut child = self.child.lock();
         assert!(child.is_none(), "{} runs already", self.name);
         let mut next = self.spare.lock().take().unwrap_or_else(|| self.wait_for_start());
         let mut start = next.stdin.take().expect("its input is a pipe");
         start.write_all(b"start\n").unwrap_or_else(|error| panic!("start {}: {error}", self.name));
         *child = Some(next);
-        *self.spare.lock() = Some(self.wait_for_start());
     }
 
     fn wait_for_start(&self) -> Child {

@@ -102,8 +102,15 @@ pub(super) fn start_writeback(file: &File, offset: u64, length: u64) {
     }
 }
 
+pub(super) fn allocate(file: &File, length: u64) -> io::Result<()> {
+    fallocate(file, 0, 0, length)
+}
+
 pub(super) fn punch_hole(file: &File, offset: u64, length: u64) -> io::Result<()> {
-    let mode = libc::FALLOC_FL_PUNCH_HOLE | libc::FALLOC_FL_KEEP_SIZE;
+    fallocate(file, libc::FALLOC_FL_PUNCH_HOLE | libc::FALLOC_FL_KEEP_SIZE, offset, length)
+}
+
+fn fallocate(file: &File, mode: libc::c_int, offset: u64, length: u64) -> io::Result<()> {
     // SAFETY: the descriptor is open for as long as `file` is borrowed; no memory is passed.
     match unsafe { libc::fallocate(file.as_raw_fd(), mode, offset.cast_signed(), length.cast_signed()) } {
         0 => Ok(()),

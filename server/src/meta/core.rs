@@ -42,6 +42,7 @@ use super::{
     store::Store,
     unsynced::Unsynced,
 };
+use crate::ballast::Ballast;
 
 /// Silence is judged several times a second, if this process runs.
 const JUDGED_EVERY_MAX: Duration = Duration::from_secs(1);
@@ -101,6 +102,8 @@ pub struct Core {
     /// Where the tables and the log are.
     pub disk: Arc<dyn Disk>,
     pub directory: PathBuf,
+    /// What that disk keeps for the day on which others have filled it.
+    pub ballast: Arc<Ballast>,
     /// There is less room on that disk than has to stay free.
     pub full: AtomicBool,
     /// What mounts say again, and what became of it.
@@ -138,6 +141,7 @@ impl std::fmt::Debug for Core {
 pub struct Recovered {
     pub disk: Arc<dyn Disk>,
     pub directory: PathBuf,
+    pub ballast: Arc<Ballast>,
     pub store: Store,
     pub log: Log,
     pub cluster: Cluster,
@@ -158,6 +162,7 @@ impl Core {
         let Recovered {
             disk,
             directory,
+            ballast,
             store,
             log,
             cluster,
@@ -179,6 +184,7 @@ impl Core {
         Arc::new(Self {
             disk,
             directory,
+            ballast,
             full: AtomicBool::new(false),
             judged,
             store,

@@ -53,9 +53,13 @@ pub async fn watch(core: Arc<Core>, proposer: Proposer, session_timeout: Duratio
 pub async fn watch_space(core: Arc<Core>, reserve_bytes: u64) -> Result<(), Fault> {
     loop {
         let looking = Arc::clone(&core);
-        let space = work::run(move || looking.disk.space(&looking.directory)).await;
-        match space.map_err(|_| Fault::Thread)? {
-            Ok(space) => note_space(&core, space.free, reserve_bytes),
+        let space = work::run(move || {
+            let space = looking.disk.space(&looking.directory)?;
+            looking.ballast.keep(space.free, reserve_bytes);
+            looking.disk.space(&looking.directory)
+        });
+        match space.await.map_err(|_| Fault::Thread)? {
+            Ok(space) => note_space(&core, space.free.saturating_add(core.ballast.held()), reserve_bytes),
             Err(error) => tracing::warn!(%error, "the space on the metadata's disk is not known"),
         }
         tokio::select! {

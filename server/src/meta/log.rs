@@ -28,6 +28,7 @@ use holdfast_common::{
 };
 
 use super::state::Entry;
+use crate::ballast::Ballast;
 
 const FILE_MAGIC: &[u8; 8] = b"HOLDFLOG";
 const RECORD_MAGIC: &[u8; 4] = b"HFR1";
@@ -74,6 +75,7 @@ pub struct LogPlace {
     directory: PathBuf,
     cluster: ClusterId,
     boot: [u8; 32],
+    ballast: Option<Arc<Ballast>>,
 }
 
 /// A log that is being written.
@@ -128,7 +130,20 @@ impl LogPlace {
     pub fn new(disk: Arc<dyn Disk>, directory: PathBuf, cluster: ClusterId) -> Result<Self, LogError> {
         disk.create_directory(&directory).map_err(io_error("create", &directory))?;
         let boot = disk.machine_boot().map_err(io_error("learn the kernel's boot id for", &directory))?;
-        Ok(Self { disk, directory, cluster, boot: *blake3::hash(boot.as_bytes()).as_bytes() })
+        Ok(Self { disk, directory, cluster, boot: *blake3::hash(boot.as_bytes()).as_bytes(), ballast: None })
+    }
+
+    /// One that takes from `ballast` what a full disk refuses.
+    #[must_use]
+    pub fn with_ballast(self, ballast: &Arc<Ballast>) -> Self {
+        Self { ballast: Some(Arc::clone(ballast)), ..self }
+    }
+
+    fn spend(&self, work: impl Fn() -> io::Result<()>) -> io::Result<()> {
+        match &self.ballast {
+            Some(ballast) => ballast.spend(work),
+            None => work(),
+        }
     }
 
     /// Finds the log that goes on where the database ends, and what of it counts: all of it if the kernel has been
@@ -237,12 +252,12 @@ impl LogPlace {
     pub fn begin(&self, first: Position) -> Result<Log, LogError> {
         let path = self.path(first);
         let file = self.disk.open(&path, true).map_err(io_error("create", &path))?;
-        let written = (|| {
+        let written = self.spend(|| {
             file.set_length(0)?;
             file.write_all_at(&self.header(first), 0)?;
             file.sync_data()?;
             self.disk.sync_directory(&self.directory)
-        })();
+        });
         written.map_err(io_error("write", &path))?;
         for old in self.files()?.iter().filter(|old| **old != path) {
             self.disk.remove(old).map_err(io_error("remove", old))?;
@@ -384,7 +399,8 @@ impl Log {
 
     fn write(&mut self, kind: u8, position: Position, payload: &[u8]) -> Result<(), LogError> {
         let record = encode_record(kind, position, payload);
-        self.file.write_all_at(&record, self.end).map_err(io_error("append to", &self.path))?;
+        let written = self.place.spend(|| self.file.write_all_at(&record, self.end));
+        written.map_err(io_error("append to", &self.path))?;
         self.end += record.len() as u64;
         Ok(())
     }

@@ -104,7 +104,7 @@ pub fn restore(
     if disk.open(&draft, false).is_ok() {
         disk.remove(&draft).map_err(failed(&draft))?;
     }
-    let store = Store::open(disk, &draft, options.cache_bytes, false)?;
+    let store = Store::open(disk, &draft, options.cache_bytes, false, None)?;
     contents.rows = source.rows_into(&store)?;
     if options.check {
         let found = violations(&*store.view()?, VIOLATIONS_MAX)?;
@@ -285,7 +285,8 @@ mod tests {
         let contents = restored(&stream, directory.path()).unwrap();
         let before = world.view().counters().clone();
         assert_eq!((contents.position, contents.taken_secs), (before.position, 9));
-        let store = Store::open(&RealDisk, &directory.path().join("data").join(DATABASE), 1 << 20, false).unwrap();
+        let store =
+            Store::open(&RealDisk, &directory.path().join("data").join(DATABASE), 1 << 20, false, None).unwrap();
         let view = store.view().unwrap();
         assert_eq!(*view.counters(), beyond(before));
         assert_eq!(super::super::state::session::sessions(&*view).unwrap(), []);

@@ -52,7 +52,10 @@ use super::{
     surplus::Surplus,
     unsynced::Unsynced,
 };
-use crate::datadir::{DataDir, DataDirError};
+use crate::{
+    ballast::Ballast,
+    datadir::{DataDir, DataDirError},
+};
 
 /// Name of the database in the data directory.
 pub const DATABASE: &str = "meta.redb";
@@ -80,6 +83,8 @@ pub enum RunError {
     Store(#[from] OpenStoreError),
     #[error("cannot sync the data directory {path}: {source}")]
     Names { path: PathBuf, source: std::io::Error },
+    #[error("cannot learn what room {path} has: {source}")]
+    Ballast { path: PathBuf, source: std::io::Error },
     #[error(transparent)]
     Bind(#[from] BindError),
     #[error("TLS cannot be set up: {0}")]
@@ -130,7 +135,10 @@ pub fn recover(
     clock: Arc<dyn Clock>,
     options: &Options,
 ) -> Result<Arc<Core>, RunError> {
-    let free = disk.space(directory).map_or(u64::MAX, |space| space.free);
+    let ballast = Ballast::open(Arc::clone(disk), directory, options.reserve_bytes)
+        .map_err(|source| RunError::Ballast { path: directory.to_owned(), source })?;
+    let ballast = Arc::new(ballast);
+    let free = disk.space(directory).map_or(u64::MAX, |space| space.free.saturating_add(ballast.held()));
     let short = free < options.reserve_bytes;
     if short {
         tracing::warn!(
@@ -139,8 +147,8 @@ pub fn recover(
             "the metadata's disk is full: giving back what its database does not need"
         );
     }
-    let store = Store::open(&**disk, &directory.join(DATABASE), options.cache_bytes, short)?;
-    let place = LogPlace::new(Arc::clone(disk), directory.join("log"), options.cluster)?;
+    let store = Store::open(&**disk, &directory.join(DATABASE), options.cache_bytes, short, Some(&ballast))?;
+    let place = LogPlace::new(Arc::clone(disk), directory.join("log"), options.cluster)?.with_ballast(&ballast);
     let checkpointed = store.applied()?;
     let (mut durable, mut unsynced, mut log) = (checkpointed, Unsynced::default(), None);
     let mut rolled_back = false;
@@ -187,6 +195,7 @@ pub fn recover(
         Recovered {
             disk: Arc::clone(disk),
             directory: directory.to_owned(),
+            ballast,
             store,
             log,
             cluster,

@@ -10,7 +10,7 @@ use parking_lot::Mutex;
 use redb::{Database, Durability, ReadableDatabase, WriteTransaction};
 
 use super::state::{self, Newest, Rows, StorageError, Tables, View};
-use crate::redb_file::RedbFile;
+use crate::{ballast::Ballast, redb_file::RedbFile};
 
 #[derive(Debug, thiserror::Error)]
 pub enum OpenStoreError {
@@ -58,7 +58,14 @@ fn failed() -> StorageError {
 impl Store {
     /// Opens the database at its last checkpoint, or makes it. `compact`: gives space back to the disk that deleted rows have left
     /// in its file; as long as it takes to move the rest.
-    pub fn open(disk: &dyn Disk, path: &Path, cache_bytes: u64, compact: bool) -> Result<Self, OpenStoreError> {
+    /// What a full disk refuses is taken from `ballast`.
+    pub fn open(
+        disk: &dyn Disk,
+        path: &Path,
+        cache_bytes: u64,
+        compact: bool,
+        ballast: Option<&Arc<Ballast>>,
+    ) -> Result<Self, OpenStoreError> {
         let failed = |source| OpenStoreError::Open { path: path.to_owned(), source };
         match disk.open(path, false) {
             Ok(_) => {}
@@ -66,7 +73,7 @@ impl Store {
             Err(error) => return Err(failed(error)),
         }
         let file = disk.open(path, false).map_err(failed)?;
-        Self::on(file, cache_bytes, compact)
+        Self::on(file, cache_bytes, compact, ballast)
             .map_err(|source| OpenStoreError::Unusable { path: path.to_owned(), source })
     }
 
@@ -76,15 +83,25 @@ impl Store {
         let draft = path.with_extension("new");
         let file = disk.open(&draft, true).map_err(failed)?;
         file.set_length(0).map_err(failed)?;
-        Self::on(file, DRAFT_CACHE_BYTES, false)
+        Self::on(file, DRAFT_CACHE_BYTES, false, None)
             .map_err(|source| OpenStoreError::Unusable { path: draft.clone(), source })?;
         disk.rename(&draft, path).map_err(failed)?;
         disk.sync_directory(path.parent().unwrap_or(Path::new("/"))).map_err(failed)
     }
 
-    fn on(file: Arc<dyn DiskFile>, cache_bytes: u64, compact: bool) -> Result<Self, StorageError> {
+    fn on(
+        file: Arc<dyn DiskFile>,
+        cache_bytes: u64,
+        compact: bool,
+        ballast: Option<&Arc<Ballast>>,
+    ) -> Result<Self, StorageError> {
         let cache = usize::try_from(cache_bytes).unwrap_or(usize::MAX);
-        let mut database = Database::builder().set_cache_size(cache).create_with_backend(RedbFile::new(file))?;
+        let file = RedbFile::new(file);
+        let file = match ballast {
+            Some(ballast) => file.with_ballast(ballast),
+            None => file,
+        };
+        let mut database = Database::builder().set_cache_size(cache).create_with_backend(file)?;
         if compact {
             database.compact()?;
         }
@@ -189,7 +206,7 @@ mod tests {
     const PATH: &str = "/meta.redb";
 
     fn store(disk: &MemoryDisk) -> Store {
-        Store::open(disk, Path::new(PATH), 1 << 20, false).unwrap()
+        Store::open(disk, Path::new(PATH), 1 << 20, false, None).unwrap()
     }
 
     fn count_inodes(store: &Store, more: u64) {

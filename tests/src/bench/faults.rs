@@ -2,9 +2,8 @@
 
 use std::{
     collections::BTreeMap,
-    fs::{self, File, OpenOptions},
+    fs::{File, OpenOptions},
     os::unix::fs::{FileExt, OpenOptionsExt},
-    path::Path,
     sync::{
         Arc,
         atomic::{AtomicBool, Ordering},
@@ -154,7 +153,7 @@ pub fn run() -> Result<String> {
     row("its cable is cut", stage.suffer(|| stage.cluster.cut(VICTIM), Some(REPLACED))?);
     row("it is mended", stage.suffer(|| stage.cluster.mend(VICTIM), Some(CALM))?);
     stage.spread()?;
-    row("it comes back with an empty disk", stage.suffer(|| stage.wipe(), Some(CALM))?);
+    row("it comes back with an empty disk", stage.suffer(|| stage.cluster.wipe(VICTIM), Some(CALM))?);
     stage.spread()?;
     let slow = Slow::start(victim().pid());
     row("it runs a tenth of the time", stage.suffer(|| slow.begin(), None)?);
@@ -268,15 +267,6 @@ impl Stage {
         whole.map(drop).context("copies are still owed")
     }
 
-    fn wipe(&self) {
-        let (victim, data) = (self.cluster.storage(VICTIM), self.cluster.storage_data(VICTIM));
-        victim.kill();
-        for name in ["segments", "index.redb", "boot.toml", "scrub.json"] {
-            remove(&data.join(name));
-        }
-        victim.start();
-    }
-
     /// How fast each server checks what it has, with and without the foreground.
     fn scrub(&self) -> Result<String> {
         let passes = |status: &Status| status.storage_sum("scrub_passes");
@@ -310,14 +300,6 @@ impl Stage {
         }
         eprint!("{table}");
         Ok(table)
-    }
-}
-
-fn remove(path: &Path) {
-    if path.is_dir() {
-        fs::remove_dir_all(path).expect("remove");
-    } else if path.exists() {
-        fs::remove_file(path).expect("remove");
     }
 }
 

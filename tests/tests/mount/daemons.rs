@@ -13,7 +13,9 @@ use std::{
 use holdfast_tests::{
     cluster::{Cluster, Options, PATIENCE, free_address},
     fault::random_bytes,
-    mount, process, shell, sys, wait,
+    process, shell,
+    small_disk::SmallDisk,
+    sys, wait,
 };
 
 /// A daemon that cannot run says so within this.
@@ -124,23 +126,6 @@ fn sigterm_ends_every_daemon_well_and_the_data_are_there_again() {
     assert!(fs::read(mount.join("file")).expect("read") == random_bytes(1, 3 << 20));
 }
 
-/// A small filesystem of its own, gone with its guard.
-struct SmallDisk<'a>(&'a Path);
-
-impl<'a> SmallDisk<'a> {
-    fn mount(path: &'a Path, mebibytes: u32) -> Self {
-        fs::create_dir_all(path).expect("make a mount point");
-        shell::run(Path::new("/"), &format!("mount -t tmpfs -o size={mebibytes}m tmpfs {}", path.display()));
-        Self(path)
-    }
-}
-
-impl Drop for SmallDisk<'_> {
-    fn drop(&mut self) {
-        mount::detach(self.0);
-    }
-}
-
 /// Makes files with long names in `directory` until one is refused; returns how many there are, and why not more.
 fn make_until_refused(directory: &Path) -> (usize, std::io::Error) {
     let name = |number| directory.join(format!("{number:-<200}"));
@@ -235,4 +220,50 @@ fn full_disks_are_no_space_left_and_nothing_else() {
     mount.unmount();
     cluster.storage_servers().iter().for_each(process::Process::kill);
     drop(disks);
+}
+
+/// "A disk that others have filled to the last byte does not keep a server from starting, serving and deleting."
+#[test]
+fn servers_start_on_disks_without_a_free_byte() {
+    if !sys::is_root() {
+        eprintln!("SKIPPED: only root can mount small filesystems");
+        return;
+    }
+    let cluster = Cluster::prepare(&Options::default());
+    let paths = ["disk-meta", "disk-1"].map(|name| cluster.path().join(name));
+    let disks = [0, 1].map(|n| SmallDisk::mount(&paths[n], 400));
+    let data = |n: usize| paths[n].join("data").to_str().expect("test paths are UTF-8").to_owned();
+    cluster.set("meta/meta.toml", "data_dir", data(0));
+    cluster.move_data(1, Path::new(&data(1)));
+    cluster.start_daemons();
+    let mount = cluster.mount();
+    let content = random_bytes(1, 3 << 20);
+    for name in ["kept", "deleted"] {
+        fs::write(mount.join(name), &content).expect("there is room");
+        File::open(mount.join(name)).expect("open").sync_all().expect("fsync");
+    }
+    wait::until("space is kept for full disks", PATIENCE, || {
+        (0..2).all(|n| Path::new(&data(n)).join("ballast").exists())
+    });
+    let fillers = disks.each_ref().map(SmallDisk::fill);
+    cluster.storage(1).kill();
+    cluster.meta().kill();
+    cluster.start_daemons();
+    assert!(fs::read(mount.join("kept")).expect("read") == content);
+    fs::remove_file(mount.join("deleted")).expect("deleting needs no room");
+    mount.remount();
+    assert!(fs::read(mount.join("kept")).expect("read") == content);
+    assert!(!mount.join("deleted").exists());
+    let refused = File::create(mount.join("new")).expect_err("there is no room for it");
+    assert_eq!(refused.raw_os_error(), Some(libc::ENOSPC), "{refused}");
+    drop(fillers);
+    wait::until("there is room again", PATIENCE, || fs::write(mount.join("new"), &content).is_ok());
+    wait::until("space is kept anew", PATIENCE, || (0..2).all(|n| Path::new(&data(n)).join("ballast").exists()));
+    cluster.wait_until_whole();
+    for process in [cluster.meta(), cluster.storage(1)] {
+        assert!(!process.has_ended() && !process.log().contains("panicked"), "{}", process.log());
+    }
+    mount.unmount();
+    cluster.meta().kill();
+    cluster.storage(1).kill();
 }

@@ -18,7 +18,10 @@ use parking_lot::{Mutex, RwLock};
 use redb::{Database, Durability, ReadableDatabase, ReadableTable, TableDefinition};
 
 use super::format::{Place, RECORD_HEADER_LENGTH, array_at, tree_length, u32_at, u64_at};
-use crate::redb_file::{self, Freeze, RedbFile};
+use crate::{
+    ballast::{Ballast, is_full},
+    redb_file::{self, Freeze, RedbFile},
+};
 
 const BLOCKS: TableDefinition<'_, &[u8; 32], &[u8; 28]> = TableDefinition::new("blocks");
 const USAGE: TableDefinition<'_, u64, (u64, u64)> = TableDefinition::new("usage");
@@ -77,16 +80,29 @@ pub(super) struct Saved {
 }
 
 #[derive(Debug, thiserror::Error)]
-#[error("the block index failed: {0}")]
-pub(super) struct IndexError(String);
+pub(super) enum IndexError {
+    /// Nothing is known of its file.
+    #[error("the block index failed: {0}")]
+    Failed(String),
+    /// Its file is what the last durable commit made it.
+    #[error("there is no space for the block index: {0}")]
+    Full(io::Error),
+    /// It failed before, for a reason that was told then.
+    #[error("the block index has failed before")]
+    Before,
+}
 
 fn failed(error: impl Into<redb::Error>) -> IndexError {
-    IndexError(error.into().to_string())
+    match error.into() {
+        redb::Error::Io(error) if is_full(&error) => IndexError::Full(error),
+        redb::Error::PreviousIo => IndexError::Before,
+        error => IndexError::Failed(error.to_string()),
+    }
 }
 
 /// A damaged file must not take the server with it.
 fn guarded<T>(work: impl FnOnce() -> Result<T, IndexError>) -> Result<T, IndexError> {
-    redb_file::guarded(work).unwrap_or_else(|panic| Err(IndexError(format!("its file is damaged ({panic})"))))
+    redb_file::guarded(work).unwrap_or_else(|panic| Err(IndexError::Failed(format!("its file is damaged ({panic})"))))
 }
 
 type Changes = BTreeMap<BlockHash, Option<Entry>>;
@@ -159,10 +175,11 @@ impl Index {
         disk: &dyn Disk,
         directory: &Path,
         cache_bytes: usize,
+        ballast: &Arc<Ballast>,
     ) -> io::Result<Result<(Self, Saved), IndexError>> {
         let file = disk.open(&directory.join(INDEX_FILE), true)?;
         Ok(guarded(|| {
-            let file = RedbFile::new(file);
+            let file = RedbFile::new(file).with_ballast(ballast);
             let freeze = file.freeze_handle();
             let database =
                 redb::Builder::new().set_cache_size(cache_bytes).create_with_backend(file).map_err(failed)?;
@@ -318,7 +335,7 @@ fn load_saved(write: &redb::WriteTransaction) -> Result<Saved, IndexError> {
     let format = table.get("format").map_err(failed)?.map(|value| value.value());
     match format {
         Some(FORMAT) => {}
-        Some(other) => return Err(IndexError(format!("it has format {other}, known is {FORMAT}"))),
+        Some(other) => return Err(IndexError::Failed(format!("it has format {other}, known is {FORMAT}"))),
         None => drop(table.insert("format", FORMAT).map_err(failed)?),
     }
     let number = |name: &str| Ok(table.get(name).map_err(failed)?.map_or(0, |value| value.value()));

@@ -50,7 +50,7 @@ use holdfast_common::{
 use parking_lot::{Mutex, MutexGuard};
 use rand::Rng;
 
-use crate::datadir::DataDir;
+use crate::{ballast::Ballast, datadir::DataDir};
 
 use self::{
     background::{Background, Housekeeper},
@@ -203,6 +203,7 @@ struct Inner {
     boot: Boot,
     segments: Segments,
     index: Index,
+    ballast: Arc<Ballast>,
     tail: Mutex<Tail>,
     /// The tail's sequence, without its lock.
     appended: Arc<AtomicU64>,
@@ -445,10 +446,11 @@ impl Inner {
             disk.create_directory(path)?;
         }
         disk.sync_directory(directory)?;
+        let ballast = Arc::new(Ballast::open(Arc::clone(&disk), directory, options.reserve_bytes)?);
         let boot = boot::decide(disk.as_ref(), directory, || rand::rng().random())?;
         let quarantine = Quarantine::open(Arc::clone(&disk), directory.join("quarantine"), options.quarantine_bytes)?;
         let numbers = list_segments(disk.as_ref(), &segment_directory)?;
-        let (index, saved) = open_index(disk.as_ref(), directory, options.index_cache_bytes)?;
+        let (index, saved) = open_index(disk.as_ref(), directory, options.index_cache_bytes, &ballast)?;
         let key = find_key(disk.as_ref(), &segment_directory, &numbers)?;
         let segments = Segments::new(Arc::clone(&disk), segment_directory, key);
 
@@ -467,6 +469,7 @@ impl Inner {
             boot,
             segments,
             index,
+            ballast,
             appended: tail.appended(),
             growing: tail.growing(),
             tail: Mutex::new(tail),
@@ -504,12 +507,18 @@ fn log_recovery(directory: &Path, report: &Recovery) {
 }
 
 /// Opens the index; one that cannot be used is set aside for inspection, and an empty one takes its place.
-fn open_index(disk: &dyn Disk, directory: &Path, cache_bytes: usize) -> Result<(Index, Saved), RecoverError> {
+fn open_index(
+    disk: &dyn Disk,
+    directory: &Path,
+    cache_bytes: usize,
+    ballast: &Arc<Ballast>,
+) -> Result<(Index, Saved), RecoverError> {
     let marker = directory.join(INDEX_DAMAGED_FILE);
     let distrusted = disk.open(&marker, false).is_ok();
     if !distrusted {
-        match Index::open(disk, directory, cache_bytes)? {
+        match Index::open(disk, directory, cache_bytes, ballast)? {
             Ok(opened) => return Ok(opened),
+            Err(full @ IndexError::Full(_)) => return Err(full.into()),
             Err(error) => tracing::error!(%error, "the index cannot be used"),
         }
     }
@@ -523,7 +532,7 @@ fn open_index(disk: &dyn Disk, directory: &Path, cache_bytes: usize) -> Result<(
         disk.remove(&marker)?;
     }
     disk.sync_directory(directory)?;
-    Ok(Index::open(disk, directory, cache_bytes)??)
+    Ok(Index::open(disk, directory, cache_bytes, ballast)??)
 }
 
 /// The key that the store's segments repeat; a new one if none tells it.
@@ -544,14 +553,23 @@ impl Inner {
         self.gate.failure().map_or(Ok(()), |failure| Err(StoreError::Failed(failure)))
     }
 
-    /// redb failed or its file is damaged: the store stops, and its next start rebuilds the index.
+    /// redb failed or its file is damaged: the store stops, and its next start rebuilds the index, unless it only had no space.
     fn index_failed(&self, error: &IndexError) -> StoreError {
-        let reason: Arc<str> = format!("{error}; it is rebuilt at the next start").into();
+        let reason: Arc<str> = match error {
+            IndexError::Failed(_) => {
+                self.distrust_index();
+                format!("{error}; it is rebuilt at the next start").into()
+            }
+            IndexError::Full(_) | IndexError::Before => error.to_string().into(),
+        };
+        self.gate.fail(Arc::clone(&reason));
+        StoreError::Failed(reason)
+    }
+
+    fn distrust_index(&self) {
         if let Err(error) = self.segments.disk.open(&self.directory.join(INDEX_DAMAGED_FILE), true) {
             tracing::error!(%error, "cannot note that the index is damaged: remove {INDEX_FILE} before the next start");
         }
-        self.gate.fail(Arc::clone(&reason));
-        StoreError::Failed(reason)
     }
 
     fn put(&self, mut tail: MutexGuard<'_, Tail>, blocks: &[CheckedBlock]) -> Result<Ticket, StoreError> {
@@ -653,13 +671,18 @@ impl Inner {
 
     fn refresh_room(&self) -> io::Result<()> {
         let space = self.segments.disk.space(&self.directory)?;
-        self.room.store(space.free.saturating_sub(self.options.reserve_bytes), Relaxed);
+        self.room.store(space.free.saturating_sub(self.free_reserve()), Relaxed);
         Ok(())
+    }
+
+    /// Bytes that are to stay free: the reserve without what the ballast holds of it.
+    fn free_reserve(&self) -> u64 {
+        self.options.reserve_bytes.saturating_sub(self.ballast.held())
     }
 
     fn usable_space(&self) -> io::Result<Space> {
         let space = self.segments.disk.space(&self.directory)?;
-        let free = space.free.saturating_sub(self.options.reserve_bytes);
+        let free = space.free.saturating_sub(self.free_reserve());
         let stored = self.index.total().bytes;
         Ok(match self.options.capacity_bytes {
             Some(limit) => Space { capacity: limit, free: free.min(limit.saturating_sub(stored)) },
