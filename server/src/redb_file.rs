@@ -21,7 +21,7 @@ use crate::ballast::Ballast;
 #[derive(Debug)]
 pub struct RedbFile {
     file: Arc<dyn DiskFile>,
-    /// After a write that failed redb does nothing any more, so a full disk is better kept from it.
+    /// After a write that failed redb does nothing any more, so it had better not hear of a full disk.
     ballast: Option<Arc<Ballast>>,
     frozen: Arc<AtomicBool>,
 }
@@ -106,7 +106,8 @@ impl StorageBackend for RedbFile {
     }
 
     fn sync_data(&self) -> io::Result<()> {
-        self.change(|| self.file.sync_data())
+        self.check_frozen()?;
+        self.file.sync_data()
     }
 
     fn write(&self, offset: u64, data: &[u8]) -> io::Result<()> {

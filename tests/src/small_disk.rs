@@ -20,13 +20,13 @@ impl<'a> SmallDisk<'a> {
         Self(path)
     }
 
-    /// Others fill it to the last byte, until the guard goes.
+    /// Others fill it to the last page, until the guard goes.
     pub fn fill(&self) -> Filler {
         let path = self.0.join("filler");
         let mut file = File::create(&path).expect("create");
-        for piece in [vec![0; 1 << 20], vec![0; 1]] {
-            while file.write(&piece).is_ok_and(|written| written > 0) {}
-        }
+        while file.write(&[0; 1 << 20]).is_ok_and(|written| written > 0) {}
+        // A server may give back what it keeps for this meanwhile: that is not taken from it.
+        (0..256).take_while(|_| file.write(&[0; 4096]).is_ok_and(|written| written > 0)).for_each(drop);
         Filler(path)
     }
 }

@@ -9,7 +9,6 @@ use holdfast_common::{
     mode::{HAS_CAPABILITY, PERMISSIONS},
     wire::meta::{Query, SetAttr},
 };
-use tokio::time::Instant;
 use tracing::warn;
 
 use super::{
@@ -19,10 +18,7 @@ use super::{
 };
 use crate::{
     fs::shared::{FreshMap, MAP_TRIES, Urgency, unsteady},
-    write::{
-        budget::{Amount, NoRoom},
-        pace::Synced,
-    },
+    write::budget::{Amount, NoRoom},
 };
 
 /// What came of making a file durable.
@@ -234,21 +230,17 @@ impl Fs {
     pub async fn fsync(&self, _ino: Ino, handle: FileHandle, _data_only: bool) -> FsResult<()> {
         let file = self.file(handle)?;
         file.check_locks()?;
-        let (begun, used) = (Instant::now(), self.shared.budget.used());
-        let written = file.inode.lock().take_written_since_sync();
-        let synced = self.make_file_durable(&file.inode).await;
-        match synced {
-            Ok(Sync::Waited) if Amount::of(written) == Amount::Little => {
-                self.shared.budget.note_sync(Synced {
-                    begun: begun.into_std(),
-                    ended: Instant::now().into_std(),
-                    used,
-                });
+        let written = file.inode.lock().written_since_sync();
+        let syncing = (Amount::of(written) == Amount::Little).then(|| self.shared.budget.begin_sync());
+        match self.make_file_durable(&file.inode).await? {
+            Sync::Failed => {}
+            synced => {
+                file.inode.lock().forget_written_since_sync(written);
+                if let Some(syncing) = syncing.filter(|_| synced == Sync::Waited) {
+                    syncing.over();
+                }
             }
-            Ok(Sync::Waited | Sync::Nothing) => {}
-            Ok(Sync::Failed) | Err(_) => file.inode.lock().note_written_since_sync(written),
         }
-        synced?;
         self.tell_error(&file)
     }
 

@@ -7,10 +7,10 @@ use holdfast_common::{
     wire::meta::{MetaAnswer, Query},
 };
 use parking_lot::Mutex;
-use tokio::{task::JoinHandle, time::Instant};
+use tokio::task::JoinHandle;
 
 use super::{DirectoryPage, Errno, FileHandle, Fs, FsResult, OpenedDirectory, listings::Filling};
-use crate::{remote::meta::unexpected, sys::boot_time, write::pace::Synced};
+use crate::{remote::meta::unexpected, sys::boot_time};
 
 /// Cookies of `.` and `..`; those of the server come after.
 const DOT: u64 = 1;
@@ -228,9 +228,9 @@ impl Fs {
 
     /// Names made and removed before are durable when this returns.
     pub async fn fsyncdir(&self, _ino: Ino) -> FsResult<()> {
-        let (begun, used) = (Instant::now(), self.shared.budget.used());
+        let syncing = self.shared.budget.begin_sync();
         self.shared.meta.barrier().await?;
-        self.shared.budget.note_sync(Synced { begun: begun.into_std(), ended: Instant::now().into_std(), used });
+        syncing.over();
         self.shared.meta.hear_failure()
     }
 }

@@ -411,18 +411,14 @@ impl State {
         self.uploads.range(..=id).any(|(id, _)| !self.late.contains(id))
     }
 
-    /// How many bytes were written since they were taken last.
+    /// How many bytes were written that no fsync has made durable, as far as is known.
     pub(super) fn written_since_sync(&self) -> u64 {
         self.since_sync
     }
 
-    pub(super) fn take_written_since_sync(&mut self) -> u64 {
-        std::mem::take(&mut self.since_sync)
-    }
-
-    /// They were taken, and are not durable.
-    pub(super) fn note_written_since_sync(&mut self, bytes: u64) {
-        self.since_sync += bytes;
+    /// So many of them are durable. Others may have said so of the same ones.
+    pub(super) fn forget_written_since_sync(&mut self, bytes: u64) {
+        self.since_sync = self.since_sync.saturating_sub(bytes);
     }
 
     /// How many writes there have been.

@@ -1,7 +1,7 @@
 //! How many bytes may be written and not yet durable: the bound that makes writers wait.
 
 use std::{
-    sync::atomic::{AtomicBool, AtomicU64, Ordering},
+    sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering},
     time::Duration,
 };
 
@@ -19,6 +19,8 @@ pub struct DirtyBudget {
     limit: u64,
     bound: AtomicU64,
     pace: Mutex<Pace>,
+    /// Fsyncs of little that are under way.
+    syncs: AtomicU32,
     used: AtomicU64,
     /// Bytes that have left the budget since it was made.
     drained: AtomicU64,
@@ -27,6 +29,30 @@ pub struct DirtyBudget {
     changed: Notify,
     /// Half of a lowered bound is used.
     pressed: Notify,
+}
+
+/// Somebody waits for an fsync of little.
+#[derive(Debug)]
+pub struct SyncUnderWay<'a> {
+    budget: &'a DirtyBudget,
+    begun: Instant,
+    /// Bytes that were under way then.
+    used: u64,
+}
+
+impl SyncUnderWay<'_> {
+    /// It is over, and was not for nothing: the bound follows how long it took.
+    pub fn over(self) {
+        let synced = Synced { begun: self.begun.into_std(), ended: Instant::now().into_std(), used: self.used };
+        let mut pace = self.budget.pace.lock();
+        self.budget.set_bound(pace.synced(synced));
+    }
+}
+
+impl Drop for SyncUnderWay<'_> {
+    fn drop(&mut self) {
+        self.budget.syncs.fetch_sub(1, Ordering::Relaxed);
+    }
 }
 
 /// Of how much someone waits for the storing.
@@ -62,6 +88,7 @@ impl DirtyBudget {
             limit,
             bound: AtomicU64::new(limit),
             pace: Mutex::new(Pace::new(limit)),
+            syncs: AtomicU32::new(0),
             used: AtomicU64::new(0),
             drained: AtomicU64::new(0),
             full: AtomicBool::new(false),
@@ -109,16 +136,18 @@ impl DirtyBudget {
         drop(tokio::time::timeout(tick, self.pressed.notified()).await);
     }
 
-    /// An fsync of little is over.
-    pub fn note_sync(&self, synced: Synced) {
-        let mut pace = self.pace.lock();
-        self.set_bound(pace.synced(synced));
+    /// An fsync of little begins.
+    pub fn begin_sync(&self) -> SyncUnderWay<'_> {
+        self.syncs.fetch_add(1, Ordering::Relaxed);
+        SyncUnderWay { budget: self, begun: Instant::now(), used: self.used() }
     }
 
-    /// Lets writers go to the limit again if nobody has waited for an fsync of little lately.
+    /// Lets writers go to the limit again if nobody waits for an fsync of little, or has lately.
     pub fn calm_down(&self, now: Instant) {
-        let mut pace = self.pace.lock();
-        self.set_bound(pace.calmed(now.into_std()));
+        if self.syncs.load(Ordering::Relaxed) == 0 {
+            let mut pace = self.pace.lock();
+            self.set_bound(pace.calmed(now.into_std()));
+        }
     }
 
     fn set_bound(&self, bound: u64) {
@@ -222,17 +251,20 @@ mod tests {
     async fn slow_syncs_of_little_hold_writers_back_and_calm_lets_them_go() {
         let budget = Arc::new(DirtyBudget::new(256 * MIB));
         budget.add(200 * MIB);
-        let begun = Instant::now();
+        let syncing = budget.begin_sync();
         tokio::time::advance(Duration::from_millis(100)).await;
-        budget.note_sync(Synced { begun: begun.into_std(), ended: Instant::now().into_std(), used: 200 * MIB });
+        syncing.over();
         assert_eq!(budget.bound(), 100 * MIB);
         assert!(!budget.has_room(Amount::Little) && budget.is_pressed());
         let writer = tokio::spawn({
             let budget = Arc::clone(&budget);
             async move { budget.wait_for_room(Amount::Much, Duration::from_secs(60)).await }
         });
+        let syncing = budget.begin_sync();
         tokio::time::sleep(Duration::from_millis(1500)).await;
-        assert!(!writer.is_finished());
+        budget.calm_down(Instant::now());
+        assert!(!writer.is_finished() && budget.bound() == 100 * MIB, "somebody waits");
+        drop(syncing);
         budget.calm_down(Instant::now());
         assert_eq!(budget.bound(), 256 * MIB);
         assert_eq!(writer.await.unwrap(), Ok(()));
@@ -248,8 +280,11 @@ mod tests {
         };
         let budget = DirtyBudget::new(32 * MIB);
         assert_eq!(waited_with(&budget).await, tick);
-        let begun = std::time::Instant::now();
-        budget.note_sync(Synced { begun, ended: begun + tick, used: 32 * MIB });
+        budget.add(32 * MIB);
+        let syncing = budget.begin_sync();
+        tokio::time::advance(tick).await;
+        syncing.over();
+        budget.sub(32 * MIB);
         assert_eq!(waited_with(&budget).await, Duration::ZERO);
     }
 

@@ -55,7 +55,7 @@ pub async fn watch_space(core: Arc<Core>, reserve_bytes: u64) -> Result<(), Faul
         let looking = Arc::clone(&core);
         let space = work::run(move || {
             let space = looking.disk.space(&looking.directory)?;
-            looking.ballast.keep(space.free, reserve_bytes);
+            looking.ballast.keep(space.free);
             looking.disk.space(&looking.directory)
         });
         match space.await.map_err(|_| Fault::Thread)? {

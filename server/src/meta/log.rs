@@ -139,7 +139,7 @@ impl LogPlace {
         Self { ballast: Some(Arc::clone(ballast)), ..self }
     }
 
-    fn spend(&self, work: impl Fn() -> io::Result<()>) -> io::Result<()> {
+    fn spend<T>(&self, mut work: impl FnMut() -> io::Result<T>) -> io::Result<T> {
         match &self.ballast {
             Some(ballast) => ballast.spend(work),
             None => work(),
@@ -251,14 +251,15 @@ impl LogPlace {
     /// everything before `first` on stable storage.
     pub fn begin(&self, first: Position) -> Result<Log, LogError> {
         let path = self.path(first);
-        let file = self.disk.open(&path, true).map_err(io_error("create", &path))?;
-        let written = self.spend(|| {
+        let file = self.spend(|| {
+            let file = self.disk.open(&path, true)?;
             file.set_length(0)?;
             file.write_all_at(&self.header(first), 0)?;
-            file.sync_data()?;
-            self.disk.sync_directory(&self.directory)
+            Ok(file)
         });
-        written.map_err(io_error("write", &path))?;
+        let file = file.map_err(io_error("create", &path))?;
+        let synced = file.sync_data().and_then(|()| self.disk.sync_directory(&self.directory));
+        synced.map_err(io_error("write", &path))?;
         for old in self.files()?.iter().filter(|old| **old != path) {
             self.disk.remove(old).map_err(io_error("remove", old))?;
         }

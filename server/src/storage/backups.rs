@@ -9,6 +9,8 @@ use std::{
 use holdfast_common::{Refusal, disk::Disk};
 use parking_lot::Mutex;
 
+use crate::ballast::Ballast;
+
 const DIRECTORY: &str = "backups";
 /// Complete ones that are kept: the newest.
 const KEPT: usize = 3;
@@ -18,16 +20,16 @@ const KEPT: usize = 3;
 pub struct Backups {
     disk: Arc<dyn Disk>,
     directory: PathBuf,
-    /// Bytes of the disk that are left free.
-    reserve_bytes: u64,
+    /// Knows how much of the disk is to stay free.
+    ballast: Arc<Ballast>,
     /// One part at a time.
     busy: Mutex<()>,
 }
 
 impl Backups {
-    /// `data`: the data directory. `reserve_bytes`: of its disk, left free.
-    pub fn new(disk: Arc<dyn Disk>, data: &Path, reserve_bytes: u64) -> Self {
-        Self { disk, directory: data.join(DIRECTORY), reserve_bytes, busy: Mutex::new(()) }
+    /// `data`: the data directory, whose `ballast` knows how much of the disk is to stay free.
+    pub fn new(disk: Arc<dyn Disk>, data: &Path, ballast: Arc<Ballast>) -> Self {
+        Self { disk, directory: data.join(DIRECTORY), ballast, busy: Mutex::new(()) }
     }
 
     /// Adds a part at `offset` of the backup `number`; with `end` it is complete, and durable when this returns. Refused `Invalid`
@@ -53,7 +55,7 @@ impl Backups {
         if offset == 0 {
             file.set_length(0)?;
         }
-        if self.disk.space(&self.directory)?.free < self.reserve_bytes.saturating_add(part.len() as u64) {
+        if self.disk.space(&self.directory)?.free < self.ballast.free_reserve().saturating_add(part.len() as u64) {
             return Err(io::ErrorKind::StorageFull.into());
         }
         if file.length()? != offset {
@@ -88,13 +90,17 @@ mod tests {
     #[test]
     fn the_newest_complete_ones_are_kept() {
         let directory = tempfile::tempdir().unwrap();
-        let backups = Backups::new(Arc::new(RealDisk), directory.path(), 0);
+        let with_reserve = |bytes| {
+            let ballast = Ballast::open(Arc::new(RealDisk), directory.path(), bytes).unwrap();
+            Backups::new(Arc::new(RealDisk), directory.path(), Arc::new(ballast))
+        };
+        let backups = with_reserve(0);
         for number in [9, 1, 2, 3, 4, 5] {
             backups.keep(number, 0, b"ab", false).unwrap();
             backups.keep(number, 2, &[u8::try_from(number).unwrap()], false).unwrap();
             backups.keep(number, 3, b"", true).unwrap();
         }
-        let full = Backups::new(Arc::new(RealDisk), directory.path(), u64::MAX);
+        let full = with_reserve(u64::MAX);
         assert_eq!(full.keep(6, 0, b"ab", false), Err(Refusal::ServerFull));
         // One that is broken off takes nothing away.
         backups.keep(6, 0, b"ab", false).unwrap();

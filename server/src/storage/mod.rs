@@ -85,8 +85,8 @@ pub async fn run(
     let data = DataDir::open(&*disk, &config.data_dir, credentials.identity())?;
     let options = store_options(&config, disk.as_ref()).map_err(RunError::Start)?;
     let directory = data.path().to_owned();
-    let backups = Backups::new(Arc::clone(&disk), &directory, options.reserve_bytes);
     let store = Arc::new(Store::open(Arc::clone(&disk), &directory, options)?.locked_by(data));
+    let backups = Backups::new(Arc::clone(&disk), &directory, store.ballast());
     let node = Node::bind(config.listen, credentials, NetOptions::default())?;
     let address = node.local_address().map_err(RunError::Start)?;
     let peers: Arc<dyn Peers> = Arc::clone(&node) as Arc<dyn Peers>;

@@ -42,6 +42,8 @@ const INLINE_BYTES_MAX: usize = 64 << 10;
 /// Bytes that are read where they are asked for, if they are in memory.
 const INLINE_READ_MAX: u32 = 64 << 10;
 /// Repairs of blocks whose hashes start alike are done one after the other, so that none is done twice.
+/// Hashes that are looked up as short work.
+const HASHES_SHORT: usize = 256;
 const REPAIR_LANES: usize = 64;
 /// How often a repair judges the copy anew that a put replaced under it.
 const VERDICTS_MAX: usize = 4;
@@ -268,7 +270,10 @@ impl StorageService {
         // No blocks: a probe, which must not wait for a disk behind the others.
         let present = match blocks.is_empty() {
             true => Vec::new(),
-            false => self.blocking(Effort::Short, move |store| store.has(&blocks)).await.map_err(logged)?,
+            false => {
+                let effort = if blocks.len() <= HASHES_SHORT { Effort::Short } else { Effort::Long };
+                self.blocking(effort, move |store| store.has(&blocks)).await.map_err(logged)?
+            }
         };
         Ok((StorageAnswer::Has { boot: self.store.boot(), present }, Vec::new()))
     }

@@ -53,7 +53,7 @@ impl Server {
         let directory = tempfile::tempdir().unwrap();
         let options = StoreOptions { reserve_bytes: 0, ..StoreOptions::default() };
         let store = Arc::new(Store::open(Arc::new(RealDisk), directory.path(), options).unwrap());
-        let backups = Backups::new(Arc::new(RealDisk), directory.path(), 0);
+        let backups = Backups::new(Arc::new(RealDisk), directory.path(), store.ballast());
         let service = start_service(Arc::clone(&store), Arc::clone(room) as Arc<dyn Peers>, id, backups).unwrap();
         room.servers.lock().insert(id, Arc::clone(&service));
         Self { directory, store, service }

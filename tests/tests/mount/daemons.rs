@@ -234,18 +234,24 @@ fn servers_start_on_disks_without_a_free_byte() {
     let disks = [0, 1].map(|n| SmallDisk::mount(&paths[n], 400));
     let data = |n: usize| paths[n].join("data").to_str().expect("test paths are UTF-8").to_owned();
     cluster.set("meta/meta.toml", "data_dir", data(0));
+    cluster.set("meta/meta.toml", "garbage_grace_secs", 2);
     cluster.move_data(1, Path::new(&data(1)));
     cluster.start_daemons();
     let mount = cluster.mount();
     let content = random_bytes(1, 3 << 20);
-    for name in ["kept", "deleted"] {
-        fs::write(mount.join(name), &content).expect("there is room");
+    for (seed, name) in [(1, "kept"), (2, "early"), (3, "deleted")] {
+        let content = random_bytes(seed, content.len());
+        fs::write(mount.join(name), content).expect("there is room");
         File::open(mount.join(name)).expect("open").sync_all().expect("fsync");
     }
     wait::until("space is kept for full disks", PATIENCE, || {
         (0..2).all(|n| Path::new(&data(n)).join("ballast").exists())
     });
     let fillers = disks.each_ref().map(SmallDisk::fill);
+    let stored = || cluster.status().storage_sum("stored_bytes");
+    let before = stored();
+    fs::remove_file(mount.join("early")).expect("deleting needs no room");
+    wait::until("what was deleted takes no space", PATIENCE, || stored() <= before - 3 * content.len() as u64);
     cluster.storage(1).kill();
     cluster.meta().kill();
     cluster.start_daemons();

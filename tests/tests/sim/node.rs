@@ -274,7 +274,7 @@ pub(crate) fn start_storage(
     flush_every: Duration,
 ) -> Option<Arc<StorageService>> {
     let store = open_store(&disk, flush_every)?;
-    let backups = Backups::new(disk, Path::new(DIRECTORY), 0);
+    let backups = Backups::new(disk, Path::new(DIRECTORY), store.ballast());
     Some(start_service(store, peers, id, backups).expect("threads can be started"))
 }
 

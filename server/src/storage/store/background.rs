@@ -160,7 +160,7 @@ impl Inner {
 
     /// How many dead records were buried.
     fn keep_index(&self, durable: bool) -> Result<usize, StoreError> {
-        self.ballast.keep(self.segments.disk.space(&self.directory)?.free, self.options.reserve_bytes);
+        self.ballast.keep(self.segments.disk.space(&self.directory)?.free);
         self.refresh_room()?;
         let buried = self.bury();
         let unsynced = self.tail.lock().sequence() > self.gate.durable();

@@ -75,7 +75,7 @@ impl Inner {
         while moved < budget
             && let Some(number) = compaction.segments.front().copied()
         {
-            if self.segments.disk.space(&self.directory)?.free < FREE_MIN {
+            if self.segments.disk.space(&self.directory)?.free + self.ballast.held() < FREE_MIN {
                 tracing::warn!("there is too little room to rewrite segments");
                 compaction.segments.clear();
                 return Ok(());

@@ -27,7 +27,7 @@ use std::{
     sync::{
         Arc,
         atomic::{
-            AtomicU64,
+            AtomicBool, AtomicU64,
             Ordering::{Acquire, Relaxed},
         },
     },
@@ -203,6 +203,8 @@ struct Inner {
     boot: Boot,
     segments: Segments,
     index: Index,
+    /// That is why it failed, if it did.
+    index_was_full: AtomicBool,
     ballast: Arc<Ballast>,
     tail: Mutex<Tail>,
     /// The tail's sequence, without its lock.
@@ -404,6 +406,11 @@ impl Store {
         }
     }
 
+    /// What its disk keeps for the day on which others have filled it.
+    pub fn ballast(&self) -> Arc<Ballast> {
+        Arc::clone(&self.inner.ballast)
+    }
+
     /// Capacity and free bytes as a client may count on them: within the limit, without the reserve.
     pub fn space(&self) -> io::Result<Space> {
         self.inner.usable_space()
@@ -469,6 +476,7 @@ impl Inner {
             boot,
             segments,
             index,
+            index_was_full: AtomicBool::new(false),
             ballast,
             appended: tail.appended(),
             growing: tail.growing(),
@@ -560,7 +568,17 @@ impl Inner {
                 self.distrust_index();
                 format!("{error}; it is rebuilt at the next start").into()
             }
-            IndexError::Full(_) | IndexError::Before => error.to_string().into(),
+            IndexError::Full(_) => {
+                self.index_was_full.store(true, Relaxed);
+                error.to_string().into()
+            }
+            IndexError::Before => {
+                // Whoever met the failure itself may not have got as far as saying so.
+                if !self.index_was_full.load(Relaxed) {
+                    self.distrust_index();
+                }
+                error.to_string().into()
+            }
         };
         self.gate.fail(Arc::clone(&reason));
         StoreError::Failed(reason)
@@ -671,18 +689,13 @@ impl Inner {
 
     fn refresh_room(&self) -> io::Result<()> {
         let space = self.segments.disk.space(&self.directory)?;
-        self.room.store(space.free.saturating_sub(self.free_reserve()), Relaxed);
+        self.room.store(space.free.saturating_sub(self.ballast.free_reserve()), Relaxed);
         Ok(())
-    }
-
-    /// Bytes that are to stay free: the reserve without what the ballast holds of it.
-    fn free_reserve(&self) -> u64 {
-        self.options.reserve_bytes.saturating_sub(self.ballast.held())
     }
 
     fn usable_space(&self) -> io::Result<Space> {
         let space = self.segments.disk.space(&self.directory)?;
-        let free = space.free.saturating_sub(self.free_reserve());
+        let free = space.free.saturating_sub(self.ballast.free_reserve());
         let stored = self.index.total().bytes;
         Ok(match self.options.capacity_bytes {
             Some(limit) => Space { capacity: limit, free: free.min(limit.saturating_sub(stored)) },
@@ -725,7 +738,9 @@ impl Inner {
         if dead.is_empty() {
             return Ok(());
         }
-        tail.append(&self.segments, &dead.iter().map(tombstone).collect::<Vec<_>>()).map_err(write_error)?;
+        let tombstones: Vec<_> = dead.iter().map(tombstone).collect();
+        // What is deleted makes room, so that there has to be some for it.
+        self.ballast.spend(|| tail.append(&self.segments, &tombstones)).map_err(write_error)?;
         dead.iter().for_each(|(hash, entry)| self.index.replace(*hash, Some(*entry), None));
         let sequence = tail.sequence();
         self.graves.lock().extend(dead.iter().map(|(hash, entry)| (sequence, *hash, *entry)));

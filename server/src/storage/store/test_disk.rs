@@ -327,11 +327,18 @@ impl DiskFile for TestFile {
             self.shared.released.wait(&mut hold);
         }
         drop(hold);
-        self.shared.step()?;
+        if let Err(error) = self.shared.step() {
+            // As Linux: it is told once, and what was not written counts as written from then on.
+            if !self.shared.dead.load(SeqCst) {
+                self.content.lock().unsynced.clear();
+            }
+            return Err(error);
+        }
         self.shared.segment_syncs.fetch_add(u64::from(self.is_segment), SeqCst);
         let mut content = self.content.lock();
-        content.durable = content.live.clone();
-        content.unsynced.clear();
+        for change in std::mem::take(&mut content.unsynced) {
+            change.apply(&mut content.durable);
+        }
         Ok(())
     }
 

@@ -810,6 +810,30 @@ fn a_power_cut_at_any_call_keeps_what_was_durable() {
 }
 
 #[test]
+fn an_index_that_had_no_space_is_not_rebuilt() {
+    let blocks = [block(1, 500), block(2, 500)];
+    for n in 1.. {
+        let disk = TestDisk::new();
+        let store = open(&disk);
+        put_durable(&store, &blocks[0]);
+        store.checkpoint().unwrap();
+        put_durable(&store, &blocks[1]);
+        disk.fail(Fault::Once(n, libc::ENOSPC));
+        let checkpointed = store.checkpoint();
+        if disk.calls() < n {
+            assert!(checkpointed.is_ok() && n > 3, "{checkpointed:?} after {n} calls");
+            break;
+        }
+        drop(store);
+        let store = open(&disk.after_kill());
+        assert!(!store.recovery().rebuilt, "no space at call {n}: {checkpointed:?}");
+        for block in &blocks {
+            assert_eq!(&store.get(&block.hash()).unwrap(), block.bytes(), "no space at call {n}");
+        }
+    }
+}
+
+#[test]
 fn an_error_at_any_call_keeps_every_promise() {
     for errno in [libc::EIO, libc::ENOSPC] {
         for n in 1.. {

@@ -9,7 +9,13 @@ use std::{
     time::{Duration, Instant},
 };
 
-use holdfast_tests::{cluster::Cluster, fault, process::Process, small_disk::SmallDisk};
+use holdfast_tests::{
+    cluster::{Cluster, PATIENCE},
+    fault,
+    process::Process,
+    small_disk::SmallDisk,
+    wait,
+};
 use rand::{Rng, rngs::StdRng, seq::SliceRandom};
 
 /// How long a fault lasts: some are over before anyone is suspect, some are long enough that a server is given up.
@@ -22,8 +28,8 @@ type Kind<F> = (&'static str, fn(&mut F));
 pub(super) struct Faults<'a> {
     pub(super) cluster: &'a Cluster,
     pub(super) servers: usize,
-    /// The filesystem of one of them, which can be filled.
-    pub(super) small_disk: &'a SmallDisk<'a>,
+    /// The filesystem of one of them, which can be filled; only root can make one.
+    pub(super) small_disk: Option<&'a SmallDisk<'a>>,
     pub(super) small: usize,
     pub(super) random: StdRng,
     /// How often each has happened.
@@ -49,10 +55,21 @@ impl Faults<'_> {
         ("everything killed", Self::kill_everything),
     ];
 
+    /// Every kind that is possible here has come.
+    pub(super) fn all_came(&self) -> bool {
+        (0..Self::KINDS.len())
+            .filter(|kind| self.is_possible(*kind))
+            .all(|kind| self.counts.contains_key(Self::KINDS[kind].0))
+    }
+
+    fn is_possible(&self, kind: usize) -> bool {
+        self.small_disk.is_some() || !Self::KINDS[kind].0.starts_with("disk full")
+    }
+
     /// The next kind: all of them come before any comes again.
     pub(super) fn strike(&mut self) {
         if self.next.is_empty() {
-            self.next = (0..Self::KINDS.len()).collect();
+            self.next = (0..Self::KINDS.len()).filter(|kind| self.is_possible(*kind)).collect();
             self.next.shuffle(&mut self.random);
         }
         let (name, happen) = Self::KINDS[self.next.pop().expect("filled above")];
@@ -111,6 +128,7 @@ impl Faults<'_> {
     fn wipe_storage(&mut self) {
         let server = self.server();
         self.cluster.wipe(server);
+        self.wait_until_compared(server);
     }
 
     fn kill_meta(&mut self) {
@@ -135,13 +153,13 @@ impl Faults<'_> {
 
     /// Nothing more fits on the disk of one server.
     fn fill_disk(&mut self) {
-        let _filler = self.small_disk.fill();
+        let _filler = self.small_disk.map(SmallDisk::fill);
         self.last();
     }
 
     /// The same, and it has to start with it.
     fn fill_disk_and_kill(&mut self) {
-        let _filler = self.small_disk.fill();
+        let _filler = self.small_disk.map(SmallDisk::fill);
         thread::sleep(self.a_while() / 4);
         self.cluster.storage(self.small).kill();
         self.cluster.storage(self.small).start();
@@ -160,6 +178,15 @@ impl Faults<'_> {
             }
         }
         self.cluster.storage(server).start();
+        self.wait_until_compared(server);
+    }
+
+    /// What it has lost is on record as lost: until then nobody knows that it is not whole.
+    fn wait_until_compared(&self, server: usize) {
+        let line = format!("a storage server was compared with the record server={server} ");
+        let compared = || self.cluster.meta().log().matches(&line).count();
+        let before = compared();
+        wait::until("the server is compared with the record", PATIENCE, || compared() > before);
     }
 
     /// In every segment of one server; then it reads everything again.

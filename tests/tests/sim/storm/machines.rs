@@ -84,7 +84,7 @@ impl Machines {
         let host = self.ether.host(storage(id));
         let (peers, seam): (Arc<dyn Peers>, Arc<dyn Disk>) = (Arc::clone(&host) as _, Arc::new(disk.clone()));
         let store = open_store(&seam, self.flush_every).expect("its disk works");
-        let backups = Backups::new(Arc::clone(&seam), Path::new(DIRECTORY), 0);
+        let backups = Backups::new(Arc::clone(&seam), Path::new(DIRECTORY), store.ballast());
         let service = start_service(Arc::clone(&store), peers, id, backups).expect("no threads are needed");
         let (told, bad) = mpsc::unbounded_channel();
         let scrubber = Scrubber {
