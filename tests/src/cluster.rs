@@ -129,6 +129,15 @@ impl Cluster {
         fs::write(&path, table.to_string()).unwrap_or_else(|error| panic!("write {}: {error}", path.display()));
     }
 
+    /// Takes one key out of a configuration file of the cluster.
+    pub fn unset(&self, file: &str, key: &str) {
+        let path = self.path().join(file);
+        let text = fs::read_to_string(&path).unwrap_or_else(|error| panic!("read {}: {error}", path.display()));
+        let mut table: toml::Table = text.parse().unwrap_or_else(|error| panic!("{}: {error}", path.display()));
+        table.remove(key);
+        fs::write(&path, table.to_string()).unwrap_or_else(|error| panic!("write {}: {error}", path.display()));
+    }
+
     /// One key of a configuration file, as text.
     pub fn get(&self, file: &str, key: &str) -> String {
         let text = fs::read_to_string(self.path().join(file)).expect("a configuration can be read");

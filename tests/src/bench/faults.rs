@@ -27,7 +27,6 @@ const SERVERS: usize = 4;
 /// The server that everything happens to, counted from 1.
 const VICTIM: usize = 4;
 const MIB: usize = 1 << 20;
-const DATA_MIB: usize = 2048;
 /// Bytes of one read or write of the foreground.
 const RECORD: usize = 64 << 10;
 const RECORDS_WRITTEN: u64 = 1024;
@@ -58,7 +57,8 @@ struct Felt {
 }
 
 impl Foreground {
-    fn start(mount: &Mount) -> Result<Self> {
+    /// The file of `data_mib` mebibytes is what is read.
+    fn start(mount: &Mount, data_mib: usize) -> Result<Self> {
         let over = Arc::new(AtomicBool::new(false));
         let (reads, writes) = (Latencies::default(), Latencies::default());
         // Past the kernel's pages.
@@ -66,7 +66,7 @@ impl Foreground {
         let written = File::create(mount.join("written"))?;
         let mut bytes = vec![0; RECORD];
         let reading = move |number: u64| {
-            let records = (DATA_MIB * MIB / RECORD) as u64;
+            let records = (data_mib * MIB / RECORD) as u64;
             Ok(read.read_exact_at(&mut bytes, number % records * RECORD as u64)?)
         };
         let mut content = random_bytes(1, RECORD);
@@ -132,11 +132,12 @@ struct Stage {
     // Before its servers, when it is over.
     mount: Mount,
     cluster: Cluster,
+    data_mib: usize,
 }
 
-/// Markdown: faults, then scrubbing.
-pub fn run() -> Result<String> {
-    let stage = Stage::set()?;
+/// Markdown: faults, then scrubbing, of servers that keep a file of `data_mib` mebibytes in three copies.
+pub fn run(data_mib: usize) -> Result<String> {
+    let stage = Stage::set(data_mib)?;
     let mut table = "| fault | suspect after, s | down after, s | all copies again after, s | longest read, ms | longest write and fsync, ms | reads of 64 KiB, 1/s, before and during | p99, ms | writes and fsyncs, 1/s | p99, ms |\n|---|---:|---:|---:|---:|---:|---:|---:|---:|---:|\n".to_owned();
     let victim = || stage.cluster.storage(VICTIM);
     let mut row = |name: &str, seen: Seen| {
@@ -181,7 +182,8 @@ fn row(name: &str, seen: &Seen) -> String {
 }
 
 impl Stage {
-    fn set() -> Result<Self> {
+    /// With a file of `data_mib` mebibytes in it.
+    fn set(data_mib: usize) -> Result<Self> {
         let cluster = Cluster::prepare(&Options { storage: SERVERS, proxied: true, ..Options::default() });
         cluster.set("meta/meta.toml", "replace_after_secs", REPLACE_AFTER_SECS as i64);
         // Between two faults what was overwritten has to go.
@@ -190,12 +192,12 @@ impl Stage {
         let mount = cluster.mount();
         let mut bytes = random_bytes(2, MIB);
         let file = File::create(mount.join("data"))?;
-        for number in 0..DATA_MIB {
+        for number in 0..data_mib {
             bytes[..8].copy_from_slice(&number.to_le_bytes());
             file.write_all_at(&bytes, (number * MIB) as u64)?;
         }
         file.sync_all()?;
-        let stage = Self { mount, cluster };
+        let stage = Self { mount, cluster, data_mib };
         stage.wait_until_whole()?;
         Ok(stage)
     }
@@ -219,7 +221,7 @@ impl Stage {
 
     /// With the foreground, some calm, and then `fault` until all copies are there again and stay for `whole_for`; `None`: they were never gone.
     fn suffer(&self, fault: impl FnOnce(), whole_for: Option<Duration>) -> Result<Seen> {
-        let foreground = Foreground::start(&self.mount)?;
+        let foreground = Foreground::start(&self.mount, self.data_mib)?;
         thread::sleep(CALM);
         let calm = Instant::now();
         fault();
@@ -272,7 +274,7 @@ impl Stage {
         let passes = |status: &Status| status.storage_sum("scrub_passes");
         let mut table = "\n| scrubbing | MB/s, each server | reads of 64 KiB, 1/s, before and during | p99, ms |\n|---|---:|---:|---:|\n".to_owned();
         for is_busy in [false, true] {
-            let foreground = is_busy.then(|| Foreground::start(&self.mount)).transpose()?;
+            let foreground = is_busy.then(|| Foreground::start(&self.mount, self.data_mib)).transpose()?;
             thread::sleep(CALM);
             let (calm, status) = (Instant::now(), self.cluster.status());
             let (ended, stored) = (passes(&status), status.storage_sum("stored_bytes"));

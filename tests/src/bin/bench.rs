@@ -10,7 +10,7 @@ use std::{
 use anyhow::{Context, Result, bail};
 use holdfast_tests::bench::{Bench, Report, Sample, Sizes, Subject, faults, grow, insert, reach};
 
-const USAGE: &str = "bench run SCRIPT WORKLOADS full|quick ARCHIVE SAMPLES | bench report SAMPLES DOCUMENT PLOT | bench grow FILES DOCUMENT | bench reach DOCUMENT | bench faults DOCUMENT | bench client create|stat|read DIRECTORY FILES SEED";
+const USAGE: &str = "bench run SCRIPT WORKLOADS full|quick ARCHIVE SAMPLES | bench report SAMPLES DOCUMENT PLOT | bench grow FILES DOCUMENT | bench reach DOCUMENT | bench faults MEBIBYTES DOCUMENT | bench client create|stat|read DIRECTORY FILES SEED";
 
 fn main() -> ExitCode {
     let arguments: Vec<String> = std::env::args().skip(1).collect();
@@ -21,7 +21,7 @@ fn main() -> ExitCode {
         }
         ["grow", files, document] => how_it_grows(files, Path::new(document)),
         ["reach", document] => how_far_it_reaches(Path::new(document)),
-        ["faults", document] => how_it_heals(Path::new(document)),
+        ["faults", data_mib, document] => how_it_heals(data_mib, Path::new(document)),
         ["client", act, directory, files, seed] => client(act, directory, files, seed),
         ["report", samples, document, plot] => report(Path::new(samples), Path::new(document), Path::new(plot)),
         _ => Err(anyhow::anyhow!(USAGE)),
@@ -72,8 +72,8 @@ fn how_far_it_reaches(document: &Path) -> Result<()> {
     write_into(document, "scripts/bench --reach", &table)
 }
 
-fn how_it_heals(document: &Path) -> Result<()> {
-    let table = faults::run()?;
+fn how_it_heals(data_mib: &str, document: &Path) -> Result<()> {
+    let table = faults::run(data_mib.parse().context("a number of mebibytes")?)?;
     std::io::stdout().write_all(table.as_bytes())?;
     write_into(document, "scripts/bench --faults", &table)
 }

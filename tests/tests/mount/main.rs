@@ -6,6 +6,7 @@ mod behind;
 mod bounded;
 mod chaos;
 mod daemons;
+mod disks;
 mod dying;
 mod ends;
 mod garbage;

@@ -1,0 +1,158 @@
+//! One daemon with several disks, of which one breaks.
+
+use std::{
+    fs::{self, File},
+    io::Write,
+    net::SocketAddr,
+    path::{Path, PathBuf},
+    process::{Child, Command, Stdio},
+    time::Duration,
+};
+
+use holdfast_tests::{
+    cluster::{Cluster, Options, PATIENCE, free_address, holdfast_ok},
+    fault::{self, random_bytes},
+    mount::Mount,
+    shell, sys, wait,
+};
+
+/// The daemon with two data directories, each a storage server: there are four in all.
+const DAEMON: usize = 3;
+const SERVERS: usize = 4;
+
+/// The first of two ports that follow each other.
+fn two_addresses() -> SocketAddr {
+    let mut before = free_address();
+    loop {
+        let next = free_address();
+        if next.port() == before.port() + 1 {
+            return before;
+        }
+        before = next;
+    }
+}
+
+/// Its daemons run; returns the directory of the second disk.
+fn cluster_with_two_disks() -> (Cluster, PathBuf) {
+    let cluster = Cluster::prepare(&Options::default());
+    let (config, own) = (format!("storage-{DAEMON}/storage.toml"), cluster.path().join(format!("storage-{DAEMON}")));
+    let (first, second) = (own.join("data"), own.join("second"));
+    for (key, value) in [("down_after_ms", 5000), ("replace_after_secs", 2)] {
+        cluster.set("meta/meta.toml", key, value);
+    }
+    fs::create_dir_all(&first).expect("mkdir");
+    fs::rename(own.join("tls"), first.join("tls")).expect("the first disk keeps the certificate");
+    cluster.unset(&config, "tls_dir");
+    cluster.set(&config, "data_dir", vec![text(&first).to_owned(), text(&second).to_owned()]);
+    cluster.set(&config, "listen", two_addresses().to_string());
+    cluster.meta().start();
+    wait::until("the metadata server answers", PATIENCE, || cluster.try_status().is_some());
+    let token = holdfast_ok(&["token", "--role", "storage", "--dir", text(cluster.path())]);
+    holdfast_ok(&["enrol", token.trim(), "--tls-dir", text(&second.join("tls"))]);
+    cluster.storage_servers().iter().for_each(holdfast_tests::process::Process::start);
+    wait_for_servers(&cluster, SERVERS);
+    (cluster, second)
+}
+
+fn text(path: &Path) -> &str {
+    path.to_str().expect("test paths are UTF-8")
+}
+
+fn wait_for_servers(cluster: &Cluster, count: usize) {
+    wait::until(&format!("{count} servers are up"), PATIENCE, || {
+        cluster.try_status().is_some_and(|status| status.servers_up() == count)
+    });
+}
+
+/// What reads, writes and syncs of the files below `directory` meet is EIO, in one process.
+struct BrokenDisk(Child);
+
+impl BrokenDisk {
+    fn of(process: u32, directory: &Path) -> Self {
+        let mut command = Command::new("strace");
+        command.args(["-f", "-q", "-p", &process.to_string(), "-o", "/dev/null"]);
+        for path in fault::files(&directory.join("segments")).iter().chain([&directory.join("index.redb")]) {
+            command.args(["-P", text(path)]);
+        }
+        command.args(["-e", "inject=pread64,preadv2,pwrite64,pwritev2,fdatasync:error=EIO"]);
+        sys::die_with_parent(&mut command);
+        let strace = command.stderr(Stdio::null()).spawn().expect("start strace");
+        let status = || fs::read_to_string(format!("/proc/{process}/status")).unwrap_or_default();
+        let traced = || status().contains(&format!("TracerPid:\t{}\n", strace.id()));
+        wait::until("strace is attached", Duration::from_secs(20), traced);
+        Self(strace)
+    }
+}
+
+impl Drop for BrokenDisk {
+    fn drop(&mut self) {
+        sys::kill(self.0.id(), libc::SIGINT);
+        drop(self.0.wait());
+    }
+}
+
+/// Writes and syncs a file; returns it with its content.
+fn write(mount: &Mount, seed: u64) -> (PathBuf, Vec<u8>) {
+    let (path, content) = (mount.join(format!("file-{seed}")), random_bytes(seed, 3 << 20));
+    let mut file = File::create(&path).expect("create");
+    file.write_all(&content).expect("write");
+    file.sync_all().expect("fsync");
+    (path, content)
+}
+
+/// "Of a storage server with several disks one that fails is taken out alone: the others go on, its copies are made again, and it comes back when it works again."
+#[test]
+fn a_disk_that_breaks_is_taken_out_alone() {
+    if !shell::has("strace") || !sys::is_root() {
+        eprintln!("SKIPPED: strace is not installed (scripts/test does that), or this is not root");
+        return;
+    }
+    let (cluster, second) = cluster_with_two_disks();
+    let mount = cluster.mount();
+    let mut files: Vec<_> = (0..20).map(|seed| write(&mount, seed)).collect();
+    assert!(!fault::files(&second.join("segments")).is_empty(), "the second disk is used");
+    let broken = BrokenDisk::of(cluster.storage(DAEMON).pid(), &second);
+    let mut seed = 100;
+    wait::until("the broken disk is out", PATIENCE, || {
+        seed += 1;
+        files.push(write(&mount, seed));
+        cluster.status().servers_up() == SERVERS - 1
+    });
+    assert!(cluster.storage(DAEMON).log().contains("a data directory is out"), "{}", cluster.storage(DAEMON).log());
+    cluster.wait_until_whole();
+    files.extend((200..210).map(|seed| write(&mount, seed)));
+    mount.remount();
+    for (path, content) in &files {
+        assert!(fs::read(path).expect("read") == *content, "{}", path.display());
+    }
+    assert!(!cluster.storage(DAEMON).has_ended());
+    drop(broken);
+    wait_for_servers(&cluster, SERVERS);
+    cluster.wait_until_whole();
+    for (path, content) in &files {
+        assert!(fs::read(path).expect("read") == *content, "{}", path.display());
+    }
+}
+
+/// "A daemon with several disks starts with those that are there, and takes the others when they come."
+#[test]
+fn a_daemon_starts_without_a_disk_that_is_not_there() {
+    let (cluster, second) = cluster_with_two_disks();
+    let mount = cluster.mount();
+    let files: Vec<_> = (0..10).map(|seed| write(&mount, seed)).collect();
+    let away = second.with_extension("away");
+    cluster.storage(DAEMON).kill();
+    fs::rename(&second, &away).expect("take the disk away");
+    cluster.storage(DAEMON).start();
+    wait_for_servers(&cluster, SERVERS - 1);
+    cluster.wait_until_whole();
+    for (path, content) in &files {
+        assert!(fs::read(path).expect("read") == *content, "{}", path.display());
+    }
+    if second.exists() {
+        fs::remove_dir_all(&second).expect("nothing of worth was made there");
+    }
+    fs::rename(&away, &second).expect("bring the disk back");
+    wait_for_servers(&cluster, SERVERS);
+    cluster.wait_until_whole();
+}
