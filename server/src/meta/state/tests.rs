@@ -5,6 +5,7 @@ mod garbage;
 mod garbage_model;
 mod model;
 mod replicas;
+mod violations;
 mod words;
 
 use std::collections::BTreeMap;
