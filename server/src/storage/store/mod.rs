@@ -27,7 +27,7 @@ use std::{
     sync::{
         Arc,
         atomic::{
-            AtomicBool, AtomicU64,
+            AtomicBool, AtomicU32, AtomicU64,
             Ordering::{Acquire, Relaxed},
         },
     },
@@ -50,7 +50,10 @@ use holdfast_common::{
 use parking_lot::{Mutex, MutexGuard};
 use rand::Rng;
 
-use crate::{ballast::Ballast, datadir::DataDir};
+use crate::{
+    ballast::{Ballast, is_full},
+    datadir::DataDir,
+};
 
 use self::{
     background::{Background, Housekeeper},
@@ -77,6 +80,8 @@ const INDEX_DAMAGED_FILE: &str = "index.damaged";
 const PAGE: u64 = 4096;
 /// Bytes of a block that is worth being read past the kernel's memory of files.
 const LONG: u32 = 512 << 10;
+/// Appends that fail in a row, for other reasons than want of space, until the disk counts as broken.
+const FAILED_APPENDS_MAX: u32 = 3;
 /// Blocks deleted while puts wait.
 const DELETED_AT_ONCE: usize = 64;
 
@@ -215,6 +220,8 @@ struct Inner {
     counters: Counters,
     /// Bytes that may be written before the disk counts as full; set by the housekeeper, lowered by puts.
     room: AtomicU64,
+    /// In a row, up to now.
+    failed_appends: AtomicU32,
     suspects: Mutex<BTreeSet<BlockHash>>,
     lately: Mutex<ReadLately>,
     /// Records that later ones (up to that sequence) replaced or deleted, to be voided once those are durable.
@@ -485,6 +492,7 @@ impl Inner {
             quarantine,
             counters: Counters::from(saved),
             room: AtomicU64::new(0),
+            failed_appends: AtomicU32::new(0),
             suspects: Mutex::default(),
             lately: Mutex::default(),
             graves: Mutex::new(graves),
@@ -644,9 +652,29 @@ impl Inner {
         self.append_records(tail, new)
     }
 
+    /// What came of an append. A disk that refuses several in a row is broken: the store stops, and others make new copies of what is
+    /// on it.
+    fn came_of<T>(&self, appended: io::Result<T>) -> Result<T, StoreError> {
+        let error = match appended {
+            Ok(value) => {
+                self.failed_appends.store(0, Relaxed);
+                return Ok(value);
+            }
+            Err(error) if is_full(&error) || error.kind() == io::ErrorKind::FileTooLarge => {
+                return Err(StoreError::Full);
+            }
+            Err(error) => error,
+        };
+        tracing::error!(%error, "cannot write to a segment");
+        if !is_want_of_the_process(&error) && self.failed_appends.fetch_add(1, Relaxed) + 1 >= FAILED_APPENDS_MAX {
+            self.gate.fail(format!("its disk cannot be written: {error}").into());
+        }
+        Err(StoreError::Io(error))
+    }
+
     fn append_records(&self, tail: &mut Tail, new: &[NewBlock<'_>]) -> Result<(), StoreError> {
         let records: Vec<NewRecord<'_>> = new.iter().map(NewBlock::record).collect();
-        let places = tail.append(&self.segments, &records).map_err(write_error)?;
+        let places = self.came_of(tail.append(&self.segments, &records))?;
         for (new, place) in new.iter().zip(places) {
             let (hash, length) = (new.block.hash(), new.block.length());
             self.index.replace(hash, new.before, Some(Entry { place, length, epoch: new.epoch }));
@@ -740,7 +768,7 @@ impl Inner {
         }
         let tombstones: Vec<_> = dead.iter().map(tombstone).collect();
         // What is deleted makes room, so that there has to be some for it.
-        self.ballast.spend(|| tail.append(&self.segments, &tombstones)).map_err(write_error)?;
+        self.came_of(self.ballast.spend(|| tail.append(&self.segments, &tombstones)))?;
         dead.iter().for_each(|(hash, entry)| self.index.replace(*hash, Some(*entry), None));
         let sequence = tail.sequence();
         self.graves.lock().extend(dead.iter().map(|(hash, entry)| (sequence, *hash, *entry)));
@@ -844,14 +872,9 @@ impl NewBlock<'_> {
     }
 }
 
-fn write_error(error: io::Error) -> StoreError {
-    match error.kind() {
-        io::ErrorKind::StorageFull | io::ErrorKind::QuotaExceeded | io::ErrorKind::FileTooLarge => StoreError::Full,
-        _ => {
-            tracing::error!(%error, "cannot write to a segment");
-            StoreError::Io(error)
-        }
-    }
+/// No descriptors, no memory: that says nothing about the disk.
+fn is_want_of_the_process(error: &io::Error) -> bool {
+    matches!(error.raw_os_error(), Some(libc::EMFILE | libc::ENFILE | libc::ENOMEM))
 }
 
 /// Whether a read may ask the disk.

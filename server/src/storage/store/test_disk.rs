@@ -24,6 +24,8 @@ pub(super) enum Fault {
     None,
     /// The n-th changing call fails with this error number; those after it work.
     Once(u64, i32),
+    /// Every write to a segment fails with this error number.
+    Segments(i32),
     /// From the n-th changing call on, everything fails: the power is gone.
     PowerCut(u64),
 }
@@ -283,6 +285,11 @@ impl Disk for TestDisk {
 impl TestFile {
     fn change(&self, change: Change) -> io::Result<()> {
         self.shared.step()?;
+        if let Fault::Segments(errno) = *self.shared.fault.lock()
+            && self.is_segment
+        {
+            return Err(io::Error::from_raw_os_error(errno));
+        }
         let mut content = self.content.lock();
         change.apply(&mut content.live);
         content.unsynced.push(change);

@@ -810,6 +810,29 @@ fn a_power_cut_at_any_call_keeps_what_was_durable() {
 }
 
 #[test]
+fn a_disk_that_refuses_every_write_stops_the_store_and_one_that_is_full_does_not() {
+    let disk = TestDisk::new();
+    let store = open(&disk);
+    put_durable(&store, &block(1, 500));
+    let put = |n| store.put(&[block(n, 500)]);
+    for errno in [libc::ENOSPC, libc::EMFILE] {
+        disk.fail(Fault::Segments(errno));
+        let refused: Vec<_> = (0..10).map(|n| put(100 + n).expect_err("it cannot be written")).collect();
+        assert!(!refused.iter().any(|error| matches!(error, StoreError::Failed(_))), "{refused:?}");
+    }
+    disk.fail(Fault::Segments(libc::EROFS));
+    assert!(matches!(put(2), Err(StoreError::Io(_))) && matches!(put(3), Err(StoreError::Io(_))));
+    disk.fail(Fault::None);
+    put(4).expect("it works again");
+    disk.fail(Fault::Segments(libc::EROFS));
+    let refused: Vec<_> = (5..10).map(|n| put(n).expect_err("it cannot be written")).collect();
+    assert!(matches!(&refused[3], StoreError::Failed(why) if why.contains("cannot be written")), "{refused:?}");
+    drop(store);
+    let store = open(&disk.after_kill());
+    assert_eq!(store.get(&block(4, 500).hash()).unwrap(), *block(4, 500).bytes(), "what was written before is there");
+}
+
+#[test]
 fn an_index_that_had_no_space_is_not_rebuilt() {
     let blocks = [block(1, 500), block(2, 500)];
     for n in 1.. {
