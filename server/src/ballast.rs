@@ -32,7 +32,7 @@ pub struct Ballast {
     held: AtomicU64,
     /// How often it was given back.
     given: AtomicU64,
-    /// Whoever makes the file or removes it, and whether making it has failed before.
+    /// Whoever makes the file or removes it, and whether it cannot be made.
     changing: Mutex<bool>,
 }
 
@@ -74,7 +74,8 @@ impl Ballast {
         match self.take() {
             Ok(taken) => self.held.store(taken, SeqCst),
             Err(error) => {
-                *has_failed = true;
+                // Others may have been faster, or the process lacks something: that passes.
+                *has_failed = matches!(error.raw_os_error(), Some(libc::EOPNOTSUPP | libc::EDQUOT | libc::EISDIR));
                 tracing::warn!(%error, path = %self.path.display(), "no space can be kept for the day on which the disk is full");
                 self.remove();
             }

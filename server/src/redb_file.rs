@@ -8,7 +8,7 @@ use std::{
     io,
     panic::{AssertUnwindSafe, catch_unwind},
     sync::{
-        Arc,
+        Arc, OnceLock,
         atomic::{AtomicBool, Ordering::SeqCst},
     },
 };
@@ -16,7 +16,7 @@ use std::{
 use holdfast_common::disk::DiskFile;
 use redb::StorageBackend;
 
-use crate::ballast::Ballast;
+use crate::ballast::{Ballast, is_full};
 
 #[derive(Debug)]
 pub struct RedbFile {
@@ -24,6 +24,31 @@ pub struct RedbFile {
     /// After a write that failed redb does nothing any more, so it had better not hear of a full disk.
     ballast: Option<Arc<Ballast>>,
     frozen: Arc<AtomicBool>,
+    first_failure: Arc<FirstFailure>,
+}
+
+/// Why a database failed. redb tells it once, to one of those who ask, and anybody else only that it has failed before.
+#[derive(Debug, Default)]
+pub struct FirstFailure(OnceLock<Failure>);
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Failure {
+    /// There was no space for a write: the file is what the last durable commit made it.
+    Full,
+    /// Nothing is known of the file.
+    Other,
+}
+
+impl FirstFailure {
+    /// It failed, and only for want of space.
+    pub fn was_full(&self) -> bool {
+        self.0.get() == Some(&Failure::Full)
+    }
+
+    fn note(&self, failure: Failure) {
+        // The first one counts.
+        self.0.get_or_init(|| failure);
+    }
 }
 
 /// Freezes a database's file: what its last durable commit wrote stays the truth.
@@ -36,7 +61,7 @@ pub struct Freeze(Arc<AtomicBool>);
 
 impl RedbFile {
     pub fn new(file: Arc<dyn DiskFile>) -> Self {
-        Self { file, ballast: None, frozen: Arc::default() }
+        Self { file, ballast: None, frozen: Arc::default(), first_failure: Arc::default() }
     }
 
     /// One that takes from `ballast` what a full disk refuses.
@@ -47,10 +72,18 @@ impl RedbFile {
 
     fn change(&self, work: impl Fn() -> io::Result<()>) -> io::Result<()> {
         self.check_frozen()?;
-        match &self.ballast {
+        let changed = match &self.ballast {
             Some(ballast) => ballast.spend(work),
             None => work(),
-        }
+        };
+        // Before redb hears of it, and with it everybody else.
+        changed.inspect_err(|error| {
+            self.first_failure.note(if is_full(error) { Failure::Full } else { Failure::Other });
+        })
+    }
+
+    pub fn first_failure(&self) -> Arc<FirstFailure> {
+        Arc::clone(&self.first_failure)
     }
 
     pub fn freeze_handle(&self) -> Freeze {
@@ -98,7 +131,7 @@ impl StorageBackend for RedbFile {
     }
 
     fn read(&self, offset: u64, out: &mut [u8]) -> io::Result<()> {
-        self.file.read_exact_at(out, offset)
+        self.file.read_exact_at(out, offset).inspect_err(|_| self.first_failure.note(Failure::Other))
     }
 
     fn set_len(&self, length: u64) -> io::Result<()> {
@@ -107,7 +140,7 @@ impl StorageBackend for RedbFile {
 
     fn sync_data(&self) -> io::Result<()> {
         self.check_frozen()?;
-        self.file.sync_data()
+        self.file.sync_data().inspect_err(|_| self.first_failure.note(Failure::Other))
     }
 
     fn write(&self, offset: u64, data: &[u8]) -> io::Result<()> {

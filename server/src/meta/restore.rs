@@ -67,7 +67,7 @@ pub struct Contents {
 pub struct Options {
     /// Memory for the tables.
     pub cache_bytes: u64,
-    /// Check every invariant of what was restored, which needs memory for all of it.
+    /// Check every invariant of what was restored, which takes longer.
     pub check: bool,
 }
 

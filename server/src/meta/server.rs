@@ -383,7 +383,7 @@ pub async fn run(
 }
 
 /// Makes the metadata of the server that `config` is of from the backup `path`.
-/// `check`: whether its rows go together, which takes memory for all of them.
+/// `check`: whether its rows go together, which takes longer.
 pub fn restore_from(path: &Path, config: &MetaConfig, disk: &dyn Disk, check: bool) -> Result<Contents, RunError> {
     let credentials = load_credentials(config)?;
     let data = DataDir::open(disk, &config.data_dir, credentials.identity())?;

@@ -41,9 +41,9 @@ use super::{
 const INLINE_BYTES_MAX: usize = 64 << 10;
 /// Bytes that are read where they are asked for, if they are in memory.
 const INLINE_READ_MAX: u32 = 64 << 10;
-/// Repairs of blocks whose hashes start alike are done one after the other, so that none is done twice.
 /// Hashes that are looked up as short work.
 const HASHES_SHORT: usize = 256;
+/// Repairs of blocks whose hashes start alike are done one after the other, so that none is done twice.
 const REPAIR_LANES: usize = 64;
 /// How often a repair judges the copy anew that a put replaced under it.
 const VERDICTS_MAX: usize = 4;

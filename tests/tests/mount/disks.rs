@@ -111,6 +111,7 @@ fn a_disk_that_breaks_is_taken_out_alone() {
     let mount = cluster.mount();
     let mut files: Vec<_> = (0..20).map(|seed| write(&mount, seed)).collect();
     assert!(!fault::files(&second.join("segments")).is_empty(), "the second disk is used");
+    let made = cluster.status().number("copies_made");
     let broken = BrokenDisk::of(cluster.storage(DAEMON).pid(), &second);
     let mut seed = 100;
     wait::until("the broken disk is out", PATIENCE, || {
@@ -119,6 +120,7 @@ fn a_disk_that_breaks_is_taken_out_alone() {
         cluster.status().servers_up() == SERVERS - 1
     });
     assert!(cluster.storage(DAEMON).log().contains("a data directory is out"), "{}", cluster.storage(DAEMON).log());
+    wait::until("its copies are made again", PATIENCE, || cluster.status().number("copies_made") > made);
     cluster.wait_until_whole();
     files.extend((200..210).map(|seed| write(&mount, seed)));
     mount.remount();
@@ -143,7 +145,9 @@ fn a_daemon_starts_without_a_disk_that_is_not_there() {
     let away = second.with_extension("away");
     cluster.storage(DAEMON).kill();
     fs::rename(&second, &away).expect("take the disk away");
+    let made = cluster.status().number("copies_made");
     cluster.storage(DAEMON).start();
+    wait::until("its copies are made again", PATIENCE, || cluster.status().number("copies_made") > made);
     wait_for_servers(&cluster, SERVERS - 1);
     cluster.wait_until_whole();
     for (path, content) in &files {

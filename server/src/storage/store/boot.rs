@@ -31,16 +31,21 @@ pub(super) struct Boot {
     pub(super) id: BootId,
     /// Nothing that was written since the id was drawn can have been lost.
     pub(super) cache_survived: bool,
+    /// The last life may have ended with a sync that failed: the kernel may take for written what the disk never got.
+    pub(super) sync_failed: bool,
 }
 
 /// The boot id of `directory`; `draw` gives a random one, which counts once it is written with [`commit`].
 pub(super) fn decide(disk: &dyn Disk, directory: &Path, draw: impl FnOnce() -> u64) -> io::Result<Boot> {
     let machine = disk.machine_boot()?;
+    let file = read(disk, directory)?;
+    // See `forget`.
+    let sync_failed = file.is_none();
     let is_of_this_boot = |file: &BootFile| file.machine == machine || is_planted(Bug::BootKept);
-    if let Some(id) = read(disk, directory)?.filter(is_of_this_boot).and_then(|file| file.id()) {
-        return Ok(Boot { id, cache_survived: true });
+    if let Some(id) = file.filter(is_of_this_boot).and_then(|file| file.id()) {
+        return Ok(Boot { id, cache_survived: true, sync_failed });
     }
-    Ok(Boot { id: BootId(draw()), cache_survived: false })
+    Ok(Boot { id: BootId(draw()), cache_survived: false, sync_failed })
 }
 
 /// Writes down a new boot id, when recovery has ended: a start that is cut short before leaves the next one to know

@@ -86,10 +86,17 @@ impl Inner {
                 continue;
             }
             let from = Place { segment: number, offset: compaction.offset };
-            let Step { next, bytes, stuck } = self.compact_from(from).inspect_err(|_| {
-                compaction.stuck.insert(number);
-                compaction.next_segment();
-            })?;
+            let Step { next, bytes, stuck } = match self.compact_from(from) {
+                Err(StoreError::Full) => {
+                    tracing::warn!("there is no room to rewrite segments");
+                    compaction.segments.clear();
+                    return Ok(());
+                }
+                step => step.inspect_err(|_| {
+                    compaction.stuck.insert(number);
+                    compaction.next_segment();
+                })?,
+            };
             moved += bytes;
             if stuck {
                 compaction.stuck.insert(number);
@@ -170,7 +177,7 @@ impl Inner {
                 again.push(NewBlock { block, epoch: entry.epoch, before: Some(*entry) });
             }
         }
-        if again.is_empty() { Ok(()) } else { self.append_records(&mut tail, &again) }
+        if again.is_empty() { Ok(()) } else { self.append_records(&mut tail, &again, true) }
     }
 }
 

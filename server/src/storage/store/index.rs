@@ -19,8 +19,8 @@ use redb::{Database, Durability, ReadableDatabase, ReadableTable, TableDefinitio
 
 use super::format::{Place, RECORD_HEADER_LENGTH, array_at, tree_length, u32_at, u64_at};
 use crate::{
-    ballast::{Ballast, is_full},
-    redb_file::{self, Freeze, RedbFile},
+    ballast::Ballast,
+    redb_file::{self, FirstFailure, Freeze, RedbFile},
 };
 
 const BLOCKS: TableDefinition<'_, &[u8; 32], &[u8; 28]> = TableDefinition::new("blocks");
@@ -81,23 +81,15 @@ pub(super) struct Saved {
 
 #[derive(Debug, thiserror::Error)]
 pub(super) enum IndexError {
-    /// Nothing is known of its file.
     #[error("the block index failed: {0}")]
     Failed(String),
-    /// Its file is what the last durable commit made it.
+    /// At the start.
     #[error("there is no space for the block index: {0}")]
-    Full(io::Error),
-    /// It failed before, for a reason that was told then.
-    #[error("the block index has failed before")]
-    Before,
+    Full(String),
 }
 
 fn failed(error: impl Into<redb::Error>) -> IndexError {
-    match error.into() {
-        redb::Error::Io(error) if is_full(&error) => IndexError::Full(error),
-        redb::Error::PreviousIo => IndexError::Before,
-        error => IndexError::Failed(error.to_string()),
-    }
+    IndexError::Failed(error.into().to_string())
 }
 
 /// A damaged file must not take the server with it.
@@ -150,6 +142,7 @@ pub(super) struct Index {
     /// redb holds commits that must not become durable yet.
     ahead: AtomicBool,
     freeze: Freeze,
+    first_failure: Arc<FirstFailure>,
 }
 
 /// Dropping redb's database would make its last commits durable, before the segments that they speak of.
@@ -178,15 +171,22 @@ impl Index {
         ballast: &Arc<Ballast>,
     ) -> io::Result<Result<(Self, Saved), IndexError>> {
         let file = disk.open(&directory.join(INDEX_FILE), true)?;
-        Ok(guarded(|| {
-            let file = RedbFile::new(file).with_ballast(ballast);
-            let freeze = file.freeze_handle();
+        let file = RedbFile::new(file).with_ballast(ballast);
+        let (freeze, first_failure) = (file.freeze_handle(), file.first_failure());
+        let why = Arc::clone(&first_failure);
+        let opened = guarded(move || {
             let database =
                 redb::Builder::new().set_cache_size(cache_bytes).create_with_backend(file).map_err(failed)?;
             let (saved, usage) = load(&database)?;
             let (overlay, usage, ahead) = (RwLock::default(), Mutex::new(usage), AtomicBool::new(false));
-            Ok((Self { database, overlay, usage, ahead, freeze }, saved))
-        }))
+            Ok((Self { database, overlay, usage, ahead, freeze, first_failure }, saved))
+        });
+        Ok(opened.map_err(|error| if why.was_full() { IndexError::Full(error.to_string()) } else { error }))
+    }
+
+    /// It failed for want of space, and its file is what the last durable commit made it.
+    pub(super) fn was_full(&self) -> bool {
+        self.first_failure.was_full()
     }
 
     pub(super) fn get(&self, hash: &BlockHash) -> Result<Option<Entry>, IndexError> {

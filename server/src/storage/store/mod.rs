@@ -27,7 +27,7 @@ use std::{
     sync::{
         Arc,
         atomic::{
-            AtomicBool, AtomicU32, AtomicU64,
+            AtomicU32, AtomicU64,
             Ordering::{Acquire, Relaxed},
         },
     },
@@ -208,8 +208,6 @@ struct Inner {
     boot: Boot,
     segments: Segments,
     index: Index,
-    /// That is why it failed, if it did.
-    index_was_full: AtomicBool,
     ballast: Arc<Ballast>,
     tail: Mutex<Tail>,
     /// The tail's sequence, without its lock.
@@ -468,8 +466,7 @@ impl Inner {
         let key = find_key(disk.as_ref(), &segment_directory, &numbers)?;
         let segments = Segments::new(Arc::clone(&disk), segment_directory, key);
 
-        let mut recoverer =
-            Recoverer::new(&segments, &index, &quarantine, boot.cache_survived, options.segment_bytes, saved);
+        let mut recoverer = Recoverer::new(&segments, &index, &quarantine, boot, options.segment_bytes, saved);
         let tail = recoverer.run(&numbers)?;
         let sequence = tail.sequence();
         let graves = recoverer.graves.into_iter().map(|(hash, entry)| (sequence, hash, entry)).collect();
@@ -483,7 +480,6 @@ impl Inner {
             boot,
             segments,
             index,
-            index_was_full: AtomicBool::new(false),
             ballast,
             appended: tail.appended(),
             growing: tail.growing(),
@@ -571,22 +567,11 @@ impl Inner {
 
     /// redb failed or its file is damaged: the store stops, and its next start rebuilds the index, unless it only had no space.
     fn index_failed(&self, error: &IndexError) -> StoreError {
-        let reason: Arc<str> = match error {
-            IndexError::Failed(_) => {
-                self.distrust_index();
-                format!("{error}; it is rebuilt at the next start").into()
-            }
-            IndexError::Full(_) => {
-                self.index_was_full.store(true, Relaxed);
-                error.to_string().into()
-            }
-            IndexError::Before => {
-                // Whoever met the failure itself may not have got as far as saying so.
-                if !self.index_was_full.load(Relaxed) {
-                    self.distrust_index();
-                }
-                error.to_string().into()
-            }
+        let reason: Arc<str> = if self.index.was_full() {
+            error.to_string().into()
+        } else {
+            self.distrust_index();
+            format!("{error}; it is rebuilt at the next start").into()
         };
         self.gate.fail(Arc::clone(&reason));
         StoreError::Failed(reason)
@@ -649,7 +634,7 @@ impl Inner {
 
     fn append_blocks(&self, tail: &mut Tail, new: &[NewBlock<'_>]) -> Result<(), StoreError> {
         self.take_room(new.iter().map(|new| u64::from(new.block.length())).sum())?;
-        self.append_records(tail, new)
+        self.append_records(tail, new, false)
     }
 
     /// What came of an append. A disk that refuses several in a row is broken: the store stops, and others make new copies of what is
@@ -672,9 +657,11 @@ impl Inner {
         Err(StoreError::Io(error))
     }
 
-    fn append_records(&self, tail: &mut Tail, new: &[NewBlock<'_>]) -> Result<(), StoreError> {
+    /// `is_move`: there will be more room after it, so that there has to be some for it.
+    fn append_records(&self, tail: &mut Tail, new: &[NewBlock<'_>], is_move: bool) -> Result<(), StoreError> {
         let records: Vec<NewRecord<'_>> = new.iter().map(NewBlock::record).collect();
-        let places = self.came_of(tail.append(&self.segments, &records))?;
+        let mut append = || tail.append(&self.segments, &records);
+        let places = self.came_of(if is_move { self.ballast.spend(append) } else { append() })?;
         for (new, place) in new.iter().zip(places) {
             let (hash, length) = (new.block.hash(), new.block.length());
             self.index.replace(hash, new.before, Some(Entry { place, length, epoch: new.epoch }));
@@ -824,7 +811,7 @@ impl Inner {
         }
         let epoch = bad.entry.epoch.max(good.epoch());
         // Not a byte more is stored by it: a server that is full can be mended too.
-        self.append_records(&mut tail, &[NewBlock { block: good, epoch, before: Some(bad.entry) }])?;
+        self.append_records(&mut tail, &[NewBlock { block: good, epoch, before: Some(bad.entry) }], true)?;
         let ticket = Ticket(tail.sequence());
         drop(tail);
         self.counters.corrupt_found.fetch_add(1, Relaxed);

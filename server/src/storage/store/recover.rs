@@ -9,6 +9,7 @@ use std::{io, sync::Arc};
 use holdfast_common::{BlockHash, Epoch, disk::DiskFile};
 
 use super::{
+    boot::Boot,
     format::{
         ALIGNMENT, FormatFault, Kind, Place, RECORD_HEADER_LENGTH, RecordHeader, SEGMENT_HEADER_LENGTH,
         encode_segment_header, tree_length,
@@ -23,6 +24,8 @@ use super::{
 const FLUSH_EVERY: usize = 64 << 10;
 /// Bytes of one damaged run that are kept for inspection.
 const INSPECTED_MAX: u64 = 2 << 20;
+/// Bytes that are written again at a time.
+const WRITTEN_AT_ONCE: usize = 1 << 20;
 
 /// What a start found.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -52,6 +55,7 @@ pub(super) struct Recoverer<'a> {
     pub(super) index: &'a Index,
     pub(super) quarantine: &'a Quarantine,
     pub(super) cache_survived: bool,
+    sync_failed: bool,
     pub(super) segment_bytes: u64,
     pub(super) saved: Saved,
     pub(super) report: Recovery,
@@ -61,6 +65,8 @@ pub(super) struct Recoverer<'a> {
     sequence: u64,
     /// Everything up to here was on stable storage.
     marked: u64,
+    /// Where the first record of the segment is that is past that.
+    unsynced_from: Option<u64>,
 }
 
 /// Bytes that never reached the disk.
@@ -75,12 +81,27 @@ impl<'a> Recoverer<'a> {
         segments: &'a Segments,
         index: &'a Index,
         quarantine: &'a Quarantine,
-        cache_survived: bool,
+        boot: Boot,
         segment_bytes: u64,
         saved: Saved,
     ) -> Self {
         let (report, graves, sequence, marked) = (Recovery::default(), Vec::new(), saved.sequence, saved.sequence);
-        Self { segments, index, quarantine, cache_survived, segment_bytes, saved, report, graves, sequence, marked }
+        let Boot { cache_survived, sync_failed, .. } = boot;
+        let unsynced_from = None;
+        Self {
+            segments,
+            index,
+            quarantine,
+            cache_survived,
+            sync_failed,
+            segment_bytes,
+            saved,
+            report,
+            graves,
+            sequence,
+            marked,
+            unsynced_from,
+        }
     }
 
     /// Brings the index up to date with segments `numbers`, and returns where the store goes on.
@@ -138,6 +159,7 @@ impl<'a> Recoverer<'a> {
         }
         let header = read_segment_key(file.as_ref(), number)?;
         let records_before = self.report.records;
+        self.unsynced_from = None;
         let (end, lost, is_blank) = self.replay(&file, start)?;
         if let Err(fault) = header {
             let is_empty = self.report.records == records_before && start.offset == SEGMENT_HEADER_LENGTH;
@@ -151,6 +173,10 @@ impl<'a> Recoverer<'a> {
         self.clear(file.as_ref(), end, &lost)?;
         if is_blank {
             file.set_length(end)?;
+        }
+        if let Some(from) = self.unsynced_from.filter(|from| self.sync_failed && *from < end) {
+            // With the first record goes the header, which is no older.
+            write_again(file.as_ref(), if from == SEGMENT_HEADER_LENGTH { 0 } else { from }, end)?;
         }
         if self.sequence > self.marked || !lost.is_empty() || header.is_err() || is_blank {
             touched.push((number, Arc::clone(&file)));
@@ -180,6 +206,9 @@ impl<'a> Recoverer<'a> {
         while let Some(item) = items.next() {
             match item {
                 Item::Record { place, header } => {
+                    if header.sequence > self.marked && self.unsynced_from.is_none() {
+                        self.unsynced_from = Some(place.offset);
+                    }
                     let is_last = matches!(items.peek(), None | Some(Item::Blank { .. }));
                     if self.survived(file.as_ref(), place, &header, is_last)? {
                         end = place.offset + header.span();
@@ -289,6 +318,19 @@ impl<'a> Recoverer<'a> {
             RecordHeader { kind: Kind::Void, length, sequence: lost.sequence, value: 0, hash: BlockHash([0; 32]) };
         file.write_all_at(&header.encode(&self.segments.key, lost.place), lost.place.offset)
     }
+}
+
+/// A page of which a sync has failed counts as written from then on, and no later sync writes it unless it is changed.
+fn write_again(file: &dyn DiskFile, from: u64, end: u64) -> io::Result<()> {
+    let mut window = vec![0; WRITTEN_AT_ONCE];
+    let mut at = from;
+    while at < end {
+        let length = usize::try_from(end - at).map_or(WRITTEN_AT_ONCE, |rest| rest.min(WRITTEN_AT_ONCE));
+        file.read_exact_at(&mut window[..length], at)?;
+        file.write_all_at(&window[..length], at)?;
+        at += length as u64;
+    }
+    Ok(())
 }
 
 /// `length` bytes of a record, or fewer if the file is shorter.

@@ -42,6 +42,7 @@ struct Shared {
     released: Condvar,
     boot: AtomicU64,
     dead: AtomicBool,
+    sync_failed: AtomicBool,
 }
 
 impl Shared {
@@ -96,7 +97,7 @@ impl Change {
     }
 }
 
-#[derive(Debug, Default)]
+#[derive(Clone, Debug, Default)]
 struct Content {
     live: Vec<u8>,
     durable: Vec<u8>,
@@ -140,6 +141,11 @@ impl TestDisk {
         self.shared.segment_syncs.load(SeqCst)
     }
 
+    /// A call that failed was a sync.
+    pub(super) fn sync_failed(&self) -> bool {
+        self.shared.sync_failed.load(SeqCst)
+    }
+
     /// Reads of which memory need keep nothing.
     pub(super) fn read_once(&self) -> u64 {
         self.shared.read_once.load(SeqCst)
@@ -161,7 +167,22 @@ impl TestDisk {
 
     /// What a process killed now leaves behind: the page cache stays.
     pub(super) fn after_kill(&self) -> Arc<Self> {
-        self.copy(self.shared.boot.load(SeqCst), |names| names.clone(), |content| content.live.clone())
+        let new = Self::new();
+        new.shared.boot.store(self.shared.boot.load(SeqCst), SeqCst);
+        let copied = |content: &Arc<Mutex<Content>>| Arc::new(Mutex::new(content.lock().clone()));
+        let (live, durable) = (self.live.lock(), self.durable.lock());
+        let new_live: Names = live.iter().map(|(path, content)| (path.clone(), copied(content))).collect();
+        let same = |path: &PathBuf, content: &Arc<Mutex<Content>>| {
+            let is_same = live.get(path).is_some_and(|it| Arc::ptr_eq(it, content));
+            new_live.get(path).filter(|_| is_same).cloned()
+        };
+        *new.durable.lock() = durable
+            .iter()
+            .map(|(path, content)| (path.clone(), same(path, content).unwrap_or_else(|| copied(content))))
+            .collect();
+        *new.live.lock() = new_live;
+        *new.directories.lock() = self.directories.lock().clone();
+        new
     }
 
     /// What a power cut now leaves behind: of what was not synced, any pages and any names.
@@ -335,6 +356,7 @@ impl DiskFile for TestFile {
         }
         drop(hold);
         if let Err(error) = self.shared.step() {
+            self.shared.sync_failed.store(true, SeqCst);
             // As Linux: it is told once, and what was not written counts as written from then on.
             if !self.shared.dead.load(SeqCst) {
                 self.content.lock().unsynced.clear();

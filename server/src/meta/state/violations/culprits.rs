@@ -18,6 +18,9 @@ const PART: u64 = 1 << 19;
 pub(super) fn links(rows: &impl Rows, inodes: u64, found: &mut Found) -> Result<()> {
     let parts = inodes / PART + 1;
     for part in 0..parts {
+        if found.is_full() {
+            break;
+        }
         let mut names: BTreeMap<Ino, u32> = BTreeMap::new();
         scan_tree(rows, key::DENTRY, |_, row| {
             let ino = Dentry::decode(row)?.ino;
@@ -61,6 +64,9 @@ pub(super) fn references(rows: &impl Rows, blocks: u64, found: &mut Found) -> Re
         word % parts == part
     };
     for part in 0..parts {
+        if found.is_full() {
+            break;
+        }
         let mut named: BTreeMap<BlockHash, (u64, [u64; REPLICAS_MAX])> = BTreeMap::new();
         scan_tree(rows, key::PIECES, |_, row| {
             let (pieces, replicas) = decode_chunk(row)?;

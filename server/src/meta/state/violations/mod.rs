@@ -27,6 +27,10 @@ struct Found {
 }
 
 impl Found {
+    fn is_full(&self) -> bool {
+        self.sentences.len() >= self.count
+    }
+
     fn push(&mut self, sentence: String) {
         if self.sentences.len() < self.count {
             self.sentences.push(sentence);

@@ -27,6 +27,8 @@ const PAGE: usize = 4096;
 #[derive(Debug, Default)]
 pub(super) struct Seen {
     pub(super) inodes: u64,
+    /// Of the numbers that were given in order.
+    highest: u64,
     /// Names of inodes, as there are.
     pub(super) names: Tally,
     /// The same, as inodes count them.
@@ -54,6 +56,9 @@ pub(super) fn check(rows: &impl Rows, found: &mut Found) -> Result<Seen> {
     scan(rows.tree(), &[], &past(&[]), |key, row| walk.take(key, row).map(ControlFlow::Continue))?;
     walk.end_group()?;
     let Walk { seen, .. } = walk;
+    if seen.highest >= rows.counters().ino_next {
+        found.push(format!("inode number {} will be given twice", rows.counters().ino_next));
+    }
     hang_together(&seen.directories, found);
     orphans_have_no_name(rows, found)?;
     Ok(seen)
@@ -196,8 +201,8 @@ impl<R: Rows> Walk<'_, R> {
                 self.found.push(format!("directory {ino} is not where it says, in {}", inode.parent));
             }
         }
-        if !ino.is_chosen() && ino.0 >= self.rows.counters().ino_next {
-            self.found.push(format!("inode number {} will be given twice", self.rows.counters().ino_next));
+        if !ino.is_chosen() {
+            self.seen.highest = self.seen.highest.max(ino.0);
         }
         Ok(())
     }
@@ -211,7 +216,8 @@ impl<R: Rows> Walk<'_, R> {
         };
         self.seen.links.add_name(group.ino, names);
         let expected = 2 + group.subdirectories;
-        if inode.is_directory() && inode.nlink > 0 && inode.nlink != expected {
+        let is_in_the_tree = inode.nlink > 0 || group.ino == Ino::ROOT;
+        if inode.is_directory() && is_in_the_tree && inode.nlink != expected {
             self.found.push(format!("inode {} counts {} links, and has {expected}", group.ino, inode.nlink));
         }
     }
