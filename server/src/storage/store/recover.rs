@@ -2,7 +2,9 @@
 //!
 //! From the index's covered point on, every record is read again. Up to the last mark everything was on stable
 //! storage: what does not parse there is damage. Past it, bytes may be missing: a killed process leaves at most a torn
-//! end, a power cut may take any page that was not synced.
+//! end, a power cut may take any page that was not synced. After a sync that failed the kernel counts pages as written
+//! that the disk never got (Rebello et al., "Can Applications Recover from fsync Failures?", 2020): what is past the
+//! mark is written again then.
 
 use std::{io, sync::Arc};
 
