@@ -4,25 +4,45 @@
 //! only the blocks that it wins or loses (Thaler and Ravishankar, "A Name-Based Mapping Scheme for
 //! Rendezvous", 1996; the weighted form, -weight / ln(u), is from Schindelhauer and Schomaker, 2005).
 
+use std::collections::BTreeSet;
+
 use crate::block::BlockHash;
 use crate::cluster::{ClusterMap, ServerInfo, ServerState};
 use crate::types::ServerId;
 
-/// Servers that may take a new copy of `block`, best first. Those in zones not yet used come before
+/// Servers that may take a copy of `block`, best first. Those in zones not yet used come before
 /// the others. Contains only servers that are up, with a weight above 0.
 pub fn candidates(map: &ClusterMap, block: BlockHash) -> Vec<ServerId> {
+    candidates_beside(map, block, &[], |_| false)
+}
+
+/// Servers that may take one more copy of `block` beside those that `holders` keep, best first: in zones where none of
+/// them is before the others. Without those that are `excluded`.
+pub fn candidates_beside(
+    map: &ClusterMap,
+    block: BlockHash,
+    holders: &[ServerId],
+    excluded: impl Fn(ServerId) -> bool,
+) -> Vec<ServerId> {
     let mut scored: Vec<(f64, &ServerInfo)> = map
         .servers
         .iter()
-        .filter(|server| server.state == ServerState::Up && server.weight > 0)
+        .filter(|server| server.state == ServerState::Up && server.weight > 0 && !excluded(server.id))
         .map(|server| (score(block, server.id, server.weight), server))
         .collect();
     scored.sort_by(|a, b| b.0.total_cmp(&a.0).then(a.1.id.cmp(&b.1.id)));
-    distinct_zones_first(scored.into_iter().map(|(_, server)| server).collect())
+    let used = holders.iter().filter_map(|holder| map.server(*holder)).map(|server| server.zone.as_str()).collect();
+    distinct_zones_first(used, scored.into_iter().map(|(_, server)| server).collect())
 }
 
-fn distinct_zones_first(ranked: Vec<&ServerInfo>) -> Vec<ServerId> {
-    let mut zones: Vec<&str> = Vec::new();
+/// In how many zones `servers` are. One without a zone is as far from every other as if it had one of its own.
+pub fn zones(map: &ClusterMap, servers: impl IntoIterator<Item = ServerId>) -> usize {
+    let zone = |server: &ServerInfo| (server.zone.clone(), if server.zone.is_empty() { server.id.0 } else { 0 });
+    servers.into_iter().filter_map(|id| map.server(id)).map(zone).collect::<BTreeSet<_>>().len()
+}
+
+/// `zones`: that are used already.
+fn distinct_zones_first<'a>(mut zones: Vec<&'a str>, ranked: Vec<&'a ServerInfo>) -> Vec<ServerId> {
     let mut first = Vec::new();
     let mut rest = Vec::new();
     for server in ranked {
@@ -97,7 +117,11 @@ mod tests {
             server.zone = zone.into();
         }
         for seed in 0u32..100 {
-            let chosen = candidates(&map, BlockHash::of(&seed.to_le_bytes()));
+            let block = BlockHash::of(&seed.to_le_bytes());
+            let chosen = candidates(&map, block);
+            let beside = candidates_beside(&map, block, &[ServerId(1)], |id| id == ServerId(1));
+            assert_eq!(beside.len(), 3);
+            assert_ne!(beside[0], ServerId(2), "another zone has none yet");
             let zone_of = |id: ServerId| map.servers.iter().find(|s| s.id == id).unwrap().zone.clone();
             assert_ne!(zone_of(chosen[0]), zone_of(chosen[1]));
         }

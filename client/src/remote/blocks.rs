@@ -196,13 +196,22 @@ impl BlockClient {
         let map = self.meta.map();
         let mut round: BTreeMap<ServerId, Vec<usize>> = BTreeMap::new();
         for (member, put) in puts.iter().enumerate() {
-            let mut candidates = placement::candidates(&map, put.block.hash());
-            candidates.retain(|server| !put.tried.contains(server));
-            let missing = put.wanted.saturating_sub(put.holders.len());
-            let (well, avoided): (Vec<_>, Vec<_>) = candidates.into_iter().partition(|s| !self.health.avoided(*s));
+            let mut holders: Vec<ServerId> = put.holders.iter().map(|holder| holder.server).collect();
+            let missing = put.wanted.saturating_sub(holders.len());
+            let next = |holders: &[ServerId], avoided: bool| {
+                placement::candidates_beside(&map, put.block.hash(), holders, |server| {
+                    put.tried.contains(&server) || self.health.avoided(server) != avoided
+                })
+            };
+            let well = next(&holders, false);
+            holders.extend(well.into_iter().take(missing));
             // A server that has just failed is asked only when the block would not be safe without it.
-            let needed = enough_replicas(put.wanted).saturating_sub(put.holders.len() + well.len().min(missing));
-            for server in well.into_iter().take(missing).chain(avoided.into_iter().take(needed)) {
+            let needed = enough_replicas(put.wanted).saturating_sub(holders.len());
+            if needed > 0 {
+                let avoided = next(&holders, true);
+                holders.extend(avoided.into_iter().take(needed));
+            }
+            for server in holders.into_iter().skip(put.holders.len()) {
                 round.entry(server).or_default().push(member);
             }
         }

@@ -16,6 +16,7 @@ use holdfast_common::{
     cluster::{ClusterMap, ServerState},
     limits::BLOCK_SIZE_MAX,
     net::Peers,
+    placement::zones,
     wire::meta::Severity,
 };
 
@@ -104,22 +105,13 @@ pub fn plan(servers: &[Filling], percent: u64, replicas: usize) -> Option<Plan> 
 
 /// Where a block of a server that has too much goes: where there is most room, but not where its copies would be in fewer zones.
 pub fn target(map: &ClusterMap, row: &BlockRow, from: ServerId, room: &BTreeMap<ServerId, u64>) -> Option<ServerId> {
-    let rest: Vec<ServerId> = row.holders.iter().copied().filter(|holder| *holder != from).collect();
-    let zones = |servers: &[ServerId]| {
-        let zone = |id: &ServerId| {
-            map.server(*id).map(|info| (info.zone.as_str(), if info.zone.is_empty() { id.0 } else { 0 }))
-        };
-        let mut zones: Vec<_> = servers.iter().filter_map(zone).collect();
-        zones.sort_unstable();
-        zones.dedup();
-        zones.len()
-    };
-    let before = zones(&row.holders);
+    let rest = || row.holders.iter().copied().filter(|holder| *holder != from);
+    let before = zones(map, row.holders.iter().copied());
     let fits = |(id, room): &(&ServerId, &u64)| {
         **room >= u64::from(row.length)
             && !row.holders.contains(id)
             && map.server(**id).is_some_and(|info| info.state == ServerState::Up && info.weight > 0)
-            && zones(&[rest.as_slice(), &[**id]].concat()) >= before
+            && zones(map, rest().chain([**id])) >= before
     };
     room.iter().filter(fits).max_by_key(|(_, room)| **room).map(|(id, _)| *id)
 }

@@ -10,7 +10,7 @@ use holdfast_common::planted::{Bug, is_planted};
 use holdfast_common::{
     BlockHash, BootId, Epoch, ServerId,
     net::Peers,
-    placement::candidates,
+    placement::candidates_beside,
     wire::storage::{Source, StorageAnswer, StorageRequest},
 };
 use tokio::task::JoinSet;
@@ -118,9 +118,11 @@ impl Copier {
         for block in owed.into_iter().chain(thin).collect::<BTreeSet<_>>() {
             let Some(row) = blocks::block(&*view, block)? else { continue };
             let sources = cluster.sources(&row.holders);
-            let good = row.holders.iter().filter(|holder| cluster.counts(**holder)).count();
-            let target = candidates(&map, block).into_iter().find(|server| !row.holders.contains(server));
-            if let Some(target) = target
+            let counting: Vec<ServerId> =
+                row.holders.iter().copied().filter(|holder| cluster.counts(*holder)).collect();
+            let good = counting.len();
+            let targets = candidates_beside(&map, block, &counting, |server| row.holders.contains(&server));
+            if let Some(target) = targets.first().copied()
                 && row.refs > 0
                 && good < row.wanted
                 && row.holders.len() < blocks::HOLDERS_MAX

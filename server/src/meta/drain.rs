@@ -10,7 +10,7 @@ use std::{
 };
 
 use holdfast_common::{
-    BlockHash, ServerId, cluster::Standing, net::Peers, placement::candidates, wire::meta::Severity,
+    BlockHash, ServerId, cluster::Standing, net::Peers, placement::candidates_beside, wire::meta::Severity,
 };
 
 use super::{
@@ -137,11 +137,13 @@ impl Drainer {
         let mut orders = Vec::new();
         for block in page {
             let Some(row) = blocks::block(&*view, *block)?.filter(|row| row.refs > 0) else { continue };
-            if row.holders.iter().filter(|holder| cluster.stays(**holder)).count() >= row.wanted {
+            let staying: Vec<ServerId> = row.holders.iter().copied().filter(|holder| cluster.stays(*holder)).collect();
+            if staying.len() >= row.wanted {
                 continue;
             }
             let sources = cluster.sources(&row.holders);
-            let target = candidates(&map, *block).into_iter().find(|candidate| !row.holders.contains(candidate));
+            let targets = candidates_beside(&map, *block, &staying, |server| row.holders.contains(&server));
+            let target = targets.first().copied();
             if let Some(target) = target.filter(|_| !sources.is_empty() && row.holders.len() < blocks::HOLDERS_MAX) {
                 orders.push(Order { block: *block, target, sources, epoch: row.epoch });
             }

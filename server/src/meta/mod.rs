@@ -31,6 +31,7 @@ pub mod rhythm;
 pub mod server;
 pub mod service;
 pub mod sessions;
+pub mod spread;
 pub mod state;
 pub mod store;
 pub mod strays;

@@ -47,6 +47,7 @@ use super::{
     restore::{self, Contents, RestoreError},
     service::{Secrets, Service},
     sessions::Sessions,
+    spread::Spreader,
     state::{self, Command, Entry, Rows, StorageError, apply, servers, session},
     store::{OpenStoreError, Store},
     surplus::Surplus,
@@ -293,6 +294,7 @@ impl Running {
         tasks.spawn(Balancer::new(Arc::clone(&core), proposer.clone(), Arc::clone(&peers)).run());
         tasks.spawn(Keeper::new(Arc::clone(&core), Arc::clone(&peers), options.backup_every).run());
         tasks.spawn(Surplus::new(Arc::clone(&core), proposer.clone(), Arc::clone(&peers)).run());
+        tasks.spawn(Spreader::new(Arc::clone(&core), proposer.clone(), Arc::clone(&peers)).run());
         tasks.spawn(Drainer::new(Arc::clone(&core), proposer.clone(), Arc::clone(&peers)).run());
         let (every, grace) = (options.compare_every, options.garbage_grace);
         tasks.spawn(Collector::new(Arc::clone(&core), proposer.clone(), Arc::clone(&peers), grace).run());

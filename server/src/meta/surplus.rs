@@ -120,12 +120,15 @@ impl Surplus {
     }
 }
 
-/// Whose copy of a block with too many goes first: that of a server which takes no blocks (it is away, or to be emptied), else that of the one
-/// which placement would choose last.
-fn least_needed(map: &ClusterMap, block: BlockHash, holders: &[ServerId]) -> Option<ServerId> {
+/// Whose copy of a block with too many goes first: that of a server which takes no blocks (it is away, or to be emptied), else one without
+/// which the others are in as many zones, and of these that of the one which placement would choose last.
+pub fn least_needed(map: &ClusterMap, block: BlockHash, holders: &[ServerId]) -> Option<ServerId> {
     let order = placement::candidates(map, block);
-    let rank = |holder: &ServerId| order.iter().position(|server| server == holder).unwrap_or(usize::MAX);
-    holders.iter().copied().max_by_key(rank)
+    let rank = |holder: ServerId| order.iter().position(|server| *server == holder);
+    let zones_without = |holder: ServerId| {
+        placement::zones(map, holders.iter().copied().filter(|other| *other != holder && rank(*other).is_some()))
+    };
+    holders.iter().copied().max_by_key(|holder| (rank(*holder).is_none(), zones_without(*holder), rank(*holder)))
 }
 
 /// Is everything as it is wanted, but for what is owed? Else, how much of the metadata has been looked through, in percent.
@@ -181,5 +184,12 @@ mod tests {
         map.servers[0].state = ServerState::Draining;
         assert_eq!(losers(&map), BTreeMap::from([(ServerId(1), 400)]));
         assert_eq!(least_needed(&map, BlockHash([1; 32]), &[]), None);
+        // Placement prefers one of these for some blocks: the only one of its zone stays all the same.
+        let map = self::map(["a", "a", "b", "b"]);
+        for number in 0..100_u32 {
+            let loser =
+                least_needed(&map, BlockHash::of(&number.to_le_bytes()), &[ServerId(1), ServerId(2), ServerId(4)]);
+            assert!([Some(ServerId(1)), Some(ServerId(2))].contains(&loser), "{number}: {loser:?}");
+        }
     }
 }

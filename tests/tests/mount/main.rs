@@ -25,3 +25,4 @@ mod replicas;
 mod shell;
 mod suites;
 mod writing;
+mod zones;

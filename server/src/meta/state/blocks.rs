@@ -276,6 +276,21 @@ pub fn owed_after(rows: &impl Rows, debts: Debts, after: Option<BlockHash>, coun
 }
 
 /// Up to `count` blocks that a server is on record for, in order, after `after`.
+/// The next rows of blocks, in the order of their hashes.
+pub fn rows_after(rows: &impl Rows, after: Option<BlockHash>, count: usize) -> Result<Vec<(BlockHash, BlockRow)>> {
+    let start = after.map_or(vec![key::BLOCK], |hash| past(&key::block(hash)));
+    let mut found = Vec::new();
+    scan(rows.blocks(), &start, &past(&[key::BLOCK]), |key, row| {
+        if found.len() == count {
+            return Ok(ControlFlow::Break(()));
+        }
+        found.push((hash_of(key)?, BlockRow::decode(row)?));
+        Ok(ControlFlow::Continue(()))
+    })?;
+    Ok(found)
+}
+
+/// What a server is on record for.
 pub fn held_after(
     rows: &impl Rows,
     server: ServerId,
