@@ -6,7 +6,7 @@ use crate::types::{Replicas, ServerId, Time};
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub enum ServerState {
-    /// Enrolled, not yet heard of.
+    /// It is heard, and what it has is not yet compared with what it is on record for. Takes part like one that is up.
     Joining,
     Up,
     /// Heartbeats are late. Still tried for reads; new blocks go elsewhere when they can.

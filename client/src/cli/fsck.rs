@@ -86,7 +86,8 @@ async fn check(node: Arc<Node>, to: Endpoint, repair: bool) -> Result<Report, As
         };
         servers.push(Compared { server: server.id, state: server.state, comparison });
     }
-    let lost = lost_among(servers.iter().filter_map(|it| it.comparison.as_ref()));
+    let mut lost = lost_among(servers.iter().filter_map(|it| it.comparison.as_ref()));
+    lost.extend(nowhere(&node, to).await?);
     let paths = names(&node, to, &lost).await?;
     Ok(Report { violations, servers, lost: lost.len() as u64, paths })
 }
@@ -101,6 +102,22 @@ fn lost_among<'a>(comparisons: impl Iterator<Item = &'a Comparison>) -> BTreeSet
         *most = (*most).max(*holders);
     }
     missing.into_iter().filter(|(_, (times, holders))| times >= holders).map(|(hash, _)| hash).collect()
+}
+
+/// Blocks that files name and that nobody is on record for.
+async fn nowhere(node: &Arc<Node>, to: Endpoint) -> Result<BTreeSet<BlockHash>, AskError> {
+    let mut found = BTreeSet::new();
+    loop {
+        let after = found.last().copied();
+        let MetaAnswer::Blocks(page) = call(node, to, AdminRequest::Lost { after }).await? else {
+            return Err(AskError::Unexpected);
+        };
+        let is_last = page.len() < HASH_LIST_MAX;
+        found.extend(page);
+        if is_last {
+            return Ok(found);
+        }
+    }
 }
 
 async fn names(node: &Arc<Node>, to: Endpoint, lost: &BTreeSet<BlockHash>) -> Result<Vec<LostPath>, AskError> {
@@ -228,6 +245,7 @@ impl Report {
             "violations": self.violations,
             "lost": self.lost,
             "lost_files": files,
+            "more_lost_files": self.paths.len() == PATHS_MAX,
             "servers": servers,
         })
     }

@@ -12,6 +12,7 @@ mod metadata;
 mod mount;
 mod operate;
 mod process;
+mod progress;
 mod replicas;
 mod scrub;
 mod status;

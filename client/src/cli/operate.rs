@@ -1,10 +1,6 @@
 //! What an operator wants of a storage server: to be emptied, to be away for a while, to leave.
 
-use std::{
-    io::{self, IsTerminal, Write},
-    thread,
-    time::Duration,
-};
+use std::{thread, time::Duration};
 
 use clap::{Args, Subcommand};
 use holdfast_common::{
@@ -19,6 +15,7 @@ use super::{
     admin::{AskError, Target, ask, ask_status},
     error::{CliError, CliResult},
     print,
+    progress::{Progress, say},
     status::size,
 };
 use crate::mount::options::parse_time;
@@ -27,7 +24,6 @@ use crate::mount::options::parse_time;
 const LOOK_EVERY: Duration = Duration::from_millis(500);
 /// The metadata server plans every second.
 const BALANCE_LOOK_EVERY: Duration = Duration::from_millis(2500);
-const BAR_WIDTH: usize = 30;
 
 /// Which storage server.
 #[derive(Debug, Args)]
@@ -50,6 +46,9 @@ pub(super) struct Which {
 pub(super) struct DrainArgs {
     #[command(flatten)]
     pub which: Which,
+    /// Whatever speaks against it: what cannot be moved waits until it can
+    #[arg(long)]
+    pub force: bool,
     /// Return at once
     #[arg(long)]
     pub no_wait: bool,
@@ -58,11 +57,14 @@ pub(super) struct DrainArgs {
 /// Empty a storage server, and remove it from the cluster then
 ///
 /// As `holdfast drain`; when it is empty it is removed, and not let in again under its number. One that is down is emptied from the
-/// copies that others have.
+/// copies that others have; while it may have copies of blocks of which nobody else has one, it stays.
 #[derive(Debug, Args)]
 pub(super) struct RemoveArgs {
     #[command(flatten)]
     pub which: Which,
+    /// Whatever speaks against it: of a server that is down, what nobody else has is LOST
+    #[arg(long)]
+    pub force: bool,
     /// Return at once
     #[arg(long)]
     pub no_wait: bool,
@@ -91,6 +93,9 @@ pub(super) enum Maintenance {
         /// How long: 30m, 2h, 90s; then it counts as any other again
         #[arg(long = "for", value_name = "TIME", default_value = "30m", value_parser = parse_time)]
         long: Duration,
+        /// Whatever speaks against it: what it has alone cannot be read while it is away
+        #[arg(long)]
+        force: bool,
     },
     /// It is back
     Off {
@@ -121,16 +126,19 @@ pub(super) fn rebalance(args: &RebalanceArgs) -> CliResult {
         MetaAnswer::Declined(reasons) => return Err(CliError::new(format!("not now: {}", reasons.join("; ")))),
         _ => return Err(AskError::Unexpected.into()),
     }
-    if !args.no_wait {
-        until_balanced(&config)?;
-    }
+    let hindered = if args.no_wait { String::new() } else { until_balanced(&config)? };
     let servers = ask_status(&config)?.servers;
     if args.json {
         let server = |it: &ServerStatus| json!({ "server": it.id.0, "stored_bytes": it.load.stored_bytes, "free_bytes": it.load.free_bytes });
-        return print(&format!(
-            "{:#}\n",
-            json!({ "waited": !args.no_wait, "servers": servers.iter().map(server).collect::<Vec<_>>() })
-        ));
+        let servers: Vec<_> = servers.iter().map(server).collect();
+        let report = json!({ "waited": !args.no_wait, "hindered": hindered, "servers": servers });
+        print(&format!("{report:#}\n"))?;
+    }
+    if !hindered.is_empty() {
+        return Err(CliError::new(format!("the storage servers are not equally full: {hindered}")));
+    }
+    if args.json {
+        return Ok(());
     }
     print(if args.no_wait {
         "The storage servers are being balanced: `holdfast status` shows what is left.\n"
@@ -139,66 +147,71 @@ pub(super) fn rebalance(args: &RebalanceArgs) -> CliResult {
     })
 }
 
-fn until_balanced(config: &ClientConfig) -> CliResult {
-    let mut most = 1;
+/// Returns what hinders; empty: nothing, they are balanced.
+fn until_balanced(config: &ClientConfig) -> CliResult<String> {
+    let mut progress = Progress::new();
     loop {
         // Until it has been looked at.
         thread::sleep(BALANCE_LOOK_EVERY);
-        let left = ask_status(config)?.balance_left_bytes;
-        most = left.max(most);
-        progress(&format!("{} to be moved", size(left)), most, left);
+        let status = ask_status(config)?;
+        let left = status.balance_left_bytes;
+        progress.show(&format!("{} to be moved", size(left)), left);
         if left == 0 {
-            return Ok(());
+            return Ok(status.balance_hindered);
         }
     }
 }
 
 pub(super) fn drain(args: &DrainArgs) -> CliResult {
-    empty(&args.which, Standing::Draining, args.no_wait)
+    empty(&args.which, Standing::Draining, args.no_wait, args.force)
 }
 
 pub(super) fn remove(args: &RemoveArgs) -> CliResult {
-    empty(&args.which, Standing::Leaving, args.no_wait)
+    empty(&args.which, Standing::Leaving, args.no_wait, args.force)
 }
 
 pub(super) fn undrain(args: &UndrainArgs) -> CliResult {
-    change(&args.which, Standing::Serving, "takes blocks again")
+    change(&args.which, Standing::Serving, false, "takes blocks again")
 }
 
 pub(super) fn maintenance(args: &MaintenanceArgs) -> CliResult {
     match &args.change {
-        Maintenance::On { which, long } => {
+        Maintenance::On { which, long, force } => {
             let now = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH).unwrap_or_default();
             let until = Time { secs: i64::try_from((now + *long).as_secs()).unwrap_or(i64::MAX), nanos: 0 };
-            change(which, Standing::Maintenance { until }, &format!("may be away for {} s", long.as_secs()))
+            change(which, Standing::Maintenance { until }, *force, &format!("may be away for {} s", long.as_secs()))
         }
-        Maintenance::Off { which } => change(which, Standing::Serving, "counts as any other"),
+        Maintenance::Off { which } => change(which, Standing::Serving, false, "counts as any other"),
     }
 }
 
-fn change(which: &Which, standing: Standing, done: &str) -> CliResult {
+fn change(which: &Which, standing: Standing, force: bool, done: &str) -> CliResult {
     let config = which.target.load()?;
-    order(&config, which.server, standing)?;
+    order(&config, which.server, standing, force)?;
     match which.json {
         true => print(&format!("{:#}\n", json!({ "server": which.server, "standing": standing.to_string() }))),
         false => print(&format!("Storage server {} {done}.\n", which.server)),
     }
 }
 
-fn order(config: &ClientConfig, server: u32, standing: Standing) -> CliResult {
-    match ask(config, AdminRequest::Stand { server: ServerId(server), standing })? {
+fn order(config: &ClientConfig, server: u32, standing: Standing, force: bool) -> CliResult {
+    let server = ServerId(server);
+    let request = match force {
+        true => AdminRequest::StandDespite { server, standing },
+        false => AdminRequest::Stand { server, standing },
+    };
+    match ask(config, request)? {
         MetaAnswer::Done => Ok(()),
         MetaAnswer::Declined(reasons) => Err(CliError::new(format!("not done: {}", reasons.join("; ")))),
         _ => Err(AskError::Unexpected.into()),
     }
 }
 
-fn empty(which: &Which, standing: Standing, no_wait: bool) -> CliResult {
+fn empty(which: &Which, standing: Standing, no_wait: bool, force: bool) -> CliResult {
     let config = which.target.load()?;
     let removed = standing == Standing::Leaving;
-    let before = find(&config, which.server)?.map_or(0, |server| server.load.blocks);
-    order(&config, which.server, standing)?;
-    let left = if no_wait { None } else { Some(until_empty(&config, which, standing, before)?) };
+    order(&config, which.server, standing, force)?;
+    let left = if no_wait { None } else { Some(until_empty(&config, which, standing, force)?) };
     if which.json {
         let report = json!({ "server": which.server, "standing": standing.to_string(), "empty": left.is_some() });
         return print(&format!("{report:#}\n"));
@@ -212,31 +225,31 @@ fn empty(which: &Which, standing: Standing, no_wait: bool) -> CliResult {
     })
 }
 
-fn find(config: &ClientConfig, server: u32) -> CliResult<Option<ServerStatus>> {
-    Ok(ask_status(config)?.servers.into_iter().find(|status| status.id == ServerId(server)))
-}
-
-/// Waits until a server has no blocks any more. `before`: how many it had.
-fn until_empty(config: &ClientConfig, which: &Which, standing: Standing, before: u64) -> CliResult {
-    let mut most = before.max(1);
+/// Waits until a server has no blocks any more.
+fn until_empty(config: &ClientConfig, which: &Which, standing: Standing, force: bool) -> CliResult {
+    let mut progress = Progress::new();
     let mut hindered = None;
     loop {
         let ClusterStatus { servers, replicas, .. } = ask_status(config)?;
         let Some(server) = servers.iter().find(|status| status.id == ServerId(which.server)) else {
-            progress("", most, 0);
+            progress.show("", 0);
             return Ok(());
         };
         if server.standing != standing {
             return Err(CliError::new(format!("storage server {} was told something else meanwhile", which.server)));
         }
-        let left = server.left.unwrap_or(most);
-        most = most.max(left);
-        let hindrance = hindrance(&servers, server.id, replicas);
+        let left = server.left.unwrap_or(server.load.blocks);
+        let hindrance = hindrance(&servers, server, replicas);
         if hindrance != hindered {
             say(hindrance.as_deref().unwrap_or("going on"))?;
+            if force {
+                // The metadata server forgets that when it is started anew.
+                order(config, which.server, standing, true)?;
+            }
             hindered = hindrance;
         }
-        progress(&format!("{left} blocks left"), most, left);
+        // Not all is done before it is known that nothing is left.
+        progress.show(&format!("{left} blocks left"), left.max(u64::from(server.left.is_none())));
         // One that leaves is gone in a moment.
         if left == 0 && server.left.is_some() && standing == Standing::Draining {
             return Ok(());
@@ -246,43 +259,21 @@ fn until_empty(config: &ClientConfig, which: &Which, standing: Standing, before:
 }
 
 /// Why nothing of `emptied` can be moved for now. It was not known yet when the order was given, or has come since.
-fn hindrance(servers: &[ServerStatus], emptied: ServerId, replicas: u64) -> Option<String> {
+fn hindrance(servers: &[ServerStatus], emptied: &ServerStatus, replicas: u64) -> Option<String> {
+    if !emptied.hindered.is_empty() {
+        return Some(format!("waiting: {}", emptied.hindered));
+    }
     let takes = |status: &&ServerStatus| {
-        status.id != emptied && status.standing == Standing::Serving && status.state == ServerState::Up
+        status.id != emptied.id && status.standing == Standing::Serving && status.state == ServerState::Up
     };
     let takers = servers.iter().filter(takes).count();
     ((takers as u64) < replicas).then(|| {
         format!(
             "waiting: {takers} other storage servers are up, and each block needs {replicas}; \
              `holdfast undrain {}` takes the order back",
-            emptied.0
+            emptied.id
         )
     })
-}
-
-/// For who waits, on a terminal or in a log.
-fn say(sentence: &str) -> CliResult {
-    let mut error = io::stderr();
-    let line = if error.is_terminal() { format!("\r\x1b[K{sentence}\n") } else { format!("{sentence}\n") };
-    error
-        .write_all(line.as_bytes())
-        .map_err(|source| CliError::new(format!("standard error cannot be written: {source}")))
-}
-
-/// A bar for who watches.
-pub(super) fn progress(text: &str, all: u64, left: u64) {
-    let mut error = io::stderr();
-    if error.is_terminal() {
-        // Whoever does not see it misses nothing.
-        drop(write!(error, "\r{}{text}\x1b[K{}", bar(all, left), if left == 0 { "\n" } else { "" }));
-    }
-}
-
-fn bar(all: u64, left: u64) -> String {
-    let done =
-        usize::try_from(u128::from(all - left.min(all)) * BAR_WIDTH as u128 / u128::from(all.max(1))).unwrap_or(0);
-    let percent = u128::from(all - left.min(all)) * 100 / u128::from(all.max(1));
-    format!("[{}{}] {percent:3} %  ", "#".repeat(done), " ".repeat(BAR_WIDTH - done))
 }
 
 #[cfg(test)]
@@ -303,6 +294,9 @@ mod tests {
             standing,
             left: None,
             load: StorageLoad::default(),
+            since_ms: 0,
+            reason: String::new(),
+            hindered: String::new(),
         }
     }
 
@@ -310,23 +304,17 @@ mod tests {
     fn whoever_waits_hears_that_there_is_nobody_to_take_the_blocks() {
         let up = |id| server(id, ServerState::Up, Standing::Serving);
         let drained = server(1, ServerState::Draining, Standing::Draining);
-        assert_eq!(hindrance(&[drained.clone(), up(2), up(3), up(4)], ServerId(1), 3), None);
+        assert_eq!(hindrance(&[drained.clone(), up(2), up(3), up(4)], &drained, 3), None);
+        let stuck = ServerStatus { hindered: "of 3 blocks there is no copy".to_owned(), ..drained.clone() };
+        assert_eq!(hindrance(&[], &stuck, 3).as_deref(), Some("waiting: of 3 blocks there is no copy"));
         let others = [
             server(4, ServerState::Suspect, Standing::Serving),
             server(4, ServerState::Down, Standing::Serving),
             server(4, ServerState::Draining, Standing::Leaving),
         ];
         for other in others {
-            let said = hindrance(&[drained.clone(), up(2), up(3), other], ServerId(1), 3).unwrap();
+            let said = hindrance(&[drained.clone(), up(2), up(3), other], &drained, 3).unwrap();
             assert!(said.starts_with("waiting: 2 other") && said.contains("undrain 1`"), "{said}");
         }
-    }
-
-    #[test]
-    fn the_bar_grows_with_what_is_done() {
-        assert_eq!(bar(200, 200), format!("[{}]   0 %  ", " ".repeat(30)));
-        assert_eq!(bar(200, 100), format!("[{}{}]  50 %  ", "#".repeat(15), " ".repeat(15)));
-        assert_eq!(bar(200, 0), format!("[{}] 100 %  ", "#".repeat(30)));
-        assert_eq!(bar(0, 0), format!("[{}]   0 %  ", " ".repeat(30)));
     }
 }

@@ -11,28 +11,32 @@ use std::{
 use clap::Args;
 use holdfast_common::{
     Replicas,
+    cluster::{ServerState, Standing},
     config::ClientConfig,
     limits::REPLICAS_MAX,
-    wire::meta::{AdminRequest, ClusterStatus, MetaAnswer, REPLICAS_ATTRIBUTE},
+    wire::meta::{AdminRequest, ClusterStatus, MetaAnswer, REPLICAS_ATTRIBUTE, ServerStatus},
 };
 use serde_json::json;
 
 use super::{
     admin::{AskError, Target, ask, ask_status},
     error::{CliError, CliResult},
-    operate::progress,
     print,
+    progress::{Progress, say},
 };
 use crate::sys;
 
 /// Between two looks at how far it has come.
 const LOOK_EVERY: Duration = Duration::from_millis(500);
+/// Looks in a row in which nothing comes of it: that is said.
+const IDLE_LOOKS: u32 = 20;
 
 /// Show or change how many copies are kept, by the cluster or of a tree of directories
 ///
 /// Without a number, shows the cluster's. With a number alone, changes it: copies that are missing are made and those that are too many
 /// deleted, which goes on if this command is interrupted. With paths on a mount, sets a number of their own for these and everything below;
-/// what is made there later has it too. Each block has the most copies that any of its files wants.
+/// what is made there later has it too. Each block has the most copies that any of its files wants. Refused, with the reasons, if there are
+/// not enough servers.
 /// `getfattr -n holdfast.replicas PATH` shows what a file or directory has.
 #[derive(Debug, Args)]
 pub(super) struct ReplicasArgs {
@@ -44,6 +48,9 @@ pub(super) struct ReplicasArgs {
     pub paths: Vec<PathBuf>,
     #[command(flatten)]
     pub target: Target,
+    /// With paths: also if there are too few servers for so many copies now
+    #[arg(long, requires = "paths")]
+    pub force: bool,
     /// Return at once
     #[arg(long)]
     pub no_wait: bool,
@@ -87,17 +94,20 @@ fn change(args: &ReplicasArgs, replicas: Replicas) -> CliResult {
 
 /// Waits until every block has as many copies as are wanted.
 fn until_followed(config: &ClientConfig) -> CliResult<ClusterStatus> {
-    let mut most = 1;
+    let (mut looking, mut copying, mut idle) = (Progress::new(), Progress::new(), 0);
     loop {
         let status = ask_status(config)?;
         let percent = status.replicas_followed_percent;
-        most = status.owed.max(most);
         match (percent, status.owed) {
-            (100, left) => progress(&format!("{left} copies are missing"), most, left),
-            (percent, _) => progress("blocks are looked through", 100, u64::from(100 - percent)),
+            (100, left) => copying.show(&format!("{left} copies are missing"), left),
+            (percent, _) => looking.show("blocks are looked through", u64::from(100 - percent)),
         }
         if (percent, status.owed) == (100, 0) {
             return Ok(status);
+        }
+        idle = if percent == 100 && status.owed_secs.is_none() { idle + 1 } else { 0 };
+        if idle == IDLE_LOOKS {
+            say(&format!("waiting: {} blocks are owed a copy, and none was made lately", status.owed))?;
         }
         thread::sleep(LOOK_EVERY);
     }
@@ -124,7 +134,33 @@ struct Set {
     directories: u64,
 }
 
+/// The cluster, if one is named, or there is one where it is looked for unnamed: who only has a mount may do without.
+fn cluster(target: &Target) -> CliResult<Option<ClientConfig>> {
+    let is_named = target.dir.is_some() || target.config.is_some();
+    match target.load() {
+        Ok(config) => Ok(Some(config)),
+        Err(error) if is_named => Err(error),
+        Err(_) => Ok(None),
+    }
+}
+
+/// Why what is at some paths should not have so many copies now; `None`: nothing speaks against it.
+fn objection(status: &ClusterStatus, replicas: Replicas) -> Option<String> {
+    let count = replicas.own()?;
+    let takes = |it: &&ServerStatus| it.state == ServerState::Up && it.standing == Standing::Serving;
+    let takers = status.servers.iter().filter(takes).count();
+    (takers < count).then(|| {
+        format!("{count} copies need {count} storage servers that are up and take blocks: there are {takers} (--force sets it all the same)")
+    })
+}
+
 fn assign(args: &ReplicasArgs, replicas: Replicas) -> CliResult {
+    let config = cluster(&args.target)?;
+    if let (Some(config), false) = (&config, args.force)
+        && let Some(reason) = objection(&ask_status(config)?, replicas)
+    {
+        return Err(CliError::new(format!("refused: {reason}")));
+    }
     let mut set = Set::default();
     for path in &args.paths {
         let failed = |error| CliError::new(format!("{}: {}", path.display(), explained(&error)));
@@ -132,12 +168,19 @@ fn assign(args: &ReplicasArgs, replicas: Replicas) -> CliResult {
         assign_below(path, &top, top.dev(), replicas, &mut set).map_err(failed)?;
     }
     let Set { files, directories } = set;
+    // What is forced may never be.
+    let waited = match &config {
+        Some(config) if !args.no_wait && !args.force => until_followed(config).map(|_| true)?,
+        _ => false,
+    };
     if args.json {
-        let report = json!({ "replicas": replicas.own(), "files": files, "directories": directories });
+        let report =
+            json!({ "replicas": replicas.own(), "files": files, "directories": directories, "waited": waited });
         return print(&format!("{report:#}\n"));
     }
     let number = replicas.own().map_or("as many copies as the cluster".to_owned(), |count| format!("{count} copies"));
-    print(&format!("{files} files have {number}, and what is made in {directories} directories will.\n"))
+    let when = if waited { "have" } else { "are to have" };
+    print(&format!("{files} files {when} {number}, and what is made in {directories} directories will.\n"))
 }
 
 /// Directories before what is in them, so that what is made meanwhile has the number too.

@@ -11,13 +11,16 @@ use holdfast_common::{
     ServerId,
     cluster::ServerState,
     config::ClientConfig,
-    wire::meta::{AdminRequest, ServerStatus},
+    wire::meta::{AdminRequest, ServerStatus, StorageLoad},
 };
+
+use serde_json::{Value, json};
 
 use super::{
     admin::{Target, ask_status, order},
     error::{CliError, CliResult},
     print,
+    progress::Progress,
     status::{columns, size},
 };
 
@@ -38,12 +41,15 @@ pub(super) struct ScrubArgs {
     /// With --now: return when all servers have read everything
     #[arg(long, requires = "now")]
     pub wait: bool,
+    /// As one JSON object, for programs
+    #[arg(long)]
+    pub json: bool,
 }
 
 pub(super) fn run(args: &ScrubArgs) -> CliResult {
     let config = args.target.load()?;
     if args.now {
-        let before = passes(&config)?;
+        let before = loads(&config)?;
         order(&config, &AdminRequest::Scrub)?;
         if args.wait {
             until_passed(&config, &before)?;
@@ -52,8 +58,26 @@ pub(super) fn run(args: &ScrubArgs) -> CliResult {
         }
     }
     let servers = ask_status(&config)?.servers;
+    if args.json {
+        return print(&format!("{:#}\n", report(&servers)));
+    }
     let now = SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |since| since.as_secs());
     print(&table(&servers, now))
+}
+
+fn report(servers: &[ServerStatus]) -> Value {
+    let server = |it: &ServerStatus| {
+        json!({
+            "server": it.id.0,
+            "state": it.state.to_string(),
+            "stored_bytes": it.load.stored_bytes,
+            "checked_bytes": it.load.scrub_checked_bytes,
+            "passes": it.load.scrub_passes,
+            "last_pass_secs": it.load.scrub_last_pass_secs,
+            "corrupt_found": it.load.corrupt_found,
+        })
+    };
+    json!({ "servers": servers.iter().map(server).collect::<Vec<_>>() })
 }
 
 /// `now`: seconds since 1970.
@@ -86,19 +110,31 @@ fn ago(secs: u64) -> String {
     }
 }
 
-/// Of servers that are up.
-fn passes(config: &ClientConfig) -> CliResult<BTreeMap<ServerId, u64>> {
+/// What servers that are up have done.
+fn loads(config: &ClientConfig) -> CliResult<BTreeMap<ServerId, StorageLoad>> {
     let up = ask_status(config)?.servers.into_iter().filter(|server| server.state == ServerState::Up);
-    Ok(up.map(|server| (server.id, server.load.scrub_passes)).collect())
+    Ok(up.map(|server| (server.id, server.load)).collect())
 }
 
-fn until_passed(config: &ClientConfig, before: &BTreeMap<ServerId, u64>) -> CliResult {
+/// How much of what it stored a server has not yet checked in the pass that came after `before`.
+fn unchecked(before: &StorageLoad, now: &StorageLoad) -> u64 {
+    let has_passed = now.scrub_passes > before.scrub_passes;
+    if has_passed { 0 } else { now.stored_bytes.saturating_sub(now.scrub_checked_bytes).max(1) }
+}
+
+fn until_passed(config: &ClientConfig, before: &BTreeMap<ServerId, StorageLoad>) -> CliResult {
+    let mut progress = Progress::new();
     loop {
-        let now = passes(config)?;
-        if let Some(gone) = before.keys().find(|server| !now.contains_key(server)) {
-            return Err(CliError::new(format!("storage server {gone} went away before it had read everything")));
+        let now = loads(config)?;
+        let mut left = 0;
+        for (server, before) in before {
+            let Some(now) = now.get(server) else {
+                return Err(CliError::new(format!("storage server {server} went away before it had read everything")));
+            };
+            left += unchecked(before, now);
         }
-        if before.iter().all(|(server, passes)| now.get(server).is_some_and(|now| now > passes)) {
+        progress.show(&format!("{} to be read", size(left)), left);
+        if left == 0 {
             return Ok(());
         }
         thread::sleep(REPORT_PAUSE);
@@ -124,6 +160,9 @@ mod tests {
             standing: Standing::Serving,
             left: None,
             load,
+            since_ms: 0,
+            reason: String::new(),
+            hindered: String::new(),
         };
         let (stored_bytes, scrub_passes, scrub_last_pass_secs) = (3 << 20, 2, 1_000_000);
         let scrubbed = StorageLoad { stored_bytes, scrub_passes, scrub_last_pass_secs, ..StorageLoad::default() };
@@ -134,6 +173,13 @@ SERVER  STATE  STORED   CHECKED IN THIS PASS  PASSES  LAST PASS
 2       up     3.0 MiB  1.5 KiB               0       never
 ";
         assert_eq!(table(&[server(1, scrubbed), server(2, checking)], 1_000_000 + 3 * 3600 + 5), expected);
+        let report = report(&[server(1, scrubbed)]);
+        assert_eq!(
+            (&report["servers"][0]["passes"], &report["servers"][0]["stored_bytes"]),
+            (&2.into(), &(3 << 20).into())
+        );
+        assert_eq!(unchecked(&checking, &checking), (3 << 20) - 1536);
+        assert_eq!(unchecked(&checking, &StorageLoad { scrub_passes: 1, ..checking }), 0);
         assert_eq!([5, 300, 200_000].map(ago), ["5 s ago", "5 min ago", "2 days ago"]);
     }
 }

@@ -11,6 +11,8 @@ use holdfast_common::{
 };
 use serde_json::{Value, json};
 
+use super::progress::about;
+
 /// Bytes with a binary unit, three digits or four.
 pub(super) fn size(bytes: u64) -> String {
     const UNITS: [(u32, &str); 5] = [(50, "PiB"), (40, "TiB"), (30, "GiB"), (20, "MiB"), (10, "KiB")];
@@ -28,6 +30,7 @@ pub(super) fn size(bytes: u64) -> String {
 pub(super) fn table(status: &ClusterStatus, now: SystemTime) -> String {
     let mut text = format!("Cluster {}\n\n", status.cluster);
     text.push_str(&columns(&servers(status)));
+    status.servers.iter().filter_map(why).for_each(|line| text.push_str(&line));
     text.push('\n');
     match status.mounts.is_empty() {
         true => text.push_str("No mounts.\n"),
@@ -43,8 +46,8 @@ pub(super) fn table(status: &ClusterStatus, now: SystemTime) -> String {
 
 fn servers(status: &ClusterStatus) -> Vec<Vec<String>> {
     let head = [
-        "SERVER", "STATE", "ADDRESS", "ZONE", "CAPACITY", "FREE", "STORED", "BLOCKS", "LOAD", "CORRUPT", "REPAIRED",
-        "HEARD",
+        "SERVER", "STATE", "FOR", "ADDRESS", "ZONE", "CAPACITY", "FREE", "STORED", "BLOCKS", "LOAD", "DISK", "P99",
+        "CORRUPT", "REPAIRED", "HEARD",
     ];
     std::iter::once(head.map(str::to_owned).to_vec()).chain(status.servers.iter().map(server)).collect()
 }
@@ -54,6 +57,7 @@ fn server(server: &ServerStatus) -> Vec<String> {
     vec![
         server.id.to_string(),
         state(server),
+        long(server.since_ms),
         server.address.to_string(),
         if server.zone.is_empty() { "-".to_owned() } else { server.zone.clone() },
         size(load.capacity_bytes),
@@ -61,10 +65,28 @@ fn server(server: &ServerStatus) -> Vec<String> {
         size(load.stored_bytes),
         load.blocks.to_string(),
         format!("{}.{:02}", load.load_percent / 100, load.load_percent % 100),
+        format!("{} %", load.disk_busy_percent),
+        millis(load.put_p99_us.max(load.get_p99_us)),
         load.corrupt_found.to_string(),
         load.repaired.to_string(),
         ago(server.silent_ms),
     ]
+}
+
+/// Why a server is as it is, if that is not as it should be; on a line of its own.
+fn why(server: &ServerStatus) -> Option<String> {
+    let reasons: Vec<&str> =
+        [&server.reason, &server.hindered].into_iter().map(String::as_str).filter(|it| !it.is_empty()).collect();
+    (!reasons.is_empty()).then(|| format!("Server {}: {}\n", server.id, reasons.join("; ")))
+}
+
+/// Microseconds as milliseconds, with a tenth where that says something.
+fn millis(micros: u32) -> String {
+    match micros {
+        0 => "-".to_owned(),
+        0..10_000 => format!("{}.{} ms", micros / 1000, micros % 1000 / 100),
+        _ => format!("{} ms", micros / 1000),
+    }
 }
 
 /// By its silence, and by what is wanted of it.
@@ -98,7 +120,17 @@ fn mount(mount: &MountStatus) -> Vec<String> {
 fn ago(silent_ms: u64) -> String {
     match silent_ms {
         0..100_000 => format!("{}.{} s ago", silent_ms / 1000, silent_ms % 1000 / 100),
-        _ => format!("{} min ago", silent_ms / 60_000),
+        _ => format!("{} ago", long(silent_ms)),
+    }
+}
+
+/// A time of which nobody needs the fractions.
+fn long(ms: u64) -> String {
+    match ms / 1000 {
+        secs @ 0..120 => format!("{secs} s"),
+        secs @ 120..7200 => format!("{} min", secs / 60),
+        secs @ 7200..172_800 => format!("{} h", secs / 3600),
+        secs => format!("{} days", secs / 86_400),
     }
 }
 
@@ -109,15 +141,39 @@ fn figures(status: &ClusterStatus, now: SystemTime) -> [(&'static str, String); 
         ("Files", format!("{} inodes, {} blocks", status.inodes, status.blocks)),
         ("Copies", format!("{full} blocks with 3 or more, {two} with 2, {one} with 1, {none} lost")),
         ("Wanted", wanted(status)),
-        ("Owed", format!("{} blocks are owed a copy", status.owed)),
+        ("Owed", owed(status)),
         ("Copies made", status.copies_made.to_string()),
-        ("Bad copies met", format!("{} corrupt, {} missing", status.corrupt_copies_met, status.missing_copies_met)),
+        ("Bad copies met", bad_copies(status)),
         ("Copies repaired", status.copies_repaired.to_string()),
         ("Garbage", garbage(status)),
         ("Log", format!("{} entries, {behind} not yet on disk", status.log_position)),
-        ("To be moved", size(status.balance_left_bytes)),
+        ("To be moved", to_be_moved(status)),
         ("Backup", backup(status.backup_secs, now)),
     ]
+}
+
+/// How much is to be copied, and when that will be done.
+fn owed(status: &ClusterStatus) -> String {
+    match (status.owed, status.owed_secs) {
+        (0, _) => "no block is owed a copy".to_owned(),
+        (owed, Some(secs)) => format!("{owed} blocks are owed a copy, done in {}", about(secs)),
+        (owed, None) => format!("{owed} blocks are owed a copy, and none was made lately"),
+    }
+}
+
+fn bad_copies(status: &ClusterStatus) -> String {
+    let met = format!("{} corrupt, {} missing", status.corrupt_copies_met, status.missing_copies_met);
+    match status.bad_copies_waiting {
+        0 => met,
+        waiting => format!("{met}; {waiting} have no good one in their place yet"),
+    }
+}
+
+fn to_be_moved(status: &ClusterStatus) -> String {
+    match status.balance_hindered.as_str() {
+        "" => size(status.balance_left_bytes),
+        hindered => format!("{}; not equally full: {hindered}", size(status.balance_left_bytes)),
+    }
 }
 
 /// How many copies, and whether that is followed yet.
@@ -199,8 +255,13 @@ mod tests {
                 load_percent: 105,
                 memory_bytes: 0,
                 queue_depth: 0,
+                disk_busy_percent: 7,
+                get_p99_us: 1250,
                 ..StorageLoad::default()
             },
+            since_ms: 3_500_000,
+            reason: if state == ServerState::Down { "silent".to_owned() } else { String::new() },
+            hindered: String::new(),
         }
     }
 
@@ -235,6 +296,9 @@ mod tests {
             balance_left_bytes: 0,
             replicas: 3,
             replicas_followed_percent: 100,
+            owed_secs: Some(12),
+            balance_hindered: String::new(),
+            bad_copies_waiting: 0,
         }
     }
 
@@ -243,9 +307,10 @@ mod tests {
         let expected = "\
 Cluster abababababababababababababababab
 
-SERVER  STATE  ADDRESS         ZONE    CAPACITY   FREE      STORED   BLOCKS  LOAD  CORRUPT  REPAIRED  HEARD
-1       up     127.0.0.1:7401  rack-a  100 GiB    42.5 GiB  3.0 MiB  17      1.05  1        1         0.3 s ago
-2       down   127.0.0.1:7402  -       100 GiB    42.5 GiB  3.0 MiB  17      1.05  1        1         60 min ago
+SERVER  STATE  FOR     ADDRESS         ZONE    CAPACITY   FREE      STORED   BLOCKS  LOAD  DISK  P99     CORRUPT  REPAIRED  HEARD
+1       up     58 min  127.0.0.1:7401  rack-a  100 GiB    42.5 GiB  3.0 MiB  17      1.05  7 %   1.2 ms  1        1         0.3 s ago
+2       down   58 min  127.0.0.1:7402  -       100 GiB    42.5 GiB  3.0 MiB  17      1.05  7 %   1.2 ms  1        1         60 min ago
+Server 2: silent
 
 MOUNT  HOST   MOUNTPOINT  OPEN  DIRTY    REPAIRS  HEARD
 5      alpha  /mnt/data   3     1.5 KiB  2        1.2 s ago
@@ -253,7 +318,7 @@ MOUNT  HOST   MOUNTPOINT  OPEN  DIRTY    REPAIRS  HEARD
 Files             12 inodes, 17 blocks
 Copies            12 blocks with 3 or more, 4 with 2, 1 with 1, 0 lost
 Wanted            3 copies of what has no number of its own
-Owed              5 blocks are owed a copy
+Owed              5 blocks are owed a copy, done in about 12 s
 Copies made       8
 Bad copies met    2 corrupt, 1 missing
 Copies repaired   3
@@ -264,6 +329,24 @@ Backup            none since the metadata server was started
 ";
         let expected = expected.replace("CAPACITY   FREE", "CAPACITY  FREE").replace("100 GiB    42", "100 GiB   42");
         assert_eq!(table(&a_status(), UNIX_EPOCH), expected);
+    }
+
+    #[test]
+    fn what_hinders_is_said() {
+        let status = ClusterStatus {
+            owed_secs: None,
+            balance_hindered: "zones".to_owned(),
+            bad_copies_waiting: 3,
+            ..a_status()
+        };
+        assert_eq!(owed(&status), "5 blocks are owed a copy, and none was made lately");
+        assert_eq!(owed(&ClusterStatus { owed: 0, ..status.clone() }), "no block is owed a copy");
+        assert_eq!(to_be_moved(&status), "0 B; not equally full: zones");
+        assert_eq!(bad_copies(&status), "2 corrupt, 1 missing; 3 have no good one in their place yet");
+        let both = ServerStatus { hindered: "nobody takes them".to_owned(), ..a_server(2, ServerState::Down, 0) };
+        assert_eq!(why(&both).as_deref(), Some("Server 2: silent; nobody takes them\n"));
+        assert_eq!([0, 1250, 250_000].map(millis), ["-", "1.2 ms", "250 ms"]);
+        assert_eq!([5000, 300_000, 100_000_000, 200_000_000].map(long), ["5 s", "5 min", "27 h", "2 days"]);
     }
 
     #[test]

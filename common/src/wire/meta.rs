@@ -583,6 +583,8 @@ pub enum StorageNotice {
     BadCopy { block: BlockHash, server: ServerId, fault: CopyFault, repaired: bool },
     /// Blocks, at most `HASH_LIST_MAX`, of which this server has found its own copies bad: good ones are to take their place.
     BadCopies { blocks: Vec<BlockHash> },
+    /// This server has to stop, for a reason that is on its side: its disk, say.
+    Failed { why: String },
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -676,6 +678,15 @@ pub enum AdminRequest {
     /// So many copies from now on of what has no number of its own. Answered `Done`, or `Declined` if they cannot be had.
     SetReplicas {
         replicas: Replicas,
+    },
+    /// As `Stand`, whatever speaks against it. A server that is to leave, and is down, takes with it what nobody else has.
+    StandDespite {
+        server: ServerId,
+        standing: Standing,
+    },
+    /// Blocks after this one that files name and that nobody is on record for. Looks at every block that is owed a copy.
+    Lost {
+        after: Option<BlockHash>,
     },
 }
 
@@ -793,6 +804,8 @@ pub enum MetaAnswer {
     MutatedMany(Vec<Result<Changed, Refusal>>),
     /// `ReadDir`: the directory is at the version that the asker knows.
     Unchanged,
+    /// At most `HASH_LIST_MAX`, in order.
+    Blocks(Vec<BlockHash>),
 }
 
 /// A file that names a block, by one of its names.
@@ -929,6 +942,12 @@ pub struct ClusterStatus {
     pub replicas: u64,
     /// How much of the metadata follows the numbers of copies that are wanted, in percent. At 100 no block has too many.
     pub replicas_followed_percent: u32,
+    /// Seconds until no copy is owed any more, if they go on being made as in the last half minute; none: none was made.
+    pub owed_secs: Option<u64>,
+    /// Why the servers cannot be made equally full, though somebody wants them to be, or they should; empty: nothing hinders.
+    pub balance_hindered: String,
+    /// Bad copies that their servers have found, and in whose place there is no good one yet.
+    pub bad_copies_waiting: u64,
 }
 
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -945,6 +964,12 @@ pub struct ServerStatus {
     /// While it is being emptied: blocks that it still is on record for. Known after the first look at all of them.
     pub left: Option<u64>,
     pub load: StorageLoad,
+    /// Milliseconds since its state and its standing are what they are.
+    pub since_ms: u64,
+    /// Why they are so, in words; empty: it is as it should be.
+    pub reason: String,
+    /// While it is being emptied: why nothing can be moved now, in words; empty: nothing hinders.
+    pub hindered: String,
 }
 
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]

@@ -154,6 +154,7 @@ impl Balancer {
             if self.core.balance_wanted.swap(false, Ordering::Relaxed) {
                 let note = Note::new(Severity::Warning, PLACE, "are not balanced now, as the operator wants");
                 self.core.tell(note.doing("blocks that are owed a copy go first"));
+                *self.core.balance_hindered.lock() = "blocks that are owed a copy go first".to_owned();
             }
             self.core.balance_left.store(0, Ordering::Relaxed);
             return Ok(());
@@ -190,11 +191,14 @@ impl Balancer {
         self.balancing = false;
         self.resting_until = self.core.clock.monotonic() + REST;
         self.core.balance_left.store(0, Ordering::Relaxed);
+        *self.core.balance_hindered.lock() =
+            "nothing of what should move can: its copies would be in fewer zones, or servers do not answer".to_owned();
         let note = Note::new(Severity::Warning, PLACE, "cannot be made equally full: nothing of what should move can");
         self.core.tell(note.doing("zones come first: it is tried again in ten minutes"));
     }
 
     fn show(&mut self, found: Option<&Plan>, asked: bool) {
+        self.core.balance_hindered.lock().clear();
         let left = found.map_or(0, |plan| plan.from.iter().map(|(_, surplus)| *surplus).sum());
         self.core.balance_left.store(left, Ordering::Relaxed);
         match (self.balancing, found.is_some()) {

@@ -1,6 +1,10 @@
 //! Storage servers as their heartbeats show them. Pure: time comes in.
 
-use std::{collections::BTreeMap, net::SocketAddr, time::Duration};
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    net::SocketAddr,
+    time::Duration,
+};
 
 use holdfast_common::{
     BootId, Replicas, ServerId, Time,
@@ -46,6 +50,56 @@ struct Member {
     boot: BootId,
     load: StorageLoad,
     heard: Duration,
+    /// What it has was compared with what it is on record for since it came up.
+    looked_through: bool,
+    /// What it said when it stopped by itself.
+    complaint: Option<String>,
+    /// Why it cannot be emptied now; empty: nothing hinders.
+    hindered: String,
+    /// When its appearance became what it is.
+    since: Duration,
+}
+
+impl Member {
+    /// As operators see it.
+    fn appearance(&self) -> (ServerState, Standing) {
+        let joins = self.state == ServerState::Up && !self.looked_through;
+        (if joins { ServerState::Joining } else { self.state }, self.standing)
+    }
+
+    fn change(&mut self, now: Duration, change: impl FnOnce(&mut Self)) {
+        let before = self.appearance();
+        change(self);
+        if self.appearance() != before {
+            self.since = now;
+        }
+    }
+
+    /// Why it is as it is, in words; empty if that is as it should be.
+    fn reason(&self, now: Duration) -> String {
+        let of_state = match (self.state, &self.complaint) {
+            (ServerState::Up, _) => self.reason_while_up(now),
+            (_, Some(complaint)) => Some(format!("has stopped: {complaint}")),
+            (_, None) if self.boot == BootId(0) => Some("not heard since the metadata server was started".to_owned()),
+            (_, None) => Some("silent".to_owned()),
+        };
+        let of_standing = (self.standing != Standing::Serving).then(|| "the operator wants it so".to_owned());
+        [of_state, of_standing].into_iter().flatten().collect::<Vec<String>>().join("; ")
+    }
+
+    fn reason_while_up(&self, now: Duration) -> Option<String> {
+        let serves = self.standing == Standing::Serving;
+        if !self.looked_through {
+            Some("what it has is being compared with what it is on record for".to_owned())
+        } else if !self.rhythm.is_steady(now) {
+            Some("came and went too often: it gets no new blocks for a while".to_owned())
+        } else if self.pace.is_slow() {
+            let micros = self.pace.mean_ns / 1000;
+            Some(format!("slow, {micros} us for a request: it gets fewer new blocks"))
+        } else {
+            (serves && self.info.weight == 0).then(|| "full: it gets no new blocks".to_owned())
+        }
+    }
 }
 
 /// Membership. Times are of a monotonic clock.
@@ -74,7 +128,28 @@ impl Cluster {
             let info = ServerInfo { id, address: row.address, zone: row.zone, state: shown, weight: 0 };
             let (boot, load) = (BootId(0), StorageLoad::default());
             let (pace, rhythm) = (Pace::default(), Rhythm::default());
-            (id, Member { info, state, standing, left: None, pace, rhythm, boot, load, heard: now })
+            let (left, complaint, hindered) = (None, None, String::new());
+            // Whoever was one of them before is taken as it was.
+            let looked_through = true;
+            let (heard, since) = (now, now);
+            (
+                id,
+                Member {
+                    info,
+                    state,
+                    standing,
+                    left,
+                    pace,
+                    rhythm,
+                    boot,
+                    load,
+                    heard,
+                    looked_through,
+                    complaint,
+                    hindered,
+                    since,
+                },
+            )
         };
         Self {
             members: registered.into_iter().map(member).collect(),
@@ -122,7 +197,51 @@ impl Cluster {
             self.version += 1;
         }
         let Heartbeat { boot, load, .. } = beat;
-        self.members.insert(id, Member { info, state, standing, left, pace, rhythm, boot, load, heard: now });
+        let looked_through = old.is_some_and(|member| member.looked_through);
+        let hindered = old.map_or(String::new(), |member| member.hindered.clone());
+        let since = old.map_or(now, |member| member.since);
+        let before = old.map(Member::appearance);
+        let (complaint, heard) = (None, now);
+        let mut member = Member {
+            info,
+            state,
+            standing,
+            left,
+            pace,
+            rhythm,
+            boot,
+            load,
+            heard,
+            looked_through,
+            complaint,
+            hindered,
+            since,
+        };
+        if before != Some(member.appearance()) {
+            member.since = now;
+        }
+        self.members.insert(id, member);
+    }
+
+    /// A server says that it has to stop, and why. What it was is not waited for: it is suspect from now on.
+    pub fn failed(&mut self, id: ServerId, why: String, now: Duration) {
+        if let Some(member) = self.members.get_mut(&id) {
+            self.version += 1;
+            member.change(now, |member| {
+                member.complaint = Some(why);
+                if member.state == ServerState::Up {
+                    member.state = ServerState::Suspect;
+                }
+                member.info.state = shown(member.state, member.standing, member.rhythm.is_steady(now));
+            });
+        }
+    }
+
+    /// What a server has was compared with what it is on record for.
+    pub fn looked_through(&mut self, id: ServerId, now: Duration) {
+        if let Some(member) = self.members.get_mut(&id) {
+            member.change(now, |member| member.looked_through = true);
+        }
     }
 
     /// Compares how long requests take on the servers. Returns those that have become slow, or are no longer: with how many times as
@@ -150,14 +269,16 @@ impl Cluster {
     }
 
     /// What the operator wants of a server from now on.
-    pub fn stand(&mut self, id: ServerId, standing: Standing) {
+    pub fn stand(&mut self, id: ServerId, standing: Standing, now: Duration) {
         self.version += 1;
         if standing == Standing::Removed {
             self.members.remove(&id);
         } else if let Some(member) = self.members.get_mut(&id) {
-            member.standing = standing;
-            member.left = None;
-            member.info.state = shown(member.state, standing, member.rhythm.is_steady(member.heard));
+            member.change(now, |member| {
+                member.standing = standing;
+                (member.left, member.hindered) = (None, String::new());
+                member.info.state = shown(member.state, standing, member.rhythm.is_steady(member.heard));
+            });
         }
     }
 
@@ -177,9 +298,12 @@ impl Cluster {
         self.members.values().filter(over).map(|member| member.info.id).collect()
     }
 
-    /// How much a server that is to be emptied is still on record for. Returns what was known before.
-    pub fn note_left(&mut self, id: ServerId, left: u64) -> Option<u64> {
-        self.members.get_mut(&id)?.left.replace(left)
+    /// How much a server that is to be emptied is still on record for, and why nothing of it can be moved (empty: nothing hinders).
+    /// Returns how much it was before, if that is known.
+    pub fn note_left(&mut self, id: ServerId, left: u64, hindered: String) -> Option<u64> {
+        let member = self.members.get_mut(&id)?;
+        member.hindered = hindered;
+        member.left.replace(left)
     }
 
     /// Do copies on this server count: is it up, and not to be emptied?
@@ -190,6 +314,12 @@ impl Cluster {
     /// All of which that is so.
     pub fn counting(&self) -> Vec<ServerId> {
         self.members.keys().copied().filter(|id| self.counts(*id)).collect()
+    }
+
+    /// Servers that are up, and are neither to be emptied nor given leave to be away.
+    pub fn there(&self) -> BTreeSet<ServerId> {
+        let there = |member: &&Member| member.state == ServerState::Up && member.standing == Standing::Serving;
+        self.members.values().filter(there).map(|member| member.info.id).collect()
     }
 
     /// Do new blocks go there?
@@ -227,8 +357,11 @@ impl Cluster {
                 state => state,
             };
             if state != member.state {
-                member.state = state;
-                member.info.state = shown(state, member.standing, member.rhythm.is_steady(now));
+                member.change(now, |member| {
+                    member.state = state;
+                    member.looked_through &= state != ServerState::Down;
+                    member.info.state = shown(state, member.standing, member.rhythm.is_steady(now));
+                });
                 changed.push((*id, state));
             }
         }
@@ -304,13 +437,16 @@ impl Cluster {
             id: member.info.id,
             address: member.info.address,
             zone: member.info.zone.clone(),
-            state: member.state,
+            state: member.appearance().0,
             weight: member.info.weight,
             silent_ms: millis(now.saturating_sub(member.heard)),
             boot: member.boot,
             standing: member.standing,
             left: member.left,
             load: member.load,
+            since_ms: millis(now.saturating_sub(member.since)),
+            reason: member.reason(now),
+            hindered: member.hindered.clone(),
         };
         self.members.values().map(status).collect()
     }
@@ -468,8 +604,8 @@ mod tests {
         (1..=3).for_each(|id| cluster.heard(ServerId(id), beat(1 << 40), SECOND));
         let shown = |cluster: &Cluster| cluster.map().servers.iter().map(|info| info.state).collect::<Vec<_>>();
         let until = Time { secs: 100, nanos: 0 };
-        cluster.stand(ServerId(1), Standing::Draining);
-        cluster.stand(ServerId(2), Standing::Maintenance { until });
+        cluster.stand(ServerId(1), Standing::Draining, SECOND);
+        cluster.stand(ServerId(2), Standing::Maintenance { until }, SECOND);
         assert_eq!(shown(&cluster), [ServerState::Draining, ServerState::Maintenance, ServerState::Up]);
         assert!(cluster.is_up(ServerId(1)) && !cluster.counts(ServerId(1)) && cluster.counts(ServerId(2)));
         cluster.heard(ServerId(1), beat(1 << 40), 2 * SECOND);
@@ -479,7 +615,7 @@ mod tests {
         assert_eq!(cluster.down_for(SECOND, 1000 * SECOND), [ServerId(1), ServerId(3)], "2 has leave");
         assert_eq!(cluster.overdue(Time { secs: 99, nanos: 0 }), []);
         assert_eq!(cluster.overdue(until), [ServerId(2)]);
-        cluster.stand(ServerId(2), Standing::Removed);
+        cluster.stand(ServerId(2), Standing::Removed, SECOND);
         assert_eq!(cluster.map().servers.len(), 2);
     }
 

@@ -146,6 +146,7 @@ pub async fn make(
     let mut count = 0;
     for ((server, boot, epoch), blocks) in carry_out(core, peers, orders).await? {
         count += blocks.len();
+        core.copy_rate.lock().note(blocks.len() as u64, core.clock.monotonic());
         // Made copies are durable; noting them costs a sync at most, and trusts nobody.
         blocks.iter().for_each(|hash| core.unsynced.lock().add(server, boot, *hash));
         if let Err(refusal) = proposer.propose(Command::HolderAdded { server, blocks, epoch }).await {

@@ -30,6 +30,7 @@ use super::{
     budget::Budget,
     cluster::Cluster,
     committer::Proposer,
+    copy_rate::CopyRate,
     journal::{Journal, Note},
     leases::{ChangingNames, Leases},
     locking::Locking,
@@ -97,6 +98,12 @@ pub struct Core {
     pub backed_up: Mutex<Option<Time>>,
     /// Bad copies that their servers have found, to be replaced.
     pub bad_copies: Mutex<BadCopies>,
+    /// Servers that are to leave also if nobody else has what they have.
+    pub given_up: Mutex<BTreeSet<ServerId>>,
+    /// How many copies have been made lately.
+    pub copy_rate: Mutex<CopyRate>,
+    /// Why the servers cannot be made equally full; empty: nothing hinders.
+    pub balance_hindered: Mutex<String>,
     /// Blocks whose durable copies are too few for a barrier: the duties make more.
     pub thin: Mutex<BTreeSet<BlockHash>>,
     /// Where the tables and the log are.
@@ -206,6 +213,9 @@ impl Core {
             balance_left: AtomicU64::new(0),
             backed_up: Mutex::default(),
             bad_copies: Mutex::default(),
+            given_up: Mutex::default(),
+            copy_rate: Mutex::default(),
+            balance_hindered: Mutex::default(),
             thin: Mutex::default(),
             recovering: watch::Sender::new(recovering),
             replays_wanted: Notify::new(),
@@ -241,7 +251,10 @@ impl Core {
     pub async fn stand(&self, proposer: &Proposer, server: ServerId, standing: Standing) -> Result<(), Refusal> {
         let (position, outcome) = proposer.propose(Command::Stand { server, standing }).await?;
         outcome?;
-        self.cluster.lock().stand(server, standing);
+        self.cluster.lock().stand(server, standing, self.clock.monotonic());
+        if standing != Standing::Leaving {
+            self.given_up.lock().remove(&server);
+        }
         self.until_durable(position, STAND_DEADLINE).await
     }
 

@@ -28,6 +28,34 @@ const STUCK_INTERVAL: Duration = Duration::from_secs(5);
 /// Blocks that are looked at in one step.
 const PAGE: usize = 256;
 
+/// Blocks of a server that cannot be moved off it now.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+struct Stuck {
+    /// No copy can be read.
+    without_source: u64,
+    /// No server that could take a copy has none.
+    without_target: u64,
+}
+
+impl std::fmt::Display for Stuck {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        match self {
+            Self { without_source: 0, without_target: 0 } => {
+                f.write_str("copies cannot be made: servers do not answer")
+            }
+            Self { without_source: 0, without_target } => {
+                write!(
+                    f,
+                    "{without_target} blocks are to have more copies than there are other servers that take blocks"
+                )
+            }
+            Self { without_source, .. } => {
+                write!(f, "of {without_source} blocks there is no copy that could be read now")
+            }
+        }
+    }
+}
+
 pub struct Drainer {
     core: Arc<Core>,
     proposer: Proposer,
@@ -72,19 +100,20 @@ impl Drainer {
 
     /// Looks at all that a server is on record for, once. `false`: nothing could be done.
     async fn empty(&self, server: ServerId, standing: Standing) -> Result<bool, Fault> {
-        let (mut after, mut left, mut off) = (None, 0, 0);
+        let (mut after, mut left, mut off, mut stuck) = (None, 0, 0, Stuck::default());
         loop {
             let page = blocks::held_after(&*self.core.store.view()?, server, after, PAGE)?;
             let Some(last) = page.last().copied() else { break };
             after = Some(last);
-            let moved = self.move_off(server, &page).await?;
+            let moved = self.move_off(server, &page, &mut stuck).await?;
             left += page.len().saturating_sub(moved) as u64;
             off += moved;
             if self.core.cluster.lock().standing(server) != Some(standing) {
                 return Ok(true);
             }
         }
-        let knew = self.core.cluster.lock().note_left(server, left);
+        let hindered = if left > 0 && off == 0 { stuck.to_string() } else { String::new() };
+        let knew = self.core.cluster.lock().note_left(server, left, hindered);
         if left == 0 && standing == Standing::Leaving {
             self.remove(server).await;
         } else if left == 0 && knew != Some(0) {
@@ -96,30 +125,37 @@ impl Drainer {
     }
 
     /// Returns how many blocks the server is no longer on record for.
-    async fn move_off(&self, server: ServerId, page: &[BlockHash]) -> Result<usize, Fault> {
-        let orders = self.orders(page)?;
+    async fn move_off(&self, server: ServerId, page: &[BlockHash], stuck: &mut Stuck) -> Result<usize, Fault> {
+        let orders = self.orders(page, stuck)?;
         copier::make(&self.core, &self.proposer, &self.peers, orders).await?;
         let retired = relocate::retire(&self.core, &self.proposer, &*self.peers, server, page).await?;
-        Ok(retired + self.give_up_unnamed(server, page).await?)
+        Ok(retired + self.give_up(server, page).await?)
     }
 
-    /// What no file names is deleted as garbage, but not by a server that is away: it is taken off the record of that.
-    async fn give_up_unnamed(&self, server: ServerId, page: &[BlockHash]) -> Result<usize, Fault> {
+    /// What no file names is deleted as garbage, but not by a server that is away: it is taken off the record of that. And of what it
+    /// alone has, if the operator said so.
+    async fn give_up(&self, server: ServerId, page: &[BlockHash]) -> Result<usize, Fault> {
         if self.core.cluster.lock().is_up(server) {
             return Ok(0);
         }
+        let is_given_up = self.core.given_up.lock().contains(&server);
         let view = self.core.store.view()?;
-        let mut unnamed = Vec::new();
+        let mut given_up = Vec::new();
         for block in page {
-            if blocks::block(&*view, *block)?.is_some_and(|row| row.refs == 0) {
-                unnamed.push(*block);
+            let Some(row) = blocks::block(&*view, *block)? else { continue };
+            if row.refs == 0 || (is_given_up && row.holders == [server]) {
+                given_up.push(*block);
             }
         }
         drop(view);
-        if unnamed.is_empty() {
+        if given_up.is_empty() {
             return Ok(0);
         }
-        match self.proposer.propose(Command::HolderLost { server, blocks: unnamed }).await {
+        let command = match is_given_up {
+            true => Command::GiveUp { server, blocks: given_up },
+            false => Command::HolderLost { server, blocks: given_up },
+        };
+        match self.proposer.propose(command).await {
             Ok((_, Ok(Reply::Lost(count)))) => Ok(count),
             Ok(_) => Ok(0),
             Err(refusal) => {
@@ -130,7 +166,7 @@ impl Drainer {
     }
 
     /// Copies of those that have too few on servers that stay.
-    fn orders(&self, page: &[BlockHash]) -> Result<Vec<Order>, Fault> {
+    fn orders(&self, page: &[BlockHash], stuck: &mut Stuck) -> Result<Vec<Order>, Fault> {
         let view = self.core.store.view()?;
         let cluster = self.core.cluster.lock();
         let map = cluster.map();
@@ -143,9 +179,13 @@ impl Drainer {
             }
             let sources = cluster.sources(&row.holders);
             let targets = candidates_beside(&map, *block, &staying, |server| row.holders.contains(&server));
-            let target = targets.first().copied();
-            if let Some(target) = target.filter(|_| !sources.is_empty() && row.holders.len() < blocks::HOLDERS_MAX) {
-                orders.push(Order { block: *block, target, sources, epoch: row.epoch });
+            let target = targets.first().copied().filter(|_| row.holders.len() < blocks::HOLDERS_MAX);
+            match target {
+                Some(target) if !sources.is_empty() => {
+                    orders.push(Order { block: *block, target, sources, epoch: row.epoch });
+                }
+                Some(_) => stuck.without_source += 1,
+                None => stuck.without_target += 1,
             }
         }
         Ok(orders)

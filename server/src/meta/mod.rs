@@ -8,6 +8,7 @@ pub mod cluster;
 pub mod committer;
 pub mod compare;
 pub mod copier;
+pub mod copy_rate;
 pub mod core;
 pub mod drain;
 pub mod duties;

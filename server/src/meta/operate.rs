@@ -10,31 +10,66 @@ use std::time::Duration;
 
 use super::{
     cluster::Cluster,
+    core::Core,
     journal::Note,
-    state::{Rows, StorageError, blocks},
+    state::{StorageError, blocks},
 };
 
-/// Why a server should not have this standing now: in sentences for the operator; empty if nothing speaks against it.
-pub fn objections(
-    cluster: &Cluster,
-    rows: &impl Rows,
-    server: ServerId,
-    standing: Standing,
-) -> Result<Vec<String>, StorageError> {
-    let all = cluster.status(Duration::MAX);
-    let Some(this) = all.iter().find(|status| status.id == server) else {
-        return Ok(vec![format!("there is no storage server {server}")]);
-    };
-    let others: Vec<&ServerStatus> = all.iter().filter(|status| status.id != server).collect();
-    Ok(match standing {
-        Standing::Serving => Vec::new(),
-        Standing::Draining | Standing::Leaving => against_emptying(this, &others, cluster.replicas()),
-        Standing::Maintenance { .. } => against_absence(&others, cluster.replicas()),
-        Standing::Removed if blocks::held_after(rows, server, None, 1)?.is_empty() => Vec::new(),
-        Standing::Removed => {
-            vec![format!("storage server {server} is on record for blocks: `holdfast remove` empties it first")]
+/// Blocks that are looked at in one step.
+const SURVEY_PAGE: usize = 4096;
+/// An operator waits for it.
+const SURVEY_MAX: Duration = Duration::from_secs(2);
+
+/// What the blocks of a server need of the others.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Survey {
+    /// Blocks of which no other server that is there has a copy.
+    pub only_here: u64,
+    /// The most copies that one of its blocks is to have; 0: it has none.
+    pub most_wanted: usize,
+}
+
+/// Looks at all that a server is on record for, as far as a few seconds allow. Hashes are spread evenly: the first million stand for all.
+pub fn survey(core: &Core, server: ServerId) -> Result<Survey, StorageError> {
+    let until = core.clock.monotonic() + SURVEY_MAX;
+    let there = core.cluster.lock().there();
+    let rows = core.store.view()?;
+    let mut survey = Survey::default();
+    let mut after = None;
+    loop {
+        let page = blocks::held_after(&*rows, server, after, SURVEY_PAGE)?;
+        for block in &page {
+            let Some(row) = blocks::block(&*rows, *block)?.filter(|row| row.refs > 0) else { continue };
+            survey.most_wanted = survey.most_wanted.max(row.wanted);
+            let elsewhere = row.holders.iter().any(|holder| *holder != server && there.contains(holder));
+            survey.only_here += u64::from(!elsewhere);
         }
-    })
+        after = page.last().copied();
+        if page.len() < SURVEY_PAGE || core.clock.monotonic() > until {
+            return Ok(survey);
+        }
+    }
+}
+
+/// Why a server should not have this standing now: in sentences for the operator; empty if nothing speaks against it.
+pub fn objections(cluster: &Cluster, server: ServerId, standing: Standing, survey: &Survey) -> Vec<String> {
+    let all = cluster.status(Duration::MAX);
+    let Some(this) = all.iter().find(|status| status.id == server) else { return Vec::new() };
+    let others: Vec<&ServerStatus> = all.iter().filter(|status| status.id != server).collect();
+    let emptying = || against_emptying(this, &others, cluster.replicas().max(survey.most_wanted));
+    match standing {
+        Standing::Serving | Standing::Removed => Vec::new(),
+        Standing::Draining => emptying(),
+        Standing::Leaving => [emptying(), against_loss(this, survey)].concat(),
+        Standing::Maintenance { .. } => against_absence(&others, cluster.replicas(), survey),
+    }
+}
+
+/// What a server that is down has alone is lost when it is removed.
+fn against_loss(this: &ServerStatus, survey: &Survey) -> Vec<String> {
+    let is_away = !matches!(this.state, ServerState::Up | ServerState::Joining);
+    let sentence = |count| format!("it is away, and {count} blocks have no copy on another server that is there");
+    (is_away && survey.only_here > 0).then(|| sentence(survey.only_here)).into_iter().collect()
 }
 
 fn against_emptying(this: &ServerStatus, others: &[&ServerStatus], replicas: usize) -> Vec<String> {
@@ -54,7 +89,7 @@ fn against_emptying(this: &ServerStatus, others: &[&ServerStatus], replicas: usi
     Vec::new()
 }
 
-fn against_absence(others: &[&ServerStatus], replicas: usize) -> Vec<String> {
+fn against_absence(others: &[&ServerStatus], replicas: usize, survey: &Survey) -> Vec<String> {
     let away = |it: &&&ServerStatus| it.state != ServerState::Up || matches!(it.standing, Standing::Maintenance { .. });
     let gone: Vec<String> = others.iter().filter(away).map(|it| it.id.to_string()).collect();
     let left = others.len() - gone.len();
@@ -62,6 +97,11 @@ fn against_absence(others: &[&ServerStatus], replicas: usize) -> Vec<String> {
     if !gone.is_empty() {
         let gone = gone.join(", ");
         reasons.push(format!("storage server {gone} is away already: of some blocks there might be one copy left"));
+    }
+    if survey.only_here > 0 {
+        let only_here = survey.only_here;
+        reasons
+            .push(format!("{only_here} blocks have no copy on another server that is there: they could not be read"));
     }
     if left < enough_replicas(replicas) {
         reasons.push(format!("{left} other storage servers are up: nothing could be written"));
@@ -136,6 +176,9 @@ mod tests {
             standing,
             left: None,
             load: StorageLoad { free_bytes, stored_bytes: 100, ..StorageLoad::default() },
+            since_ms: 0,
+            reason: String::new(),
+            hindered: String::new(),
         }
     }
 
@@ -153,9 +196,26 @@ mod tests {
     }
 
     #[test]
+    fn what_a_server_has_alone_keeps_it_from_being_removed_while_it_is_away() {
+        let survey = |only_here| Survey { only_here, most_wanted: 3 };
+        let down = server(1, ServerState::Down, Standing::Serving, 0);
+        assert!(against_loss(&down, &survey(0)).is_empty());
+        assert!(against_loss(&down, &survey(4))[0].contains("4 blocks have no copy"));
+        let up = server(1, ServerState::Up, Standing::Serving, 0);
+        assert!(against_loss(&up, &survey(4)).is_empty(), "it is copied from");
+    }
+
+    #[test]
     fn one_server_at_a_time_may_be_away() {
         let up = |id| server(id, ServerState::Up, Standing::Serving, 1);
-        let against = |others: &[ServerStatus]| against_absence(&others.iter().collect::<Vec<_>>(), REPLICAS);
+        let sole = |only_here, others: &[ServerStatus]| {
+            against_absence(&others.iter().collect::<Vec<_>>(), REPLICAS, &Survey { only_here, ..Survey::default() })
+        };
+        let against = |others: &[ServerStatus]| sole(0, others);
+        assert_eq!(
+            sole(7, &[up(2), up(3)]),
+            ["7 blocks have no copy on another server that is there: they could not be read"]
+        );
         assert!(against(&[up(2), up(3)]).is_empty());
         let suspect = server(4, ServerState::Suspect, Standing::Serving, 1);
         assert!(against(&[up(2), up(3), suspect])[0].contains("storage server 4 is away already"));

@@ -74,6 +74,7 @@ impl Replacer {
         self.replaced.retain(|server| gone.contains(server));
         for server in up.iter().copied().filter(|server| !self.seen.contains(server)).collect::<Vec<_>>() {
             if self.look_through(server).await? {
+                self.core.cluster.lock().looked_through(server, now);
                 self.seen.insert(server);
             }
         }

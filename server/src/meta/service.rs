@@ -43,7 +43,7 @@ use super::{
     names, operate,
     server::Authority,
     sessions::OPENS_MAX,
-    state::{Command, Newest, Reply, Rows, Step, StorageError, View, query, settled, violations::violations},
+    state::{Command, Newest, Reply, Rows, Step, StorageError, View, blocks, query, settled, violations::violations},
     surplus,
 };
 
@@ -51,6 +51,8 @@ use super::{
 const DURABLE_DEADLINE: Duration = Duration::from_secs(30);
 /// How long a mount that has said what it had done may wait for the others.
 const REPLAY_DEADLINE: Duration = Duration::from_secs(120);
+/// Bytes of what a storage server says about its failure.
+const COMPLAINT_MAX: usize = 500;
 /// Renewals of a session in the time after which it would end.
 const RENEWALS_PER_TIMEOUT: u32 = 30;
 /// A storage server takes an order to scrub within this.
@@ -507,8 +509,20 @@ impl Service {
                 self.core.copies_wanted.notify_one();
             }
             StorageNotice::BadCopies { blocks } => self.bad_copies(ServerId(node.id), blocks)?,
+            StorageNotice::Failed { why } => self.failed(ServerId(node.id), why),
         }
         Ok(MetaAnswer::Done)
+    }
+
+    fn failed(&self, server: ServerId, mut why: String) {
+        why.truncate(why.floor_char_boundary(COMPLAINT_MAX));
+        tracing::error!(%server, why, "a storage server has to stop");
+        self.core.cluster.lock().failed(server, why.clone(), self.core.clock.monotonic());
+        let note = Note::new(Severity::Error, format!("storage server {server}"), format!("has to stop: {why}"));
+        let after = self.core.replace_after.as_secs();
+        self.core.tell_rarely(note.meaning("blocks that it has are one copy short while it is away").doing(format!(
+            "mounts go to others at once; its blocks are copied to others if it stays away for {after} s"
+        )));
     }
 
     fn bad_copies(&self, server: ServerId, blocks: Vec<BlockHash>) -> Result<(), Refusal> {
@@ -555,9 +569,11 @@ impl Service {
             }
             AdminRequest::Compare { server, bucket, mend } => self.compare(server, bucket, mend).await,
             AdminRequest::Scrub => self.scrub().await,
-            AdminRequest::Stand { server, standing } => self.stand(server, standing).await,
+            AdminRequest::Stand { server, standing } => self.stand(server, standing, false).await,
+            AdminRequest::StandDespite { server, standing } => self.stand(server, standing, true).await,
             AdminRequest::Journal { after } => Ok(MetaAnswer::Journal(self.core.told_after(after))),
             AdminRequest::Names { blocks } => self.names(blocks).await,
+            AdminRequest::Lost { after } => self.lost(after).await,
             AdminRequest::Backup { backup, part } => self.backup(backup, part).await,
             AdminRequest::Rebalance => self.rebalance(),
             AdminRequest::SetReplicas { replicas } => self.set_replicas(replicas).await,
@@ -588,18 +604,38 @@ impl Service {
         Ok(MetaAnswer::Done)
     }
 
-    async fn stand(&self, server: ServerId, standing: Standing) -> Answer {
-        let view = self.view()?;
-        let reasons = operate::objections(&self.core.cluster.lock(), &*view, server, standing);
-        let reasons = reasons.map_err(|fault| self.fault(fault))?;
-        drop(view);
-        if !reasons.is_empty() {
-            return Ok(MetaAnswer::Declined(reasons));
+    /// `despite`: whatever speaks against it.
+    async fn stand(&self, server: ServerId, standing: Standing, despite: bool) -> Answer {
+        if self.core.cluster.lock().standing(server).is_none() {
+            return Ok(MetaAnswer::Declined(vec![format!("there is no storage server {server}")]));
+        }
+        if standing == Standing::Removed {
+            // Who is empty is removed by the drainer.
+            return Err(Refusal::Invalid);
+        }
+        if !despite {
+            let reasons = self.objections(server, standing).await?;
+            if !reasons.is_empty() {
+                return Ok(MetaAnswer::Declined(reasons));
+            }
         }
         self.core.stand(&self.proposer, server, standing).await?;
+        if despite && standing == Standing::Leaving {
+            self.core.given_up.lock().insert(server);
+        }
         tracing::info!(%server, %standing, "the operator wants something else of a storage server");
         self.core.tell(operate::note(server, standing));
         Ok(MetaAnswer::Done)
+    }
+
+    async fn objections(&self, server: ServerId, standing: Standing) -> Result<Vec<String>, Refusal> {
+        if standing == Standing::Serving {
+            return Ok(Vec::new());
+        }
+        let core = Arc::clone(&self.core);
+        let surveyed = work::run(move || operate::survey(&core, server)).await.map_err(|_| Refusal::Fault)?;
+        let survey = surveyed.map_err(|fault| self.fault(fault))?;
+        Ok(operate::objections(&self.core.cluster.lock(), server, standing, &survey))
     }
 
     /// The next part of the backup `number`, or again the one before; 0 begins one.
@@ -649,6 +685,12 @@ impl Service {
         // One that is being read is used.
         let is_used = |reading: &Reading| now.saturating_sub(reading.asked) < BACKUP_PATIENCE;
         self.backups.lock().retain(|_, reading| reading.try_lock().map_or(true, |reading| is_used(&reading)));
+    }
+
+    async fn lost(&self, after: Option<BlockHash>) -> Answer {
+        let view = self.view()?;
+        let found = work::run(move || blocks::lost_after(&*view, after, HASH_LIST_MAX)).await;
+        Ok(MetaAnswer::Blocks(found.map_err(|_| Refusal::Fault)?.map_err(|fault| self.fault(fault))?))
     }
 
     async fn names(&self, blocks: Vec<BlockHash>) -> Answer {
@@ -721,6 +763,9 @@ impl Service {
             durable_through: self.core.durable(),
             replicas: cluster.replicas() as u64,
             replicas_followed_percent: followed_percent,
+            owed_secs: self.core.copy_rate.lock().secs_for(counters.owed, now),
+            balance_hindered: self.core.balance_hindered.lock().clone(),
+            bad_copies_waiting: self.core.bad_copies.lock().count() as u64,
             // Asked for, and not planned yet: something.
             balance_left_bytes: self
                 .core
@@ -806,9 +851,9 @@ fn check_role(role: Role, request: &MetaRequest) -> Result<(), Refusal> {
         | MetaRequest::MutateMany { .. }
         | MetaRequest::Barrier { .. }
         | MetaRequest::Lock { .. } => is_client,
-        MetaRequest::Storage(StorageNotice::Heartbeat { .. } | StorageNotice::BadCopies { .. }) => {
-            role == Role::Storage
-        }
+        MetaRequest::Storage(
+            StorageNotice::Heartbeat { .. } | StorageNotice::BadCopies { .. } | StorageNotice::Failed { .. },
+        ) => role == Role::Storage,
         MetaRequest::Storage(StorageNotice::BadCopy { .. }) => is_client,
         MetaRequest::Admin(AdminRequest::Status) => is_client,
         MetaRequest::Admin(
@@ -818,8 +863,10 @@ fn check_role(role: Role, request: &MetaRequest) -> Result<(), Refusal> {
             | AdminRequest::Scrub
             | AdminRequest::SetReplicas { .. }
             | AdminRequest::Stand { .. }
+            | AdminRequest::StandDespite { .. }
             | AdminRequest::Journal { .. }
             | AdminRequest::Names { .. }
+            | AdminRequest::Lost { .. }
             | AdminRequest::Backup { .. }
             | AdminRequest::Rebalance,
         ) => role == Role::Admin,

@@ -93,7 +93,7 @@ pub async fn run(
     let service = start_service(Arc::clone(&store), Arc::clone(&peers), name.id, backups).map_err(RunError::Start)?;
     let serving = tokio::spawn(node.serve(Arc::clone(&service) as Arc<dyn Serve>, None).map_err(RunError::Tls)?);
     let reporter = Reporter {
-        peers,
+        peers: Arc::clone(&peers),
         meta: config.meta,
         address: config.advertised(address),
         zone: config.zone.clone(),
@@ -123,7 +123,12 @@ pub async fn run(
         () = shutdown => None,
     };
     reporting.abort();
+    drop(reporting.await);
     drop(scrubbing);
+    if let Some(failure) = &failure {
+        let why = format!("{}: {failure}", config.data_dir.display());
+        report::tell_failure(&*peers, config.meta, why).await;
+    }
     node.close();
     if tokio::time::timeout(Duration::from_secs(1), node.closed()).await.is_err() {
         tracing::debug!("some peers were not told that the server stops");

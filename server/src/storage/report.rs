@@ -55,6 +55,21 @@ enum ReportError {
     Refused(Refusal),
 }
 
+async fn tell(peers: &dyn Peers, meta: SocketAddr, notice: StorageNotice) -> Result<Epoch, ReportError> {
+    let header = codec::encode(&MetaRequest::Storage(notice))?;
+    let to = Endpoint { address: meta, name: NodeName { role: Role::Meta, id: META_ID } };
+    let answer = peers.call(to, Frame { header, payload: Vec::new() }, DEADLINE).await?;
+    let reply = codec::decode::<MetaReply>(&answer.header)?;
+    reply.result.map(|_| reply.epoch).map_err(ReportError::Refused)
+}
+
+/// The last word of a server that has to stop. Nothing reports after it.
+pub(super) async fn tell_failure(peers: &dyn Peers, meta: SocketAddr, why: String) {
+    if let Err(error) = tell(peers, meta, StorageNotice::Failed { why }).await {
+        tracing::warn!(%meta, %error, "the metadata server does not know why this server stops: it will notice the silence");
+    }
+}
+
 impl Reporter {
     /// Reports until it is dropped; a metadata server that does not answer is tried again.
     /// What comes from `bad` is reported too.
@@ -101,11 +116,7 @@ impl Reporter {
     }
 
     async fn tell(&self, notice: StorageNotice) -> Result<Epoch, ReportError> {
-        let header = codec::encode(&MetaRequest::Storage(notice))?;
-        let to = Endpoint { address: self.meta, name: NodeName { role: Role::Meta, id: META_ID } };
-        let answer = self.peers.call(to, Frame { header, payload: Vec::new() }, DEADLINE).await?;
-        let reply = codec::decode::<MetaReply>(&answer.header)?;
-        reply.result.map(|_| reply.epoch).map_err(ReportError::Refused)
+        tell(&*self.peers, self.meta, notice).await
     }
 
     fn load(&mut self) -> StorageLoad {

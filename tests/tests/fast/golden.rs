@@ -266,6 +266,7 @@ fn notices() -> Vec<StorageNotice> {
         bad(CopyFault::Missing),
         bad(CopyFault::Damaged),
         StorageNotice::BadCopies { blocks: vec![hash()] },
+        StorageNotice::Failed { why: "EIO".into() },
     ]
 }
 
@@ -282,6 +283,8 @@ fn admin() -> Vec<AdminRequest> {
         AdminRequest::Backup { backup: 3, part: 4 },
         AdminRequest::Rebalance,
         AdminRequest::SetReplicas { replicas: Replicas::new(5).expect("5 is in the range") },
+        AdminRequest::StandDespite { server: ServerId(2), standing: Standing::Leaving },
+        AdminRequest::Lost { after: Some(hash()) },
     ]
 }
 
@@ -310,6 +313,9 @@ fn status() -> ClusterStatus {
             standing: Standing::Draining,
             left: Some(8),
             load: load(),
+            since_ms: 16,
+            reason: "silent".into(),
+            hindered: "nobody takes its blocks".into(),
         }],
         mounts: vec![MountStatus {
             session: SessionId(5),
@@ -337,6 +343,9 @@ fn status() -> ClusterStatus {
         balance_left_bytes: 15,
         replicas: 3,
         replicas_followed_percent: 40,
+        owed_secs: Some(17),
+        balance_hindered: "zones".into(),
+        bad_copies_waiting: 18,
     }
 }
 
@@ -401,6 +410,7 @@ fn answers() -> Vec<MetaAnswer> {
         }]),
         MetaAnswer::BackupPart { backup: 3, bytes: vec![1, 2] },
         MetaAnswer::Paths(vec![LostPath { path: b"/a".to_vec(), ino: Ino(7), offset: 1 }]),
+        MetaAnswer::Blocks(vec![hash()]),
     ]
 }
 

@@ -119,7 +119,12 @@ fn a_disk_that_breaks_is_taken_out_alone() {
         files.push(write(&mount, seed));
         cluster.status().servers_up() == SERVERS - 1
     });
-    assert!(cluster.storage(DAEMON).log().contains("a data directory is out"), "{}", cluster.storage(DAEMON).log());
+    wait::until("its daemon says so", PATIENCE, || cluster.storage(DAEMON).log().contains("a data directory is out"));
+    let dir = cluster.path().to_str().expect("UTF-8");
+    let told = String::from_utf8_lossy(&cluster.holdfast(&["events", "--json", "-n", "100", "--dir", dir]).stdout)
+        .into_owned();
+    let event = told.lines().find(|line| line.contains("has to stop")).unwrap_or_else(|| panic!("not told: {told}"));
+    assert!(event.contains(second.to_str().expect("UTF-8")) && event.contains("Input/output error"), "{event}");
     wait::until("its copies are made again", PATIENCE, || cluster.status().number("copies_made") > made);
     cluster.wait_until_whole();
     files.extend((200..210).map(|seed| write(&mount, seed)));

@@ -255,3 +255,82 @@ fn a_status_tells_how_busy_the_servers_are() {
     });
     assert!(load("memory_available_bytes") > 0 && load("cpu_percent") <= 100 && load("disk_busy_percent") <= 100);
 }
+
+/// Until all servers are up, every block has the copies that are wanted of it, and all that servers have is on record.
+fn wait_until_paid(ground: &Ground) {
+    wait::until("nothing is owed", PATIENCE, || {
+        let status = ground.cluster.status();
+        let on_servers: u64 = (1..=4).map(|id| blocks(ground, id)).sum();
+        status.servers_up() == 4
+            && status.0["owed"] == 0
+            && status.0["blocks_by_copies"][0] == 0
+            && on_servers == 2 * 3 + 12
+    });
+}
+
+/// "What would leave data without a copy that can be read is refused, with the reasons; `--force` does it all the same."
+#[test]
+fn nothing_is_taken_away_that_nobody_else_has_unless_it_is_forced() {
+    let ground = Ground::new(2, &[("down_after_ms", 3000), ("replace_after_secs", 1)]);
+    fs::create_dir(ground.mount.join("once")).expect("mkdir");
+    let once = ground.mount.join("once");
+    ground.done(&["replicas", "1", once.to_str().expect("UTF-8")]);
+    (0..12).for_each(|n| ground.write(&format!("once/{n}"), &random_bytes(40 + n, MIB)));
+    wait_until_paid(&ground);
+    // Of twelve blocks each of four has some, but for less than once in a million times; and hashes do not change.
+    let (refused, said) = ground.operate(&["maintenance", "on", "2"]);
+    assert!(!refused && said.contains("blocks have no copy on another server that is there"), "{said}");
+    ground.done(&["maintenance", "on", "2", "--force"]);
+    ground.done(&["maintenance", "off", "2"]);
+
+    let is_down = || server(&ground.cluster.status(), 2).is_some_and(|it| it["state"] == "down");
+    ground.cluster.storage(2).kill();
+    wait::until("it is down", PATIENCE, is_down);
+    let (refused, said) = ground.operate(&["remove", "2"]);
+    assert!(!refused && said.contains("it is away, and") && said.contains("blocks have no copy on another"), "{said}");
+    // Until then it was only asked: with the server all is there again.
+    ground.cluster.storage(2).start();
+    wait_until_paid(&ground);
+    ground.mount.remount();
+    for n in 0..12 {
+        assert!(fs::read(ground.mount.join(&format!("once/{n}"))).expect("read") == random_bytes(40 + n, MIB));
+    }
+
+    ground.cluster.storage(2).kill();
+    wait::until("it is down", PATIENCE, is_down);
+    let said = ground.done(&["remove", "2", "--force"]);
+    assert!(said.contains("Storage server 2 is removed"), "{said}");
+    assert!(server(&ground.cluster.status(), 2).is_none());
+    assert!(ground.is_intact(), "what had three copies is all there");
+    let (well, said) = ground.operate(&["fsck"]);
+    assert!(!well && said.contains("once/"), "what is lost is named: {said}");
+    let lost = (0..12).filter(|n| fs::read(ground.mount.join(&format!("once/{n}"))).is_err()).count();
+    assert!((1..12).contains(&lost), "{lost} of 12 are lost");
+}
+
+/// "As many copies as there are servers for; what a server needs of the others is looked at block by block."
+#[test]
+fn more_copies_than_there_are_servers_are_refused_unless_they_are_forced() {
+    let ground = Ground::new(2, &[]);
+    let file = ground.mount.join("file");
+    let path = file.to_str().expect("UTF-8");
+    let (refused, said) = ground.operate(&["replicas", "5", path]);
+    assert!(!refused && said.contains("5 copies need 5 storage servers") && said.contains("there are 4"), "{said}");
+    let said = ground.done(&["replicas", "4", path]);
+    assert!(said.starts_with("1 files have 4 copies"), "{said}");
+    assert_eq!(ground.cluster.status().0["owed"], 0, "it was waited for");
+    wait::until("each server has said that it has one", PATIENCE, || (1..=4).all(|id| blocks(&ground, id) == 2));
+    let (refused, said) = ground.operate(&["drain", "3"]);
+    assert!(!refused && said.contains("4 copies need 4 other storage servers"), "{said}");
+    let said = ground.done(&["drain", "3", "--force", "--no-wait"]);
+    assert!(said.contains("is being emptied"), "{said}");
+    wait::until("why it waits is shown", PATIENCE, || {
+        server(&ground.cluster.status(), 3)
+            .is_some_and(|it| it["hindered"].as_str().is_some_and(|why| why.contains("to have more copies")))
+    });
+    let said = ground.done(&["status"]);
+    assert!(said.contains("Server 3: the operator wants it so; 2 blocks are to have more copies"), "{said}");
+    ground.done(&["replicas", "inherit", path]);
+    wait::until("it is empty", PATIENCE, || blocks(&ground, 3) == 0);
+    assert!(ground.is_intact());
+}

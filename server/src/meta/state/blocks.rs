@@ -18,6 +18,8 @@ use super::{
 
 /// Holders of one block that are put on record; further copies are left to anti-entropy.
 pub const HOLDERS_MAX: usize = 8;
+/// Owed blocks that are looked at in one step for those that are lost.
+const LOST_PAGE: usize = 4096;
 
 /// What one operation changes about blocks, gathered so that each block's row is written once.
 #[derive(Debug, Default)]
@@ -152,13 +154,24 @@ pub(super) fn hold(tables: &mut Tables<'_>, hash: BlockHash, server: ServerId, e
 
 /// Takes a server off the record, unless it is the last of a block that is not condemned. `false`: nothing changed.
 pub(super) fn unhold(tables: &mut Tables<'_>, hash: BlockHash, server: ServerId) -> Result<bool> {
-    let Some(old) = block(tables, hash)? else { return Ok(false) };
-    if (old.holders.len() < 2 && !old.condemned) || !old.holders.contains(&server) {
+    match block(tables, hash)? {
+        Some(old) if old.holders.len() >= 2 || old.condemned => take_off(tables, hash, &old, server),
+        _ => Ok(false),
+    }
+}
+
+/// Takes a server off the record, also if it is the last. `false`: nothing changed.
+pub(super) fn unhold_last(tables: &mut Tables<'_>, hash: BlockHash, server: ServerId) -> Result<bool> {
+    block(tables, hash)?.map_or(Ok(false), |old| take_off(tables, hash, &old, server))
+}
+
+fn take_off(tables: &mut Tables<'_>, hash: BlockHash, old: &BlockRow, server: ServerId) -> Result<bool> {
+    if !old.holders.contains(&server) {
         return Ok(false);
     }
     let mut new = old.clone();
     new.holders.retain(|holder| *holder != server);
-    store(tables, hash, Some(&old), new)?;
+    store(tables, hash, Some(old), new)?;
     Ok(true)
 }
 
@@ -276,6 +289,23 @@ pub fn owed_after(rows: &impl Rows, debts: Debts, after: Option<BlockHash>, coun
 }
 
 /// Up to `count` blocks that a server is on record for, in order, after `after`.
+/// The next blocks that pieces name and that nobody is on record for.
+pub fn lost_after(rows: &impl Rows, mut after: Option<BlockHash>, count: usize) -> Result<Vec<BlockHash>> {
+    let mut lost = Vec::new();
+    loop {
+        let page = owed_after(rows, Debts::All, after, LOST_PAGE)?;
+        for hash in &page {
+            if lost.len() < count && block(rows, *hash)?.is_some_and(|row| row.holders.is_empty()) {
+                lost.push(*hash);
+            }
+        }
+        after = page.last().copied();
+        if page.len() < LOST_PAGE || lost.len() == count {
+            return Ok(lost);
+        }
+    }
+}
+
 /// The next rows of blocks, in the order of their hashes.
 pub fn rows_after(rows: &impl Rows, after: Option<BlockHash>, count: usize) -> Result<Vec<(BlockHash, BlockRow)>> {
     let start = after.map_or(vec![key::BLOCK], |hash| past(&key::block(hash)));

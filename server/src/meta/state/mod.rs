@@ -163,6 +163,11 @@ pub enum Command {
         blocks: Vec<BlockHash>,
         unnamed_through: Position,
     },
+    /// Copies of a server that is gone for good, also the last ones of their blocks: what these are in is lost.
+    GiveUp {
+        server: ServerId,
+        blocks: Vec<BlockHash>,
+    },
 }
 
 impl Command {
@@ -293,6 +298,7 @@ pub fn apply(tables: &mut Tables<'_>, entry: &Entry) -> Result<Applied, StorageE
         Command::Stand { server, standing } => settled(servers::stand(tables, *server, *standing))?,
         Command::HolderAdded { server, blocks, epoch } => Ok(servers::holder_added(tables, *server, blocks, *epoch)?),
         Command::HolderLost { server, blocks } => Ok(servers::holder_lost(tables, *server, blocks)?),
+        Command::GiveUp { server, blocks } => Ok(servers::give_up(tables, *server, blocks)?),
         Command::BadCopy { server, block, fault, repaired } => {
             Ok(servers::bad_copy(tables, *server, *block, *fault, *repaired)?)
         }

@@ -78,6 +78,14 @@ pub(super) fn holder_lost(tables: &mut Tables<'_>, server: ServerId, hashes: &[B
     Ok(Reply::Lost(lost))
 }
 
+pub(super) fn give_up(tables: &mut Tables<'_>, server: ServerId, hashes: &[BlockHash]) -> Result<Reply> {
+    let mut lost = 0;
+    for hash in hashes {
+        lost += usize::from(blocks::unhold_last(tables, *hash, server)?);
+    }
+    Ok(Reply::Lost(lost))
+}
+
 /// Counts a bad copy that a reader met. One that could not be replaced on the spot is off the record, and so owed.
 pub(super) fn bad_copy(
     tables: &mut Tables<'_>,

@@ -142,7 +142,7 @@ fn references_and_holders_that_are_counted_wrong_are_told() {
     assert_told("and the index disagree about holder 3", |tables| {
         tables.put_blocks(&key::held(ServerId(3), hash(2)), &[])
     });
-    assert_told("has holders []", |tables| block_row(tables, hash(1), |row| row.holders.clear()));
+    assert_told("has no copy on record", |tables| block_row(tables, hash(1), |row| row.holders.clear()));
     assert_told("is held by a server that never was", |tables| {
         block_row(tables, hash(1), |row| row.holders.push(ServerId(900)))
     });

@@ -90,8 +90,10 @@ impl<R: Rows> Walk<'_, R> {
     }
 
     fn check_holders(&mut self, hash: BlockHash, row: &BlockRow) {
-        let nowhere = row.holders.is_empty() && !row.condemned;
-        if nowhere || row.holders.len() > blocks::HOLDERS_MAX || !row.holders.is_sorted_by(|a, b| a < b) {
+        if row.holders.is_empty() && !row.condemned {
+            self.found.push(format!("block {hash} has no copy on record"));
+        }
+        if row.holders.len() > blocks::HOLDERS_MAX || !row.holders.is_sorted_by(|a, b| a < b) {
             self.found.push(format!("block {hash} has holders {:?}", row.holders));
         }
         if row.holders.iter().any(|holder| !self.servers.contains(holder)) {
