@@ -308,7 +308,7 @@ fn nothing_is_taken_away_that_nobody_else_has_unless_it_is_forced() {
     assert!((1..12).contains(&lost), "{lost} of 12 are lost");
 }
 
-/// "As many copies as there are servers for; what a server needs of the others is looked at block by block."
+/// "More copies than there are servers for are refused, also of a tree; what a server that is to be drained needs of the others is looked at block by block."
 #[test]
 fn more_copies_than_there_are_servers_are_refused_unless_they_are_forced() {
     let ground = Ground::new(2, &[]);

@@ -22,8 +22,7 @@ fn blocks(cluster: &Cluster) -> Vec<u64> {
     servers.iter().map(|server| server["load"]["blocks"].as_u64().expect("a number")).collect()
 }
 
-/// "Copies of a block are in distinct zones; where they were not when they were made, they are moved as soon as that is possible, and a
-/// lost server's copies are made again in a zone that has none."
+/// "Copies of a block are in distinct zones; where they could not be when they were made, they are moved when they can, and what a lost server had is copied to a zone that has none."
 #[test]
 fn copies_go_to_zones_that_have_none_when_there_are_servers_again_and_when_one_is_lost() {
     let cluster = Cluster::prepare(&Options { storage: 5, ..Options::default() });
