@@ -10,7 +10,7 @@ mod workload;
 
 use serde::{Deserialize, Serialize};
 
-pub use report::{Report, insert};
+pub use report::{Report, document, insert};
 pub use workload::{Bench, Sizes, Subject};
 
 /// One figure, or why it could not be taken.

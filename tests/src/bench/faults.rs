@@ -36,6 +36,7 @@ const REPLACE_AFTER_SECS: u64 = 10;
 /// By then a server that is away is replaced: after `down_after` and the above.
 const REPLACED: Duration = Duration::from_secs(10 + REPLACE_AFTER_SECS + 5);
 const WHOLE_LIMIT: Duration = Duration::from_secs(600);
+const NOTICED_LIMIT: Duration = Duration::from_secs(120);
 
 /// Of one kind of work, by when it was begun.
 type Latencies = Arc<Mutex<Vec<(Instant, Duration)>>>;
@@ -138,26 +139,28 @@ struct Stage {
 /// Markdown: faults, then scrubbing, of servers that keep a file of `data_mib` mebibytes in three copies.
 pub fn run(data_mib: usize) -> Result<String> {
     let stage = Stage::set(data_mib)?;
-    let mut table = "| fault | suspect after, s | down after, s | all copies again after, s | longest read, ms | longest write and fsync, ms | reads of 64 KiB, 1/s, before and during | p99, ms | writes and fsyncs, 1/s | p99, ms |\n|---|---:|---:|---:|---:|---:|---:|---:|---:|---:|\n".to_owned();
+    let mut table = "| fault | suspect, or slow, after, s | down after, s | all copies again after, s | longest read, ms | longest write and fsync, ms | reads of 64 KiB, 1/s, before and during | p99, ms | writes and fsyncs, 1/s | p99, ms |\n|---|---:|---:|---:|---:|---:|---:|---:|---:|---:|\n".to_owned();
     let victim = || stage.cluster.storage(VICTIM);
     let mut row = |name: &str, seen: Seen| {
         let row = row(name, &seen);
         eprint!("{row}");
         table += &row;
     };
-    row("kill -9", stage.suffer(|| victim().kill(), Some(REPLACED))?);
-    row("it returns", stage.suffer(|| victim().start(), Some(CALM))?);
+    row("kill -9", stage.suffer(|| victim().kill(), REPLACED)?);
+    row("it returns", stage.suffer(|| victim().start(), CALM)?);
     stage.spread()?;
-    row("SIGSTOP", stage.suffer(|| victim().freeze(), Some(REPLACED))?);
-    row("it goes on", stage.suffer(|| victim().thaw(), Some(CALM))?);
+    row("SIGSTOP", stage.suffer(|| victim().freeze(), REPLACED)?);
+    row("it goes on", stage.suffer(|| victim().thaw(), CALM)?);
     stage.spread()?;
-    row("its cable is cut", stage.suffer(|| stage.cluster.cut(VICTIM), Some(REPLACED))?);
-    row("it is mended", stage.suffer(|| stage.cluster.mend(VICTIM), Some(CALM))?);
+    row("its cable is cut", stage.suffer(|| stage.cluster.cut(VICTIM), REPLACED)?);
+    row("it is mended", stage.suffer(|| stage.cluster.mend(VICTIM), CALM)?);
     stage.spread()?;
-    row("it comes back with an empty disk", stage.suffer(|| stage.cluster.wipe(VICTIM), Some(CALM))?);
+    row("it comes back with an empty disk", stage.suffer(|| stage.cluster.wipe(VICTIM), CALM)?);
     stage.spread()?;
     let slow = Slow::start(victim().pid());
-    row("it runs a tenth of the time", stage.suffer(|| slow.begin(), None)?);
+    let [until_noticed, then] = stage.suffer_from(&slow)?;
+    row("it runs a tenth of the time, until that is noticed", until_noticed);
+    row("the same, from then on", then);
     drop(slow);
     stage.wait_until_whole()?;
     table += &stage.scrub()?;
@@ -219,31 +222,48 @@ impl Stage {
         Ok(())
     }
 
-    /// With the foreground, some calm, and then `fault` until all copies are there again and stay for `whole_for`; `None`: they were never gone.
-    fn suffer(&self, fault: impl FnOnce(), whole_for: Option<Duration>) -> Result<Seen> {
+    /// With the foreground, some calm, and then `fault` until all copies are there again and stay for `whole_for`.
+    fn suffer(&self, fault: impl FnOnce(), whole_for: Duration) -> Result<Seen> {
         let foreground = Foreground::start(&self.mount, self.data_mib)?;
         thread::sleep(CALM);
         let calm = Instant::now();
         fault();
         let struck = Instant::now();
         let mut states = BTreeMap::new();
-        let whole = match whole_for {
-            Some(whole_for) => Some(self.watch(struck, whole_for, &mut states)?),
-            None => {
-                thread::sleep(CALM);
-                None
-            }
-        };
-        let end = struck + whole.unwrap_or(CALM).max(CALM);
+        let whole = self.watch(struck, whole_for, &mut states)?;
+        let end = struck + whole.max(CALM);
         let felt =
             |latencies| [(calm - CALM, calm), (struck, end)].map(|(from, to)| Foreground::felt(latencies, from, to));
         let seen = Seen {
             suspect: states.get("suspect").copied(),
             down: states.get("down").copied(),
-            whole,
+            whole: Some(whole),
             reads: felt(&foreground.reads),
             writes: felt(&foreground.writes),
         };
+        foreground.end();
+        Ok(seen)
+    }
+
+    /// Until the cluster says that the victim is slow, and for some time after. No copy is gone.
+    fn suffer_from(&self, slow: &Slow) -> Result<[Seen; 2]> {
+        let foreground = Foreground::start(&self.mount, self.data_mib)?;
+        thread::sleep(CALM);
+        let struck = Instant::now();
+        slow.begin();
+        let is_slow = || self.cluster.try_status().filter(|status| reason_of_victim(status).starts_with("slow"));
+        wait::try_until(NOTICED_LIMIT, is_slow).context("nobody notices that a server is slow")?;
+        let noticed = Instant::now();
+        thread::sleep(CALM * 2);
+        let spans = [(struck - CALM, struck), (struck, noticed), (noticed, Instant::now())];
+        let felt = |latencies, at: usize| [spans[0], spans[at]].map(|(from, to)| Foreground::felt(latencies, from, to));
+        let seen = [1, 2].map(|at| Seen {
+            suspect: (at == 1).then(|| noticed - struck),
+            down: None,
+            whole: None,
+            reads: felt(&foreground.reads, at),
+            writes: felt(&foreground.writes, at),
+        });
         foreground.end();
         Ok(seen)
     }
@@ -310,6 +330,13 @@ fn blocks_of_victim(status: &Status) -> Result<u64> {
     let servers = status.0["servers"].as_array().context("status lists the servers")?;
     let victim = servers.iter().find(|server| server["id"] == VICTIM).context("the victim is there")?;
     victim["load"]["blocks"].as_u64().context("a server reports its blocks")
+}
+
+/// Why it is as it is; empty if that is as it should be.
+fn reason_of_victim(status: &Status) -> String {
+    let servers = status.0["servers"].as_array().cloned().unwrap_or_default();
+    let victim = servers.into_iter().find(|server| server["id"] == VICTIM);
+    victim.and_then(|victim| victim["reason"].as_str().map(str::to_owned)).unwrap_or_default()
 }
 
 fn state_of_victim(status: &Status) -> Result<String> {

@@ -21,6 +21,9 @@ struct Row {
     metric: String,
     unit: Unit,
     medians: BTreeMap<String, f64>,
+    /// Rounds, and from the smallest to the largest of ours in percent of the median.
+    rounds: usize,
+    spread: f64,
     /// The best of those who have to be beaten.
     best: Option<f64>,
 }
@@ -53,18 +56,25 @@ impl Report {
             let medians: BTreeMap<String, f64> = labels.iter().filter_map(of).collect();
             let peers = medians.iter().filter(|(label, _)| is_peer(label)).map(|(_, value)| *value);
             let best = peers.reduce(|a, b| if unit.ratio(a, b) > 1.0 { a } else { b });
-            Row { metric, unit, medians, best }
+            let ours = values.get(&(metric.clone(), OURS.to_owned())).cloned().unwrap_or_default();
+            Row { metric, unit, medians, rounds: ours.len(), spread: spread(&ours), best }
         });
         Self { rows: rows.collect(), labels }
     }
 
-    /// Markdown. In brackets how many times as good as the best peer.
-    pub fn table(&self) -> String {
-        let mut table =
-            format!("| | unit | {} |\n|---|---|{}\n", self.labels.join(" | "), "---:|".repeat(self.labels.len()));
+    /// Markdown: under which conditions, and the figures. In brackets how many times as good as the best peer.
+    pub fn table(&self, conditions: &str) -> String {
+        let rounds = self.rows.iter().map(|row| row.rounds).max().unwrap_or(0);
+        let mut table = format!(
+            "{conditions}{rounds} rounds, medians; spread: of Holdfast's figures, from the smallest to the largest in percent of the median.\n\n\
+             | | unit | {} | spread |\n|---|---|{}---:|\n",
+            self.labels.join(" | "),
+            "---:|".repeat(self.labels.len())
+        );
         for row in &self.rows {
             let cells: Vec<String> = self.labels.iter().map(|label| row.cell(label)).collect();
-            writeln!(table, "| {} | {} | {} |", row.metric, row.unit.name(), cells.join(" | "))
+            let (metric, unit, spread) = (&row.metric, row.unit.name(), row.spread);
+            writeln!(table, "| {metric} | {unit} | {} | {spread:.0} % |", cells.join(" | "))
                 .expect("a string takes all");
         }
         table
@@ -157,10 +167,22 @@ fn figure(value: f64) -> String {
     }
 }
 
+/// From the smallest to the largest, in percent of the median.
+fn spread(values: &[f64]) -> f64 {
+    let (least, most) =
+        values.iter().fold((f64::MAX, f64::MIN), |(least, most), value| (least.min(*value), most.max(*value)));
+    if values.is_empty() { 0.0 } else { (most - least) * 100.0 / median(values.to_vec()) }
+}
+
 fn median(mut values: Vec<f64>) -> f64 {
     values.sort_by(f64::total_cmp);
     let middle = values.len() / 2;
     if values.len().is_multiple_of(2) { f64::midpoint(values[middle - 1], values[middle]) } else { values[middle] }
+}
+
+/// A document that has nothing but `part`, and a place for the next that `command` makes.
+pub fn document(command: &str, part: &str) -> String {
+    format!("<!-- what follows is made by {command} -->\n{part}<!-- made by {command} until here -->\n")
 }
 
 /// `document` with `part` in the place that is kept for what `command` makes; `None`: it has no such place.
@@ -195,10 +217,11 @@ mod tests {
 
     #[test]
     fn the_table_compares_medians_with_the_best_peer() {
-        let expected = "| | unit | holdfast | one | two | local |\n|---|---|---:|---:|---:|---:|\n\
-            | a write | MB/s | 400 (2.00) | **200 (1.00)** | 100 (0.50) | 12,346 (61.73) |\n\
-            | f rm | s | 2.00 (1.50) | 4.00 (0.75) | **3.00 (1.00)** |  |\n";
-        assert_eq!(report().table(), expected);
+        let expected = "Here. 2 rounds, medians; spread: of Holdfast's figures, from the smallest to the largest in percent of the median.\n\n\
+            | | unit | holdfast | one | two | local | spread |\n|---|---|---:|---:|---:|---:|---:|\n\
+            | a write | MB/s | 400 (2.00) | **200 (1.00)** | 100 (0.50) | 12,346 (61.73) | 50 % |\n\
+            | f rm | s | 2.00 (1.50) | 4.00 (0.75) | **3.00 (1.00)** |  | 0 % |\n";
+        assert_eq!(report().table("Here. "), expected);
     }
 
     #[test]

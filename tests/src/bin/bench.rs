@@ -8,7 +8,7 @@ use std::{
 };
 
 use anyhow::{Context, Result, bail};
-use holdfast_tests::bench::{Bench, Report, Sample, Sizes, Subject, faults, grow, insert, reach};
+use holdfast_tests::bench::{Bench, Report, Sample, Sizes, Subject, document, faults, grow, insert, reach};
 
 const USAGE: &str = "bench run SCRIPT WORKLOADS full|quick ARCHIVE SAMPLES | bench report SAMPLES DOCUMENT PLOT | bench grow FILES DOCUMENT | bench reach DOCUMENT | bench faults MEBIBYTES DOCUMENT | bench client create|stat|read DIRECTORY FILES SEED";
 
@@ -52,9 +52,10 @@ fn report(samples: &Path, document: &Path, plot: &Path) -> Result<()> {
     let text = fs::read_to_string(samples).with_context(|| format!("read {}", samples.display()))?;
     let samples: Vec<Sample> = text.lines().map(serde_json::from_str).collect::<Result<_, _>>()?;
     let report = Report::new(&samples);
-    std::io::stdout().write_all(report.table().as_bytes())?;
+    let table = report.table(&conditions());
+    std::io::stdout().write_all(table.as_bytes())?;
     fs::write(plot, report.plot()).with_context(|| format!("write {}", plot.display()))?;
-    write_into(document, "scripts/bench", &report.table())
+    write_into(document, "scripts/bench", &table)
 }
 
 /// In steps of ten, up to so many files.
@@ -83,12 +84,27 @@ fn client(act: &str, directory: &str, files: &str, seed: &str) -> Result<()> {
     reach::client(act, directory.into(), files, seed.parse().context("a seed")?)
 }
 
-fn write_into(document: &Path, command: &str, part: &str) -> Result<()> {
-    if document.exists() {
-        let text = fs::read_to_string(document)?;
-        let text = insert(&text, command, part);
-        let text = text.with_context(|| format!("{} has no place for the table", document.display()))?;
-        fs::write(document, text)?;
-    }
-    Ok(())
+/// In the place that the document has for it, or at its end.
+fn write_into(path: &Path, command: &str, part: &str) -> Result<()> {
+    let part = match part.starts_with('|') {
+        true => format!("{}\n{part}", conditions()),
+        false => part.to_owned(),
+    };
+    let text = match fs::read_to_string(path) {
+        Ok(text) => insert(&text, command, &part).unwrap_or_else(|| text + &document(command, &part)),
+        Err(error) if error.kind() == std::io::ErrorKind::NotFound => document(command, &part),
+        Err(error) => return Err(error).with_context(|| format!("read {}", path.display())),
+    };
+    fs::write(path, text).with_context(|| format!("write {}", path.display()))
+}
+
+/// Where and of what this is measured, as a sentence with a space at its end.
+fn conditions() -> String {
+    let cores = std::thread::available_parallelism().map_or(0, usize::from);
+    let read = |path| fs::read_to_string(path).unwrap_or_default();
+    let memory = read("/proc/meminfo").split_whitespace().nth(1).and_then(|kib| kib.parse::<u64>().ok()).unwrap_or(0);
+    let gib = (memory + (1 << 19)) >> 20;
+    let kernel = read("/proc/sys/kernel/osrelease");
+    let commit = std::env::var("BENCH_COMMIT").map_or(String::new(), |commit| format!("Build {commit}; "));
+    format!("{commit}{cores} cores, {gib} GiB of memory, Linux {}. ", kernel.split('-').next().unwrap_or("").trim())
 }
