@@ -35,7 +35,7 @@ const REPORT_PAUSE: Duration = Duration::from_secs(2);
 pub(super) struct ScrubArgs {
     #[command(flatten)]
     pub target: Target,
-    /// Start now, and take no breaks
+    /// Start now, and take no breaks but for whoever reads and writes
     #[arg(long)]
     pub now: bool,
     /// With --now: return when all servers have read everything

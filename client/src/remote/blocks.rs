@@ -21,6 +21,7 @@ use holdfast_common::{
     net::{
         CallError, Endpoint, Frame, Peers,
         identity::{NodeName, Role},
+        probe::until_mute,
     },
     placement,
     wire::{
@@ -46,11 +47,6 @@ pub const TRY_FRESH_MAP: Errno = Errno(libc::EAGAIN);
 pub const VANISHED: Errno = Errno(libc::ENODATA);
 /// Rounds over all holders before that is said.
 const ROUNDS: usize = 3;
-
-/// An unanswered request is followed by a question that needs no disk: a server that does not answer that one either
-/// is dead, stopped or cut off, while one that does is only slow. Together below the 3 s that a reader or writer may stall.
-const PROBE_AFTER: Duration = Duration::from_millis(700);
-const PROBE_DEADLINE: Duration = Duration::from_millis(1000);
 
 pub struct BlockClient {
     peers: Arc<dyn Peers>,
@@ -286,7 +282,7 @@ impl BlockClient {
     async fn ask_holders(&self, wanted: &Wanted, holders: &[ServerId]) -> Round {
         let mut order = holders.to_vec();
         self.health.rank(&mut order);
-        let mut waiting = order.into_iter();
+        let mut waiting = order.iter().copied();
         let mut asked = FuturesUnordered::new();
         let mut round = Round::default();
         let mut latest = None;
@@ -296,7 +292,7 @@ impl BlockClient {
                 latest = Some(server);
                 asked.push(self.ask_one(server, wanted));
             }
-            let hedge = latest.map_or(PROBE_AFTER, |server| self.health.hedge_after(server));
+            let hedge = self.health.hedge_after(&order);
             tokio::select! {
                 Some((server, answer)) = asked.next() => match answer {
                     Ok(found) => { round.found = Some(found); return round }
@@ -308,6 +304,7 @@ impl BlockClient {
                         self.health.slow(late, hedge);
                     }
                     if let Some(server) = waiting.next() {
+                        self.health.hedged();
                         latest = Some(server);
                         asked.push(self.ask_one(server, wanted));
                     }
@@ -405,7 +402,7 @@ impl BlockClient {
         let in_flight = self.health.start(server);
         let result = tokio::select! {
             result = self.peers.call(endpoint, request, limit) => result,
-            error = self.dead(endpoint) => Err(error),
+            error = until_mute(&*self.peers, endpoint) => Err(error),
         };
         match result.and_then(|frame| decoded(endpoint, frame)) {
             Ok(reply) => {
@@ -415,17 +412,6 @@ impl BlockClient {
             Err(error) => {
                 self.health.failed(server);
                 Err(error)
-            }
-        }
-    }
-
-    /// Ends when the server no longer answers even what needs no disk.
-    async fn dead(&self, endpoint: Endpoint) -> CallError {
-        loop {
-            tokio::time::sleep(PROBE_AFTER).await;
-            let Some(probe) = frame(&StorageRequest::Has { blocks: Vec::new() }) else { continue };
-            if let Err(error) = self.peers.call(endpoint, probe, PROBE_DEADLINE).await {
-                return error;
             }
         }
     }

@@ -12,8 +12,12 @@ const AVOID_MIN: Duration = Duration::from_millis(500);
 const AVOID_MAX: Duration = Duration::from_secs(4);
 /// A slow answer is forgotten by half in this time, so that a server that has recovered is tried again.
 const FORGET_HALF: Duration = Duration::from_secs(3);
-const HEDGE_MIN: Duration = Duration::from_millis(100);
+const HEDGE_MIN: Duration = Duration::from_millis(20);
 const HEDGE_MAX: Duration = Duration::from_secs(1);
+/// Of so many requests one may be asked of a second server early; so many may be saved up. Where all servers are slow because there is
+/// so much to do, more requests would make it worse.
+const HEDGE_ONE_IN: f64 = 20.0;
+const HEDGES_SAVED: f64 = 32.0;
 
 #[derive(Clone, Copy, Debug)]
 struct Seen {
@@ -43,9 +47,17 @@ impl Seen {
     }
 }
 
-#[derive(Debug, Default)]
+#[derive(Debug)]
 pub struct Health {
     servers: Mutex<HashMap<ServerId, Seen>>,
+    /// Early second requests that may be made.
+    hedges: Mutex<f64>,
+}
+
+impl Default for Health {
+    fn default() -> Self {
+        Self { servers: Mutex::default(), hedges: Mutex::new(HEDGES_SAVED) }
+    }
 }
 
 impl Health {
@@ -74,15 +86,27 @@ impl Health {
         servers.iter_mut().zip(ranked).for_each(|(server, (ranked, ..))| *server = ranked);
     }
 
-    /// When a second server should be asked as well.
-    pub fn hedge_after(&self, server: ServerId) -> Duration {
-        let expected = self.with(server, |seen, now| seen.cost(now));
-        Duration::from_secs_f64(expected * 4.0).clamp(HEDGE_MIN, HEDGE_MAX)
+    /// When one more of `servers` should be asked for the same: when the fastest would have answered long ago, if there are not too many
+    /// such requests already (the tail at scale, Dean and Barroso, 2013).
+    pub fn hedge_after(&self, servers: &[ServerId]) -> Duration {
+        let expected = servers.iter().map(|server| self.with(*server, |seen, now| seen.cost(now)));
+        let least = if *self.hedges.lock() >= 1.0 { HEDGE_MIN } else { HEDGE_MAX };
+        Duration::from_secs_f64(expected.fold(f64::INFINITY, f64::min).min(1.0) * 4.0).clamp(least, HEDGE_MAX)
+    }
+
+    /// One more server is asked, early or not.
+    pub fn hedged(&self) {
+        let mut hedges = self.hedges.lock();
+        *hedges = (*hedges - 1.0).max(0.0);
     }
 
     /// Counts a request as in flight until the guard is dropped.
     pub fn start(&self, server: ServerId) -> InFlight<'_> {
         self.with(server, |seen, _| seen.in_flight += 1);
+        {
+            let mut hedges = self.hedges.lock();
+            *hedges = (*hedges + 1.0 / HEDGE_ONE_IN).min(HEDGES_SAVED);
+        }
         InFlight { health: self, server, started: Instant::now() }
     }
 
@@ -167,6 +191,21 @@ mod tests {
         let health = Health::default();
         let firsts = (0..1000).filter(|_| first(&health) == A).count();
         assert!((400..600).contains(&firsts), "{firsts} of 1000 reads went to one of two");
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn the_fastest_says_when_another_is_asked_and_that_is_not_done_for_everything() {
+        let health = Health::default();
+        health.start(A).answered();
+        health.slow(B, Duration::from_millis(500));
+        assert_eq!(health.hedge_after(&[B, A]), HEDGE_MIN, "whatever is known of the slow one");
+        assert!(health.hedge_after(&[B]) > HEDGE_MIN * 10);
+        (0..40).for_each(|_| health.hedged());
+        assert_eq!(health.hedge_after(&[B, A]), HEDGE_MAX, "all are slow");
+        (0..100).for_each(|_| health.start(A).answered());
+        let again =
+            (0..100).take_while(|_| health.hedge_after(&[B, A]) == HEDGE_MIN).inspect(|_| health.hedged()).count();
+        assert!((4..=5).contains(&again), "{again} of a hundred");
     }
 
     #[tokio::test(start_paused = true)]

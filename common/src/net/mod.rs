@@ -6,6 +6,7 @@ mod call;
 pub mod enrol;
 mod frame;
 pub mod identity;
+pub mod probe;
 pub mod quic;
 mod serve;
 mod socket;

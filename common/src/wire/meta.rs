@@ -632,6 +632,12 @@ pub struct StorageLoad {
     pub memory_available_bytes: u64,
     /// Sent and received, in that second, over all interfaces.
     pub network_bytes: u64,
+    /// Means of the requests above, one kind at a time.
+    pub put_mean_us: u32,
+    pub get_mean_us: u32,
+    /// Requests to sync, in the last second, and what they took.
+    pub syncs: u32,
+    pub sync_mean_us: u32,
 }
 
 /// Role: admin (`Status` also client).
@@ -652,7 +658,8 @@ pub enum AdminRequest {
         bucket: u8,
         mend: bool,
     },
-    /// Has every storage server that is up read and check all that it stores, from now on without breaks.
+    /// Has every storage server that is up read and check all that it stores, from now on with no more breaks than
+    /// whoever reads and writes meanwhile needs.
     Scrub,
     /// What is wanted of a storage server from now on. Answered `Done`, or `Declined` if that would endanger data.
     Stand {

@@ -13,7 +13,7 @@ use holdfast_common::planted::{Bug, is_planted};
 use holdfast_common::{
     BlockHash, BootId, Position, ServerId,
     limits::HASH_LIST_MAX,
-    net::Peers,
+    net::{Peers, probe},
     wire::storage::{StorageAnswer, StorageRequest},
     work,
 };
@@ -175,6 +175,15 @@ impl Barrier {
         tokio::select! {
             synced = self.sync(server, copies) => synced,
             () = gone => Synced::Silent,
+            () = self.until_mute(server) => Synced::Silent,
+        }
+    }
+
+    async fn until_mute(&self, server: ServerId) {
+        let to = self.core.cluster.lock().endpoint(server);
+        if let Some(to) = to {
+            let error = probe::until_mute(&*self.peers, to).await;
+            tracing::debug!(%server, %error, "a storage server is mute while a barrier waits for it");
         }
     }
 

@@ -7,7 +7,7 @@ use std::{
 };
 
 use holdfast_common::{
-    BootId, Replicas, ServerId, Time,
+    BlockHash, BootId, Replicas, ServerId, Time,
     cluster::{ClusterMap, ServerInfo, ServerState, Standing},
     enough_replicas,
     limits::REPLICAS,
@@ -21,7 +21,12 @@ use holdfast_common::{
     },
 };
 
-use super::{budget::Foreground, rhythm::Rhythm, state::rows::ServerRow};
+use super::{
+    budget::Foreground,
+    pace::{Pace, Usual},
+    rhythm::Rhythm,
+    state::rows::ServerRow,
+};
 
 /// Bytes of free space that count as one unit of weight.
 const WEIGHT_UNIT: u64 = 64 << 20;
@@ -67,6 +72,11 @@ impl Member {
         (if joins { ServerState::Joining } else { self.state }, self.standing)
     }
 
+    /// In quarters of what its processors or its disk can do.
+    fn busy(&self) -> u32 {
+        self.load.cpu_percent.max(self.load.disk_busy_percent) / 25
+    }
+
     fn change(&mut self, now: Duration, change: impl FnOnce(&mut Self)) {
         let before = self.appearance();
         change(self);
@@ -94,8 +104,8 @@ impl Member {
         } else if !self.rhythm.is_steady(now) {
             Some("came and went too often: it gets no new blocks for a while".to_owned())
         } else if self.pace.is_slow() {
-            let micros = self.pace.mean_ns / 1000;
-            Some(format!("slow, {micros} us for a request: it gets fewer new blocks"))
+            let [put, get, sync] = self.pace.means_us();
+            Some(format!("slow, {put} us for a put, {get} for a get, {sync} for a sync: it gets fewer new blocks"))
         } else {
             (serves && self.info.weight == 0).then(|| "full: it gets no new blocks".to_owned())
         }
@@ -180,9 +190,9 @@ impl Cluster {
     pub fn heard(&mut self, id: ServerId, beat: Heartbeat, now: Duration) {
         let old = self.members.get(&id);
         let (standing, left) = old.map_or((Standing::Serving, None), |member| (member.standing, member.left));
-        let pace = old.map_or(Pace::default(), |member| member.pace).after(&beat.load);
-        let weight = pace.weight(weight(beat.load.free_bytes, old.map_or(0, |member| member.pace.full_weight)));
-        let (pace, weight) = (Pace { full_weight: weight.0, ..pace }, weight.1);
+        let mut pace = old.map_or(Pace::default(), |member| member.pace).after(&beat.load);
+        pace.full_weight = weight(beat.load.free_bytes, old.map_or(0, |member| member.pace.full_weight));
+        let weight = pace.weight();
         let mut rhythm = old.map_or(Rhythm::default(), |member| member.rhythm);
         match old {
             Some(old) if old.state == ServerState::Up => rhythm.heard(now.saturating_sub(old.heard)),
@@ -246,23 +256,18 @@ impl Cluster {
 
     /// Compares how long requests take on the servers. Returns those that have become slow, or are no longer: with how many times as
     /// long as on the others they take.
-    pub fn compare_paces(&mut self) -> Vec<(ServerId, Option<u64>)> {
-        let known = |member: &&Member| member.state == ServerState::Up && member.pace.mean_ns > 0;
-        let mut means: Vec<u64> = self.members.values().filter(known).map(|member| member.pace.mean_ns).collect();
-        if means.len() < REPLICAS {
-            return Vec::new();
-        }
-        means.sort_unstable();
-        let usual = means[(means.len() - 1) / 2].max(USUAL_MIN_NS);
+    pub fn compare_paces(&mut self) -> Vec<(ServerId, Option<f64>)> {
+        let up = self.members.values().filter(|member| member.state == ServerState::Up);
+        let usual = Usual::of(up.map(|member| &member.pace));
         let mut changed = Vec::new();
         for (id, member) in &mut self.members {
             let was_slow = member.pace.is_slow();
-            if member.pace.compare(usual) {
-                member.info.weight = member.pace.weight(member.pace.full_weight).1;
+            if member.pace.compare(&usual) {
+                member.info.weight = member.pace.weight();
                 self.version += 1;
             }
             if member.pace.is_slow() != was_slow {
-                changed.push((*id, member.pace.is_slow().then(|| member.pace.mean_ns / usual)));
+                changed.push((*id, member.pace.is_slow().then(|| member.pace.times(&usual).unwrap_or(1.0))));
             }
         }
         changed
@@ -325,6 +330,11 @@ impl Cluster {
     /// Do new blocks go there?
     pub fn takes_blocks(&self, id: ServerId) -> bool {
         self.members.get(&id).is_some_and(|member| member.info.state == ServerState::Up)
+    }
+
+    /// Do its requests take much longer than those of the others?
+    pub fn is_slow(&self, id: ServerId) -> bool {
+        self.members.get(&id).is_some_and(|member| member.pace.is_slow())
     }
 
     /// Have all servers that are up reported since?
@@ -415,20 +425,24 @@ impl Cluster {
         Some(Endpoint { address: member.info.address, name: NodeName { role: Role::Storage, id: id.0 } })
     }
 
-    /// Where copies that `holders` have can be fetched: those that are up first, those that are down not at all.
-    pub fn sources(&self, holders: &[ServerId]) -> Vec<Source> {
+    /// Where copies of `block` that `holders` have can be fetched: those that are up first, those that are down not at all. The ones that
+    /// have less to do before the others, and among equals a different one first for each block.
+    pub fn sources(&self, block: BlockHash, holders: &[ServerId]) -> Vec<Source> {
         let known = holders.iter().filter_map(|id| self.members.get(id));
         let mut found: Vec<&Member> = known.filter(|member| member.state != ServerState::Down).collect();
-        found.sort_by_key(|member| member.state != ServerState::Up);
+        let turn = found.len().max(1);
+        found.rotate_left(usize::from(block.0[31]) % turn);
+        found.sort_by_key(|member| (member.state != ServerState::Up, member.pace.is_slow(), member.busy()));
         found.into_iter().map(|member| Source { server: member.info.id, address: member.info.address }).collect()
     }
 
-    /// What those who read and write feel, on the server that is worst off.
+    /// What those who read and write feel.
     pub fn foreground(&self) -> Foreground {
         let up = self.members.values().filter(|member| member.state == ServerState::Up).map(|member| &member.load);
         up.fold(Foreground::default(), |all, load| Foreground {
-            requests: all.requests + u64::from(load.puts) + u64::from(load.gets),
-            mean_us: all.mean_us.max(load.request_mean_us),
+            servers: all.servers + 1,
+            puts: all.puts.and(load.puts, load.put_mean_us),
+            gets: all.gets.and(load.gets, load.get_mean_us),
         })
     }
 
@@ -468,70 +482,6 @@ impl Cluster {
 
 pub(super) fn millis(duration: Duration) -> u64 {
     u64::try_from(duration.as_millis()).unwrap_or(u64::MAX)
-}
-
-/// How long requests of mounts take on a server, and what part of its weight it has for that.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-struct Pace {
-    /// Nanoseconds, smoothed; 0: not known.
-    mean_ns: u64,
-    /// Of `PARTS`.
-    parts: u32,
-    /// The weight that it would have alone for the space that is free.
-    full_weight: u32,
-}
-
-/// A server that is as fast as the others has all parts of its weight.
-const PARTS: u32 = 8;
-/// Slower than the others by so many times: it loses weight.
-const SLOWER: u64 = 2;
-/// With so few parts left it is slow: about five times as slow as the others.
-const PARTS_OF_SLOW: u32 = 2;
-/// A new figure makes one part in so many of the smoothed one.
-const SMOOTHING: u64 = 8;
-/// Requests that one figure needs.
-const REQUESTS_MIN: u32 = 4;
-/// Nanoseconds: who is slower than that may be slow, whatever the others are.
-const USUAL_MIN_NS: u64 = 500_000;
-
-impl Default for Pace {
-    fn default() -> Self {
-        Self { mean_ns: 0, parts: PARTS, full_weight: 0 }
-    }
-}
-
-impl Pace {
-    fn after(self, load: &StorageLoad) -> Self {
-        let new = u64::from(load.request_mean_us) * 1000;
-        match self.mean_ns {
-            _ if load.puts + load.gets < REQUESTS_MIN => self,
-            0 => Self { mean_ns: new, ..self },
-            old => Self { mean_ns: (old * (SMOOTHING - 1) + new) / SMOOTHING, ..self },
-        }
-    }
-
-    /// `usual`: nanoseconds on the other servers. `true`: it changes the weight. A step of one part alone does not, so that a figure
-    /// on the edge makes no new maps.
-    fn compare(&mut self, usual: u64) -> bool {
-        let bearable = usual * SLOWER;
-        let parts = u64::from(PARTS) * bearable / self.mean_ns.max(bearable);
-        let parts = u32::try_from(parts).unwrap_or(PARTS).max(1);
-        let changes = parts.abs_diff(self.parts) > 1 || (parts == PARTS && self.parts != PARTS);
-        if changes {
-            self.parts = parts;
-        }
-        changes
-    }
-
-    fn is_slow(&self) -> bool {
-        self.parts <= PARTS_OF_SLOW
-    }
-
-    /// The weight for the free space, and what is left of it.
-    fn weight(self, full: u32) -> (u32, u32) {
-        let part = u64::from(full) * u64::from(self.parts) / u64::from(PARTS);
-        (full, u32::try_from(part).unwrap_or(u32::MAX).max(u32::from(full > 0)))
-    }
 }
 
 /// What mounts have to know of both.
@@ -641,7 +591,7 @@ mod tests {
     fn a_slow_server_gets_fewer_blocks_and_its_share_again_when_it_is_as_fast_as_the_others() {
         let mut cluster = cluster();
         let busy = |mean_us| {
-            let load = StorageLoad { puts: 50, request_mean_us: mean_us, ..beat(1 << 40).load };
+            let load = StorageLoad { puts: 50, put_mean_us: mean_us, ..beat(1 << 40).load };
             Heartbeat { load, ..beat(1 << 40) }
         };
         let run = |cluster: &mut Cluster, slow_us: u32| {
@@ -657,7 +607,7 @@ mod tests {
         let full = weights(&cluster)[0];
         assert_eq!(weights(&cluster), [full; 4]);
         let told = run(&mut cluster, 20_000);
-        assert!(matches!(told.as_slice(), [(ServerId(4), Some(5..=20))]), "{told:?}");
+        assert!(matches!(told.as_slice(), [(ServerId(4), Some(5.0..=20.0))]), "{told:?}");
         assert!(weights(&cluster)[3] <= full / 4 && weights(&cluster)[3] > 0, "{:?}", weights(&cluster));
         let version = cluster.version();
         assert_eq!(run(&mut cluster, 21_000), []);

@@ -1,7 +1,7 @@
 //! Has copies made: of blocks that have too few, and for whoever else wants a block somewhere.
 
 use std::{
-    collections::{BTreeMap, BTreeSet},
+    collections::{BTreeMap, BTreeSet, VecDeque},
     sync::Arc,
     time::Duration,
 };
@@ -117,7 +117,7 @@ impl Copier {
         let mut orders = Vec::new();
         for block in owed.into_iter().chain(thin).collect::<BTreeSet<_>>() {
             let Some(row) = blocks::block(&*view, block)? else { continue };
-            let sources = cluster.sources(&row.holders);
+            let sources = cluster.sources(block, &row.holders);
             let counting: Vec<ServerId> =
                 row.holders.iter().copied().filter(|holder| cluster.counts(*holder)).collect();
             let good = counting.len();
@@ -156,22 +156,48 @@ pub async fn make(
     Ok(count)
 }
 
+/// Orders that nobody carries out yet, and how many each server is carrying out: one that hangs is not to hold up the others.
+struct Waiting {
+    orders: VecDeque<Order>,
+    under_way: BTreeMap<ServerId, usize>,
+}
+
+impl Waiting {
+    fn new(orders: Vec<Order>) -> Self {
+        Self { orders: orders.into(), under_way: BTreeMap::new() }
+    }
+
+    /// The first of those whose servers carry out fewer than `most`.
+    fn next(&mut self, most: usize) -> Option<Order> {
+        let has_room = |order: &Order| self.under_way.get(&order.target).is_none_or(|count| *count < most);
+        let order = self.orders.remove(self.orders.iter().position(has_room)?)?;
+        *self.under_way.entry(order.target).or_default() += 1;
+        Some(order)
+    }
+
+    fn done(&mut self, target: ServerId) {
+        self.under_way.entry(target).and_modify(|count| *count -= 1);
+    }
+}
+
 type Made = BTreeMap<(ServerId, BootId, Epoch), Vec<BlockHash>>;
 
 /// Returns who now has which, under which boot, and stamped with what.
 async fn carry_out(core: &Arc<Core>, peers: &Arc<dyn Peers>, orders: Vec<Order>) -> Result<Made, Fault> {
     let mut made = Made::new();
     let mut running = JoinSet::new();
-    let mut orders = orders.into_iter();
+    let mut waiting = Waiting::new(orders);
     loop {
         while running.len() < core.budget.lock().copies_at_once()
-            && let Some(order) = orders.next()
+            && let Some(order) = waiting.next(core.budget.lock().copies_to_one())
         {
             let (core, peers) = (Arc::clone(core), Arc::clone(peers));
-            running.spawn(async move { obtain(&core, &*peers, order).await });
+            running.spawn(async move { (order.target, obtain(&core, &*peers, order).await) });
         }
         let Some(outcome) = running.join_next().await else { return Ok(made) };
-        if let Some((server, boot, epoch, block)) = outcome.map_err(|_| Fault::Thread)? {
+        let (target, copy) = outcome.map_err(|_| Fault::Thread)?;
+        waiting.done(target);
+        if let Some((server, boot, epoch, block)) = copy {
             made.entry((server, boot, epoch)).or_default().push(block);
         }
     }
@@ -194,5 +220,27 @@ async fn obtain(core: &Core, peers: &dyn Peers, order: Order) -> Option<(ServerI
             tracing::debug!(%block, server = %target, %error, "an owed copy could not be made");
             None
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_server_that_hangs_leaves_room_for_the_others() {
+        let order = |block, target| Order {
+            block: BlockHash([block; 32]),
+            target: ServerId(target),
+            sources: Vec::new(),
+            epoch: Epoch(0),
+        };
+        let mut waiting = Waiting::new(vec![order(1, 1), order(2, 1), order(3, 1), order(4, 2), order(5, 1)]);
+        let next = |waiting: &mut Waiting| waiting.next(2).map(|order| order.block.0[0]);
+        assert_eq!([0; 4].map(|_| next(&mut waiting)), [Some(1), Some(2), Some(4), None]);
+        waiting.done(ServerId(1));
+        assert_eq!([0; 2].map(|_| next(&mut waiting)), [Some(3), None]);
+        waiting.done(ServerId(1));
+        assert_eq!([0; 2].map(|_| next(&mut waiting)), [Some(5), None]);
     }
 }

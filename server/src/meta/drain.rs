@@ -177,7 +177,7 @@ impl Drainer {
             if staying.len() >= row.wanted {
                 continue;
             }
-            let sources = cluster.sources(&row.holders);
+            let sources = cluster.sources(*block, &row.holders);
             let targets = candidates_beside(&map, *block, &staying, |server| row.holders.contains(&server));
             let target = targets.first().copied().filter(|_| row.holders.len() < blocks::HOLDERS_MAX);
             match target {

@@ -100,7 +100,7 @@ fn judge_servers(core: &Core) {
         tracing::warn!(%server, ?times, "a storage server has become slow, or is no longer");
         let place = format!("storage server {server}");
         core.tell(match times {
-            Some(times) => Note::new(Severity::Warning, place, format!("is {times} times as slow as the others"))
+            Some(times) => Note::new(Severity::Warning, place, format!("is {times:.0} times as slow as the others"))
                 .meaning("what is read from it and written to it waits")
                 .doing("it gets fewer new blocks; mounts read from others"),
             None => Note::new(Severity::Info, place, "is as fast as the others again")

@@ -175,7 +175,7 @@ async fn repair(core: &Core, peers: &dyn Peers, server: ServerId, block: BlockHa
     let (to, sources) = {
         let cluster = core.cluster.lock();
         let others: Vec<ServerId> = row.holders.into_iter().filter(|holder| *holder != server).collect();
-        (cluster.endpoint(server), cluster.sources(&others))
+        (cluster.endpoint(server), cluster.sources(block, &others))
     };
     let Some(to) = to else { return Ok(false) };
     match ask(peers, to, &StorageRequest::Repair { block, sources }, REPAIR_DEADLINE).await {

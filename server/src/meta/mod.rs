@@ -23,6 +23,7 @@ mod memory_disk;
 pub mod mend;
 pub mod names;
 pub mod operate;
+pub mod pace;
 pub mod recent;
 pub mod recovery;
 pub mod relocate;

@@ -127,7 +127,12 @@ pub struct Options {
     pub compare_every: Duration,
     /// Zero: never.
     pub backup_every: Duration,
+    /// The storage servers and their zones have to be the same for so long before blocks are looked through for copies that share one.
+    pub spread_after: Duration,
 }
+
+/// Who is late for a moment is no reason to look at everything.
+const SPREAD_AFTER: Duration = Duration::from_secs(10);
 
 /// Brings back what the last life left in `directory`: the tables as of the last checkpoint, and the log on top.
 pub fn recover(
@@ -294,7 +299,8 @@ impl Running {
         tasks.spawn(Balancer::new(Arc::clone(&core), proposer.clone(), Arc::clone(&peers)).run());
         tasks.spawn(Keeper::new(Arc::clone(&core), Arc::clone(&peers), options.backup_every).run());
         tasks.spawn(Surplus::new(Arc::clone(&core), proposer.clone(), Arc::clone(&peers)).run());
-        tasks.spawn(Spreader::new(Arc::clone(&core), proposer.clone(), Arc::clone(&peers)).run());
+        let spreader = Spreader::new(Arc::clone(&core), proposer.clone(), Arc::clone(&peers), options.spread_after);
+        tasks.spawn(spreader.run());
         tasks.spawn(Drainer::new(Arc::clone(&core), proposer.clone(), Arc::clone(&peers)).run());
         let (every, grace) = (options.compare_every, options.garbage_grace);
         tasks.spawn(Collector::new(Arc::clone(&core), proposer.clone(), Arc::clone(&peers), grace).run());
@@ -359,6 +365,7 @@ pub async fn run(
         garbage_grace: config.garbage_grace,
         compare_every: config.compare_every,
         backup_every: config.backup_every,
+        spread_after: SPREAD_AFTER,
     };
     let core = recover(&disk, data.path(), clock, &options)?;
     let node =

@@ -29,14 +29,12 @@ use super::{
 
 const PLACE: &str = "storage servers";
 const TICK: Duration = Duration::from_secs(1);
-/// The servers have to be the same for so long: who is late for a moment is no reason to look at everything.
-const SETTLED: Duration = Duration::from_secs(10);
 /// Blocks that are looked at in one step.
 const PAGE: usize = 256;
 /// Times as long as a step took that the next one waits.
 const IDLE_TIMES: u32 = 4;
-/// What could not be moved is tried again after so long.
-const REST: Duration = Duration::from_secs(600);
+/// What could not be moved is tried again after so many times what the servers have to be the same.
+const REST_TIMES: u32 = 30;
 
 /// One copy's way.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -69,6 +67,8 @@ pub struct Spreader {
     core: Arc<Core>,
     proposer: Proposer,
     peers: Arc<dyn Peers>,
+    /// The servers have to be the same for so long.
+    settled_after: Duration,
     /// All blocks are as well spread as they can be over these.
     done: Vec<(ServerId, String)>,
     /// Something could not be moved: not before then.
@@ -89,8 +89,8 @@ struct Outcome {
 }
 
 impl Spreader {
-    pub fn new(core: Arc<Core>, proposer: Proposer, peers: Arc<dyn Peers>) -> Self {
-        Self { core, proposer, peers, done: Vec::new(), resting_until: Duration::ZERO }
+    pub fn new(core: Arc<Core>, proposer: Proposer, peers: Arc<dyn Peers>, settled_after: Duration) -> Self {
+        Self { core, proposer, peers, settled_after, done: Vec::new(), resting_until: Duration::ZERO }
     }
 
     pub async fn run(mut self) -> Result<(), Fault> {
@@ -101,7 +101,7 @@ impl Spreader {
             if layout != seen {
                 (seen, since) = (layout, now);
             }
-            let is_due = seen != self.done && now >= self.resting_until && now >= since + SETTLED;
+            let is_due = seen != self.done && now >= self.resting_until && now >= since + self.settled_after;
             if is_due && self.may_move()? {
                 self.look_through(seen.clone()).await?;
             }
@@ -133,7 +133,7 @@ impl Spreader {
         if outcome.left == 0 {
             self.done = begun_with;
         } else {
-            self.resting_until = self.core.clock.monotonic() + REST;
+            self.resting_until = self.core.clock.monotonic() + self.settled_after * REST_TIMES;
         }
         Ok(())
     }
@@ -148,7 +148,7 @@ impl Spreader {
             };
             for (block, row) in page.iter().filter(|(_, row)| may_move(row)) {
                 let Some(step) = better(&map, *block, row) else { continue };
-                let sources = cluster.sources(&row.holders);
+                let sources = cluster.sources(*block, &row.holders);
                 orders.push(Order { block: *block, target: step.to, sources, epoch: row.epoch });
                 moves.entry(step.from).or_default().push(*block);
             }
@@ -175,7 +175,7 @@ impl Spreader {
             _ => Note::new(Severity::Warning, PLACE, what)
                 .meaning(format!("{left} of them are still so, and a zone that is lost takes more copies with it")),
         };
-        self.core.tell(note.doing(format!("{moved} were moved; what is left is tried again in ten minutes")));
+        self.core.tell(note.doing(format!("{moved} were moved; what is left is tried again in five minutes")));
     }
 }
 

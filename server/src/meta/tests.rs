@@ -187,6 +187,7 @@ fn options() -> Options {
         garbage_grace: Duration::from_secs(3600),
         compare_every: Duration::from_secs(3600),
         backup_every: Duration::ZERO,
+        spread_after: Duration::from_secs(10),
     }
 }
 

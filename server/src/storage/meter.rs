@@ -36,6 +36,14 @@ pub(super) struct Reading {
     pub p99_us: u32,
 }
 
+impl Reading {
+    /// 0: there was none.
+    pub(super) fn mean_us(&self) -> u32 {
+        let mean = self.sum_us.checked_div(u64::from(self.count)).unwrap_or(0);
+        u32::try_from(mean).unwrap_or(u32::MAX)
+    }
+}
+
 impl Meter {
     pub(super) fn note(&self, took: Duration) {
         let us = u32::try_from(took.as_micros()).unwrap_or(u32::MAX);

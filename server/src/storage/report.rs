@@ -1,11 +1,6 @@
 //! Tells the metadata server, every second, that this server lives and how loaded it is.
 
-use std::{
-    fs,
-    net::SocketAddr,
-    sync::{Arc, atomic::Ordering::Relaxed},
-    time::Duration,
-};
+use std::{fs, net::SocketAddr, sync::Arc, time::Duration};
 
 use holdfast_common::{
     BlockHash, Epoch,
@@ -121,10 +116,6 @@ impl Reporter {
 
     fn load(&mut self) -> StorageLoad {
         let vitals = self.watch.look();
-        let (puts, gets) = (self.service.puts().take(), self.service.gets().take());
-        let requests = u64::from(puts.count) + u64::from(gets.count);
-        let mean_us = (puts.sum_us + gets.sum_us).checked_div(requests).unwrap_or(0);
-        let statistics = self.store.statistics();
         let space = self.store.space().unwrap_or_else(|error| {
             tracing::warn!(%error, "cannot tell how much space is left");
             holdfast_common::disk::Space { capacity: 0, free: 0 }
@@ -132,29 +123,14 @@ impl Reporter {
         StorageLoad {
             capacity_bytes: space.capacity,
             free_bytes: space.free,
-            stored_bytes: statistics.stored_bytes,
-            blocks: statistics.blocks,
-            corrupt_found: statistics.corrupt_found,
-            repaired: statistics.repaired,
-            quarantined: statistics.quarantined,
             load_percent: fs::read_to_string("/proc/loadavg").ok().and_then(|text| load_percent(&text)).unwrap_or(0),
             memory_bytes: fs::read_to_string("/proc/self/status").ok().and_then(|text| resident(&text)).unwrap_or(0),
-            queue_depth: u32::try_from(self.service.in_flight()).unwrap_or(u32::MAX),
             started_ms: self.started_ms,
-            scrub_checked_bytes: self.service.scrub_progress().checked_bytes.load(Relaxed),
-            scrub_passes: self.service.scrub_progress().passes.load(Relaxed),
-            scrub_last_pass_secs: self.service.scrub_progress().last_pass_secs.load(Relaxed),
-            puts: puts.count,
-            gets: gets.count,
-            request_mean_us: u32::try_from(mean_us).unwrap_or(u32::MAX),
-            put_p50_us: puts.p50_us,
-            put_p99_us: puts.p99_us,
-            get_p50_us: gets.p50_us,
-            get_p99_us: gets.p99_us,
             cpu_percent: vitals.cpu_percent,
             disk_busy_percent: vitals.disk_busy_percent,
             memory_available_bytes: vitals.memory_available_bytes,
             network_bytes: vitals.network_bytes,
+            ..self.service.load()
         }
     }
 }

@@ -14,12 +14,12 @@ use std::{
             Ordering::{AcqRel, Acquire, Relaxed},
         },
     },
-    time::{Duration, Instant},
+    time::Duration,
 };
 
 use holdfast_common::{BlockHash, clock::Clock, disk::Disk, work};
 use serde::{Deserialize, Serialize};
-use tokio::{sync::mpsc, task::AbortHandle};
+use tokio::{sync::mpsc, task::AbortHandle, time::Instant};
 
 use super::{
     service::StorageService,
@@ -30,6 +30,8 @@ use super::{
 const PAGE: usize = 256;
 /// While requests are being served, the pass goes at this part of its rate.
 const BUSY_DIVISOR: u64 = 4;
+/// When it is to be done now, breaks of so many times what a block took, while requests are being served: a sixth of the time is left.
+const BUSY_BREAKS: u32 = 5;
 /// After a block that could not be checked.
 const TROUBLE_PAUSE: Duration = Duration::from_millis(200);
 /// How often a scrubber that has nothing to do looks whether it has.
@@ -163,7 +165,7 @@ impl Scrubber {
         let listed = work::run(move || listing.list(after, PAGE)).await;
         let (hashes, end) = listed.unwrap_or_else(|died| Err(StoreError::Io(io::Error::other(died))))?;
         for (hash, _) in &hashes {
-            let started = Instant::now();
+            let (started, requests) = (Instant::now(), self.service.requests());
             let length = match self.checked(*hash).await {
                 Ok(length) => length,
                 Err(error) => {
@@ -174,7 +176,8 @@ impl Scrubber {
             };
             state.checked_bytes += length;
             state.after = Some(hash.to_string());
-            self.breathe(length, started.elapsed()).await;
+            let is_alone = self.service.requests() == requests && self.service.in_flight() == 0;
+            self.breathe(length, started.elapsed(), is_alone).await;
         }
         if end {
             let bytes = state.checked_bytes;
@@ -186,12 +189,15 @@ impl Scrubber {
         Ok(())
     }
 
-    /// Keeps to the rate.
-    async fn breathe(&self, bytes: u64, took: Duration) {
+    /// Keeps to the rate. If it is to be done now, that is as fast as it can be, and beside requests a part of the time.
+    async fn breathe(&self, bytes: u64, took: Duration, is_alone: bool) {
         if self.progress.wanted.load(Relaxed) || self.rate == 0 {
+            if !is_alone {
+                tokio::time::sleep(took * BUSY_BREAKS).await;
+            }
             return;
         }
-        let rate = if self.service.in_flight() > 0 { self.rate / BUSY_DIVISOR } else { self.rate };
+        let rate = if is_alone { self.rate } else { self.rate / BUSY_DIVISOR };
         self.nap(Duration::from_secs_f64(bytes as f64 / rate.max(1) as f64).saturating_sub(took)).await;
     }
 

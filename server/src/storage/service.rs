@@ -1,14 +1,11 @@
 //! Answers requests to a storage server: who may ask, what is asked, what comes back.
 
-use std::{
-    sync::{
-        Arc,
-        atomic::{
-            AtomicU64, AtomicUsize,
-            Ordering::{AcqRel, Acquire, Relaxed},
-        },
+use std::sync::{
+    Arc,
+    atomic::{
+        AtomicU64, AtomicUsize,
+        Ordering::{AcqRel, Acquire, Relaxed},
     },
-    time::Instant,
 };
 
 use bytes::Bytes;
@@ -22,14 +19,15 @@ use holdfast_common::{
     },
     wire::{
         codec,
+        meta::StorageLoad,
         storage::{ByteRange, PutBlock, Source, StorageAnswer, StorageReply, StorageRequest},
     },
 };
-use tokio::sync::Mutex;
+use tokio::{sync::Mutex, time::Instant};
 
 use super::{
     backups::Backups,
-    meter::Meter,
+    meter::{Meter, Reading},
     replicate::{Fetcher, SOURCES_MAX, joined},
     scrub::ScrubProgress,
     store::{CheckedBlock, Store, StoreError, Verdict},
@@ -54,6 +52,8 @@ pub struct StorageService {
     fetcher: Fetcher,
     repairs: Vec<Mutex<()>>,
     in_flight: AtomicUsize,
+    /// Since the start.
+    requests: AtomicU64,
     /// One more than the latest epoch that this server has heard of; 0 before the first.
     heard: AtomicU64,
     scrub: Arc<ScrubProgress>,
@@ -61,6 +61,8 @@ pub struct StorageService {
     /// Of mounts.
     puts: Meter,
     gets: Meter,
+    /// Of the metadata server's barriers.
+    syncs: Meter,
 }
 
 type Answer = Result<(StorageAnswer, Vec<Bytes>), Refusal>;
@@ -69,6 +71,7 @@ impl Serve for StorageService {
     fn serve(self: Arc<Self>, from: PeerIdentity, request: Frame) -> BoxFuture<'static, Frame> {
         Box::pin(async move {
             self.in_flight.fetch_add(1, Relaxed);
+            self.requests.fetch_add(1, Relaxed);
             let (reply, payload) = match self.answer(from, request).await {
                 Ok((answer, payload)) => (Ok(answer), payload),
                 Err(refusal) => (Err(refusal), Vec::new()),
@@ -114,25 +117,19 @@ impl StorageService {
             fetcher,
             repairs,
             in_flight: AtomicUsize::new(0),
+            requests: AtomicU64::new(0),
             heard: AtomicU64::new(0),
             scrub: Arc::default(),
             backups: Arc::new(backups),
             puts: Meter::default(),
             gets: Meter::default(),
+            syncs: Meter::default(),
         }
     }
 
     /// Under which puts are acknowledged now.
     pub fn boot(&self) -> BootId {
         self.store.boot()
-    }
-
-    pub(super) fn puts(&self) -> &Meter {
-        &self.puts
-    }
-
-    pub(super) fn gets(&self) -> &Meter {
-        &self.gets
     }
 
     pub fn scrub_progress(&self) -> &Arc<ScrubProgress> {
@@ -155,6 +152,41 @@ impl StorageService {
         self.in_flight.load(Relaxed)
     }
 
+    /// How requests fared since the last look, and what is stored. What is known of the machine is left out.
+    pub fn load(&self) -> StorageLoad {
+        let (puts, gets, syncs) = (self.puts.take(), self.gets.take(), self.syncs.take());
+        let both = Reading { count: puts.count.saturating_add(gets.count), sum_us: puts.sum_us + gets.sum_us, ..puts };
+        let statistics = self.store.statistics();
+        StorageLoad {
+            stored_bytes: statistics.stored_bytes,
+            blocks: statistics.blocks,
+            corrupt_found: statistics.corrupt_found,
+            repaired: statistics.repaired,
+            quarantined: statistics.quarantined,
+            queue_depth: u32::try_from(self.in_flight()).unwrap_or(u32::MAX),
+            scrub_checked_bytes: self.scrub.checked_bytes.load(Relaxed),
+            scrub_passes: self.scrub.passes.load(Relaxed),
+            scrub_last_pass_secs: self.scrub.last_pass_secs.load(Relaxed),
+            puts: puts.count,
+            gets: gets.count,
+            request_mean_us: both.mean_us(),
+            put_p50_us: puts.p50_us,
+            put_p99_us: puts.p99_us,
+            get_p50_us: gets.p50_us,
+            get_p99_us: gets.p99_us,
+            put_mean_us: puts.mean_us(),
+            get_mean_us: gets.mean_us(),
+            syncs: syncs.count,
+            sync_mean_us: syncs.mean_us(),
+            ..StorageLoad::default()
+        }
+    }
+
+    /// Requests that came since the start.
+    pub(super) fn requests(&self) -> u64 {
+        self.requests.load(Relaxed)
+    }
+
     async fn answer(&self, from: PeerIdentity, frame: Frame) -> Answer {
         let request = codec::decode::<StorageRequest>(&frame.header).map_err(|error| {
             tracing::warn!(peer = %from.node, %error, "a request does not decode");
@@ -167,11 +199,13 @@ impl StorageService {
         let meter = match &request {
             StorageRequest::Put { .. } => Some(&self.puts),
             StorageRequest::Get { .. } => Some(&self.gets),
+            StorageRequest::Sync => Some(&self.syncs),
             _ => None,
         };
+        let is_sync = matches!(request, StorageRequest::Sync);
         let started = Instant::now();
         let answer = self.carry_out(request, frame.payload).await;
-        if let Some(meter) = meter.filter(|_| from.node.role == Role::Client) {
+        if let Some(meter) = meter.filter(|_| from.node.role == Role::Client || is_sync) {
             meter.note(started.elapsed());
         }
         answer

@@ -146,6 +146,10 @@ fn load() -> StorageLoad {
         disk_busy_percent: 23,
         memory_available_bytes: 24,
         network_bytes: 25,
+        put_mean_us: 26,
+        get_mean_us: 27,
+        syncs: 28,
+        sync_mean_us: 29,
     }
 }
 

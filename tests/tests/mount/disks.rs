@@ -1,4 +1,4 @@
-//! One daemon with several disks, of which one breaks.
+//! Disks that break, are not there, or are slow; also one of several of a daemon.
 
 use std::{
     fs::{self, File},
@@ -64,17 +64,27 @@ fn wait_for_servers(cluster: &Cluster, count: usize) {
     });
 }
 
-/// What reads, writes and syncs of the files below `directory` meet is EIO, in one process.
-struct BrokenDisk(Child);
+/// What happens to calls of one process that read, write and sync files, while this lives.
+struct TroubledDisk(Child);
 
-impl BrokenDisk {
-    fn of(process: u32, directory: &Path) -> Self {
+impl TroubledDisk {
+    /// EIO, for the files below `directory`.
+    fn broken(process: u32, directory: &Path) -> Self {
+        let mut files = fault::files(&directory.join("segments"));
+        files.push(directory.join("index.redb"));
+        let only = files.iter().flat_map(|path| ["-P", text(path)].map(str::to_owned));
+        Self::of(process, only.collect(), "error=EIO")
+    }
+
+    /// Each takes ten milliseconds longer.
+    fn slow(process: u32) -> Self {
+        Self::of(process, Vec::new(), "delay_enter=10000")
+    }
+
+    fn of(process: u32, only: Vec<String>, trouble: &str) -> Self {
         let mut command = Command::new("strace");
-        command.args(["-f", "-q", "-p", &process.to_string(), "-o", "/dev/null"]);
-        for path in fault::files(&directory.join("segments")).iter().chain([&directory.join("index.redb")]) {
-            command.args(["-P", text(path)]);
-        }
-        command.args(["-e", "inject=pread64,preadv2,pwrite64,pwritev2,fdatasync:error=EIO"]);
+        command.args(["-f", "-q", "-p", &process.to_string(), "-o", "/dev/null"]).args(only);
+        command.args(["-e", &format!("inject=pread64,preadv2,pwrite64,pwritev2,fdatasync:{trouble}")]);
         sys::die_with_parent(&mut command);
         let strace = command.stderr(Stdio::null()).spawn().expect("start strace");
         let status = || fs::read_to_string(format!("/proc/{process}/status")).unwrap_or_default();
@@ -84,7 +94,7 @@ impl BrokenDisk {
     }
 }
 
-impl Drop for BrokenDisk {
+impl Drop for TroubledDisk {
     fn drop(&mut self) {
         sys::kill(self.0.id(), libc::SIGINT);
         drop(self.0.wait());
@@ -112,7 +122,7 @@ fn a_disk_that_breaks_is_taken_out_alone() {
     let mut files: Vec<_> = (0..20).map(|seed| write(&mount, seed)).collect();
     assert!(!fault::files(&second.join("segments")).is_empty(), "the second disk is used");
     let made = cluster.status().number("copies_made");
-    let broken = BrokenDisk::of(cluster.storage(DAEMON).pid(), &second);
+    let broken = TroubledDisk::broken(cluster.storage(DAEMON).pid(), &second);
     let mut seed = 100;
     wait::until("the broken disk is out", PATIENCE, || {
         seed += 1;
@@ -164,4 +174,52 @@ fn a_daemon_starts_without_a_disk_that_is_not_there() {
     fs::rename(&away, &second).expect("bring the disk back");
     wait_for_servers(&cluster, SERVERS);
     cluster.wait_until_whole();
+}
+
+/// "A disk that is slower than the others is noticed and gets fewer new blocks, until it is as fast as the others again."
+#[test]
+fn a_slow_disk_is_noticed_and_gets_fewer_blocks() {
+    const SLOW: usize = 2;
+    if !shell::has("strace") || !sys::is_root() {
+        eprintln!("SKIPPED: strace is not installed (scripts/test does that), or this is not root");
+        return;
+    }
+    let cluster = Cluster::start_with(&Options { storage: SERVERS, ..Options::default() });
+    let mount = cluster.mount();
+    let dir = text(cluster.path());
+    let told = |what: &str| {
+        let events = cluster.holdfast(&["events", "--json", "-n", "4096", "--dir", dir]).stdout;
+        String::from_utf8_lossy(&events).lines().filter(|line| line.contains(what)).count()
+    };
+    let blocks = || -> Vec<u64> {
+        let servers = cluster.status().0["servers"].as_array().expect("servers").clone();
+        servers.iter().map(|server| server["load"]["blocks"].as_u64().expect("a number")).collect()
+    };
+    let mut seed = 1000;
+    let mut write_until = |what: &str, is_so: &mut dyn FnMut() -> bool| {
+        wait::until(what, PATIENCE, || {
+            seed += 1;
+            drop(write(&mount, seed));
+            is_so()
+        });
+    };
+    write_until("everybody is known", &mut || blocks().iter().all(|blocks| *blocks > 20));
+    let slow = TroubledDisk::slow(cluster.storage(SLOW).pid());
+    write_until("it is noticed", &mut || told("times as slow as the others") > 0);
+    let status = cluster.status();
+    let server = &status.0["servers"][SLOW - 1];
+    assert!(server["reason"].as_str().is_some_and(|why| why.starts_with("slow, ")), "{server:#}");
+    let (before, mut written) = (blocks(), 0);
+    write_until("sixty blocks are written", &mut || {
+        written += 3;
+        written >= 60
+    });
+    cluster.wait_until_whole();
+    wait::until("the servers have said what they have", PATIENCE, || {
+        blocks().iter().sum::<u64>() >= before.iter().sum::<u64>() + 180
+    });
+    let more: Vec<u64> = blocks().iter().zip(before).map(|(now, then)| now.saturating_sub(then)).collect();
+    assert!(more[SLOW - 1] * 3 < more.iter().sum::<u64>() / SERVERS as u64 * 2, "it is avoided: {more:?}");
+    drop(slow);
+    write_until("it is as fast as the others", &mut || told("is as fast as the others again") > 0);
 }

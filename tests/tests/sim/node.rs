@@ -172,6 +172,7 @@ impl Life {
             garbage_grace: Duration::from_secs(3600),
             compare_every: Duration::from_secs(3600),
             backup_every: Duration::ZERO,
+            spread_after: Duration::from_secs(10),
         };
         let meta = start_meta(&disks[0], network.of(Role::Meta, 1), Arc::new(SystemClock::default()), &options)?;
         network.attach(Role::Meta, 1, &(Arc::clone(&meta.service) as Arc<dyn Serve>));

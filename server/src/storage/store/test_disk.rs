@@ -35,6 +35,8 @@ struct Shared {
     fault: Mutex<Fault>,
     calls: AtomicU64,
     segment_syncs: AtomicU64,
+    segment_bytes: AtomicU64,
+    segment_zeroes: AtomicU64,
     read_once: AtomicU64,
     free: AtomicU64,
     hold_syncs: Mutex<bool>,
@@ -144,6 +146,11 @@ impl TestDisk {
     /// A call that failed was a sync.
     pub(super) fn sync_failed(&self) -> bool {
         self.shared.sync_failed.load(SeqCst)
+    }
+
+    /// Bytes that were written to segments, for the first time or again; and the zeroes that went ahead of them.
+    pub(super) fn segment_bytes(&self) -> (u64, u64) {
+        (self.shared.segment_bytes.load(SeqCst), self.shared.segment_zeroes.load(SeqCst))
     }
 
     /// Reads of which memory need keep nothing.
@@ -336,6 +343,14 @@ impl DiskFile for TestFile {
     }
 
     fn write_all_at(&self, bytes: &[u8], offset: u64) -> io::Result<()> {
+        if self.is_segment {
+            let count = if bytes.iter().all(|byte| *byte == 0) {
+                &self.shared.segment_zeroes
+            } else {
+                &self.shared.segment_bytes
+            };
+            count.fetch_add(bytes.len() as u64, SeqCst);
+        }
         self.change(Change::Write(usize::try_from(offset).unwrap(), bytes.to_vec()))
     }
 

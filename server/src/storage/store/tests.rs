@@ -756,6 +756,44 @@ fn small_dead_blocks_give_their_space_back_and_their_neighbours_live_on() {
 }
 
 #[test]
+fn rewriting_writes_no_more_than_was_new_and_dead_space_stays_within_its_bound() {
+    const LENGTH: u64 = 3000;
+    let disk = TestDisk::new();
+    let store = open(&disk);
+    let size = || disk.paths(".seg").iter().map(|path| disk.edit(path, |bytes| bytes.len() as u64)).sum::<u64>();
+    let mut living: Vec<CheckedBlock> = Vec::new();
+    let (mut random, mut made, mut most) = (7_u64, 0_u32, 0);
+    for _ in 0..40 {
+        let mut dead = Vec::new();
+        for _ in 0..100 {
+            made += 1;
+            let new = block(made, LENGTH as usize);
+            put_durable(&store, &new);
+            living.push(new);
+            if living.len() > 300 {
+                random = random.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
+                dead.push(living.swap_remove((random >> 33) as usize % living.len()).hash());
+            }
+        }
+        store.delete(&dead, Epoch(9)).unwrap();
+        store.checkpoint().unwrap();
+        store.compact().unwrap();
+        (0..2).for_each(|_| store.checkpoint().unwrap());
+        let segments = disk.paths(".seg").len() as u64;
+        let bound =
+            2 * living.len() as u64 * (LENGTH + 100) + segments * options().waste_bytes + options().segment_bytes;
+        assert!(size() <= bound, "{} bytes are taken, {bound} may be", size());
+        most = most.max(size());
+    }
+    let (new, (written, zeroes)) = (u64::from(made) * LENGTH, disk.segment_bytes());
+    assert!(written > new * 5 / 4, "{written} of {new}: nothing had to be rewritten, so nothing is shown");
+    assert!(written < new * 2 * 21 / 20, "{written} bytes were written for {new} new ones");
+    assert!(zeroes < written * 21 / 20, "{zeroes} zeroes went ahead of {written} bytes");
+    assert!(most > 300 * LENGTH * 3 / 2, "{most}: nothing was ever dead, so nothing is shown");
+    living.iter().for_each(|block| assert_here(&store, block));
+}
+
+#[test]
 fn compaction_goes_on_when_a_segment_of_its_plan_has_died_meanwhile() {
     let disk = TestDisk::new();
     let store = open(&disk);

@@ -40,7 +40,7 @@ pub(super) struct Faults<'a> {
 
 impl Faults<'_> {
     /// What can happen to a cluster, and how it is called.
-    const KINDS: [Kind<Self>; 12] = [
+    const KINDS: [Kind<Self>; 14] = [
         ("storage server killed", Self::kill_storage),
         ("storage server stopped", Self::stop_storage),
         ("storage server cut off", Self::cut_storage),
@@ -53,6 +53,8 @@ impl Faults<'_> {
         ("metadata server killed", Self::kill_meta),
         ("metadata server stopped", Self::stop_meta),
         ("everything killed", Self::kill_everything),
+        ("storage and metadata server killed", Self::kill_storage_and_meta),
+        ("storage server killed, another slow", Self::kill_and_slow_storage),
     ];
 
     /// Every kind that is possible here has come.
@@ -113,9 +115,13 @@ impl Faults<'_> {
         self.cluster.mend(server);
     }
 
-    /// It runs a tenth of the time.
     fn slow_storage(&mut self) {
         let server = self.server();
+        self.slow(server);
+    }
+
+    /// It runs a tenth of the time.
+    fn slow(&mut self, server: usize) {
         let until = Instant::now() + self.a_while();
         while Instant::now() < until {
             self.cluster.storage(server).freeze();
@@ -149,6 +155,22 @@ impl Faults<'_> {
         self.cluster.meta().kill();
         thread::sleep(self.a_while() / 4);
         self.cluster.start_daemons();
+    }
+
+    /// The metadata server is there again first, and does not know who is.
+    fn kill_storage_and_meta(&mut self) {
+        let server = self.server();
+        self.cluster.storage(server).kill();
+        self.kill_meta();
+        self.last();
+        self.cluster.storage(server).start();
+    }
+
+    fn kill_and_slow_storage(&mut self) {
+        let server = self.server();
+        self.cluster.storage(server).kill();
+        self.slow(server % self.servers + 1);
+        self.cluster.storage(server).start();
     }
 
     /// Nothing more fits on the disk of one server.

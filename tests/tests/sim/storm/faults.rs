@@ -22,10 +22,14 @@ enum Fault {
     DiskIsReplaced,
     SeveralLosePower,
     BitsTurn,
+    /// One call fails, and what was not synced is lost.
+    DiskFails,
+    /// An operator has a server emptied for a while, or gives it leave.
+    IsOrdered,
 }
 
 /// How often each is drawn, by which no copy gets lost.
-const HONEST: [(Fault, u32); 8] = [
+const HONEST: [(Fault, u32); 9] = [
     (Fault::StorageDies, 2),
     (Fault::StorageIsGivenUp, 1),
     (Fault::MetaDies, 2),
@@ -34,9 +38,11 @@ const HONEST: [(Fault, u32); 8] = [
     (Fault::OtherReplicas, 1),
     (Fault::ClockJumps, 1),
     (Fault::DiskIsFull, 1),
+    (Fault::IsOrdered, 2),
 ];
 /// And by which some do.
-const DISHONEST: [(Fault, u32); 3] = [(Fault::DiskIsReplaced, 1), (Fault::SeveralLosePower, 4), (Fault::BitsTurn, 4)];
+const DISHONEST: [(Fault, u32); 4] =
+    [(Fault::DiskIsReplaced, 1), (Fault::SeveralLosePower, 4), (Fault::BitsTurn, 4), (Fault::DiskFails, 2)];
 
 /// Of faults.
 pub(super) const KINDS: usize = HONEST.len() + DISHONEST.len();
@@ -92,6 +98,8 @@ pub(super) async fn spoil(machines: &Arc<Mutex<Machines>>, admin: &Host, random:
         Fault::DiskIsReplaced => stroke.disk_is_replaced().await,
         Fault::SeveralLosePower => stroke.several_lose_power().await,
         Fault::BitsTurn => stroke.bits_turn(),
+        Fault::DiskFails => stroke.disk_fails().await,
+        Fault::IsOrdered => stroke.is_ordered(admin).await,
     }
     *machines.lock().faults.entry(format!("{fault:?}")).or_default() += 1;
 }
@@ -120,10 +128,14 @@ impl Stroke<'_> {
     async fn partition(self) {
         let given_up = self.may_be_given_up();
         let random = self.random;
-        let one = if random.random() { mount(random.random_range(1..=MOUNTS)) } else { META };
+        let one = match random.random_range(0..5) {
+            0 | 1 => mount(random.random_range(1..=MOUNTS)),
+            2 | 3 => META,
+            _ => storage(self.victim % 4 + 1),
+        };
         let other = match one {
             META => storage(given_up),
-            _ if random.random() => META,
+            _ if one.role == Role::Client && random.random() => META,
             _ => storage(self.victim),
         };
         let mut cut = vec![(one, other), (other, one)];
@@ -150,6 +162,26 @@ impl Stroke<'_> {
         tokio::time::sleep(self.long).await;
         disk.fill(false);
         self.machines.lock().restart_failed();
+    }
+
+    async fn disk_fails(self) {
+        let disk = self.machines.lock().storage[&self.victim].disk.clone();
+        disk.strike(self.random.random_range(1..40), Trouble::OneError);
+        tokio::time::sleep(self.long).await;
+        // It did, or it will not.
+        disk.strike(u64::from(u32::MAX), Trouble::OneError);
+        self.machines.lock().restart_failed();
+    }
+
+    async fn is_ordered(self, admin: &Host) {
+        let server = self.may_be_given_up();
+        let until = Time { secs: i64::MAX, nanos: 0 };
+        let standing = if self.random.random() { Standing::Draining } else { Standing::Maintenance { until } };
+        if stand(admin, server, standing).await.is_ok() {
+            tokio::time::sleep(self.long * self.random.random_range(1..6)).await;
+        }
+        // Again at the end of the history, if nobody hears it.
+        drop(stand(admin, server, Standing::Serving).await);
     }
 
     async fn disk_is_replaced(self) {

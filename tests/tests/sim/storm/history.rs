@@ -40,6 +40,9 @@ async fn survive(machines: &Arc<Mutex<Machines>>, ether: &Ether, admin: &Host, s
     let mut random = StdRng::seed_from_u64(seed);
     work_while_spoiled(machines, admin, &mut users, &mut random).await?;
     ether.clear_up();
+    for server in STORAGE {
+        until(|| stand(admin, server, Standing::Serving)).await?;
+    }
     until(|| set_replicas(admin, 3)).await?;
     if machines.lock().honest {
         nothing_is_missed(admin).await?;

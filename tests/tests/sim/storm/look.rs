@@ -45,6 +45,13 @@ pub(super) async fn set_replicas(admin: &Host, count: usize) -> Result<(), Wrong
     }
 }
 
+pub(super) async fn stand(admin: &Host, server: u32, standing: Standing) -> Result<(), Wrong> {
+    match ask(admin, AdminRequest::StandDespite { server: ServerId(server), standing }).await? {
+        MetaAnswer::Done => Ok(()),
+        other => Err(format!("server {server} is to be {standing}: {other:?}")),
+    }
+}
+
 pub(super) async fn status(admin: &Host) -> Result<ClusterStatus, Wrong> {
     match ask(admin, AdminRequest::Status).await? {
         MetaAnswer::Status(status) => Ok(*status),
@@ -77,7 +84,7 @@ pub(super) async fn until_up(admin: &Host) -> Result<(), Wrong> {
     .await
 }
 
-/// Three copies of everything, where they are on record, and nothing else.
+/// Three copies of everything, where they are on record, in as many zones as there are, and nothing else.
 pub(super) async fn until_whole(admin: &Host) -> Result<(), Wrong> {
     until(|| async {
         let status = status(admin).await?;
@@ -92,13 +99,18 @@ pub(super) async fn until_whole(admin: &Host) -> Result<(), Wrong> {
             MetaAnswer::Violations(found) if found.is_empty() => {}
             other => return Err(format!("{other:?}")),
         }
-        for server in STORAGE.map(ServerId) {
+        for server in &status.servers {
+            let mut has = 0;
             for bucket in BUCKETS {
-                let request = AdminRequest::Compare { server, bucket, mend: false };
+                let request = AdminRequest::Compare { server: server.id, bucket, mend: false };
                 match ask(admin, request).await? {
-                    MetaAnswer::Compared(Comparison { missing: 0, extra: 0, .. }) => {}
-                    other => return Err(format!("server {server}: {other:?}")),
+                    MetaAnswer::Compared(Comparison { missing: 0, extra: 0, on_record, .. }) => has += on_record,
+                    other => return Err(format!("server {}: {other:?}", server.id)),
                 }
+            }
+            let alone = status.servers.iter().filter(|other| other.zone == server.zone).count() == 1;
+            if alone && has != status.blocks {
+                return Err(format!("the only server of zone {} has {has} of {} blocks", server.zone, status.blocks));
             }
         }
         Ok(())

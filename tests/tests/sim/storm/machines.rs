@@ -6,7 +6,14 @@ use super::*;
 const SCRUB_RATE: u64 = 1 << 20;
 const SCRUB_EVERY: Duration = Duration::from_secs(2);
 
-pub(super) fn options() -> Options {
+/// Every second cluster has three zones, two of its servers in one of them.
+pub(super) fn zone(seed: u64, id: u32) -> &'static str {
+    if (seed / 4).is_multiple_of(2) { "" } else { ["a", "a", "b", "c"][id as usize - 1] }
+}
+
+/// Every third puts copies of its metadata on its storage servers.
+fn options(seed: u64) -> Options {
+    let backup_every = if seed.is_multiple_of(3) { Duration::from_secs(1) } else { Duration::ZERO };
     Options {
         cluster: CLUSTER,
         cache_bytes: 1 << 20,
@@ -19,7 +26,8 @@ pub(super) fn options() -> Options {
         replace_after: Duration::from_millis(500),
         garbage_grace: Duration::from_millis(300),
         compare_every: Duration::from_secs(1),
-        backup_every: Duration::ZERO,
+        backup_every,
+        spread_after: Duration::from_millis(500),
     }
 }
 
@@ -46,6 +54,7 @@ pub(super) struct Machines {
     pub(super) clock: Arc<JumpingClock>,
     pub(super) meta: Option<Meta>,
     pub(super) storage: BTreeMap<u32, Storage>,
+    pub(super) seed: u64,
     /// Of storage servers.
     pub(super) flush_every: Duration,
     /// Storage servers' disks neither lie nor lose anything: then no copy may ever be missed.
@@ -71,6 +80,7 @@ impl Machines {
             clock: Arc::default(),
             meta: None,
             storage: BTreeMap::new(),
+            seed,
             flush_every: flush_every(seed),
             honest: is_honest(seed),
             faults: BTreeMap::new(),
@@ -106,7 +116,7 @@ impl Machines {
         let host = self.ether.host(META);
         let peers = Arc::clone(&host) as Arc<dyn Peers>;
         let clock = Arc::clone(&self.clock) as Arc<dyn Clock>;
-        let running = start_meta(&disk, peers, clock, &options()).expect("its disk works");
+        let running = start_meta(&disk, peers, clock, &options(self.seed)).expect("its disk works");
         host.serve(Arc::clone(&running.service) as Arc<dyn Serve>);
         self.meta = Some(Meta { disk, host, _running: running });
     }
@@ -138,19 +148,26 @@ impl Machines {
 /// Every storage server that runs says so, and which bad copies it has found.
 pub(super) async fn beat(machines: Arc<Mutex<Machines>>) {
     loop {
-        for (id, storage) in &mut machines.lock().storage {
-            let space = storage.store.space().unwrap_or(Space { capacity: 0, free: 0 });
-            let load = StorageLoad { capacity_bytes: space.capacity, free_bytes: space.free, ..StorageLoad::default() };
-            let (address, zone, boot) = (storage.host.endpoint().address, String::new(), storage.service.boot());
-            let mut notices = vec![StorageNotice::Heartbeat { address, zone, boot, load }];
-            let blocks: Vec<BlockHash> = std::iter::from_fn(|| storage.bad.try_recv().ok()).collect();
-            if !blocks.is_empty() {
-                tracing::debug!(id, blocks = blocks.len(), "bad copies are told");
-                notices.push(StorageNotice::BadCopies { blocks });
-            }
-            tokio::spawn(say(Arc::clone(&storage.host), Arc::clone(&storage.service), notices));
-        }
+        beat_once(&mut machines.lock());
         tokio::time::sleep(HEARTBEAT).await;
+    }
+}
+
+fn beat_once(machines: &mut Machines) {
+    let seed = machines.seed;
+    for (id, storage) in &mut machines.storage {
+        let space = storage.store.space().unwrap_or(Space { capacity: 0, free: 0 });
+        let load = storage.service.load();
+        let load = StorageLoad { capacity_bytes: space.capacity, free_bytes: space.free, ..load };
+        let (address, zone) = (storage.host.endpoint().address, zone(seed, *id).to_owned());
+        let boot = storage.service.boot();
+        let mut notices = vec![StorageNotice::Heartbeat { address, zone, boot, load }];
+        let blocks: Vec<BlockHash> = std::iter::from_fn(|| storage.bad.try_recv().ok()).collect();
+        if !blocks.is_empty() {
+            tracing::debug!(id, blocks = blocks.len(), "bad copies are told");
+            notices.push(StorageNotice::BadCopies { blocks });
+        }
+        tokio::spawn(say(Arc::clone(&storage.host), Arc::clone(&storage.service), notices));
     }
 }
 

@@ -1,4 +1,4 @@
-//! A whole cluster on one thread, with two mounts in use, while machines lose their power, disks turn bits and fill up, clocks jump, and the
+//! A whole cluster on one thread, with two mounts in use, while machines lose their power, disks turn bits, fail and fill up, servers are emptied, clocks jump, and the
 //! network loses, repeats, delays and cuts.
 //!
 //! Servers and mounts are the real code, QUIC included; disks, datagrams, time and chance are simulated. A seed is one history: it happens
@@ -29,8 +29,9 @@ use holdfast_client::{
     remote::meta::MountName,
 };
 use holdfast_common::{
-    Attr, BlockHash, Ino, Kind, Replicas, ServerId,
+    Attr, BlockHash, Ino, Kind, Replicas, ServerId, Time,
     clock::{Clock, SystemClock},
+    cluster::Standing,
     disk::{Disk, Space},
     inventory::BUCKETS,
     net::{
@@ -54,7 +55,11 @@ use holdfast_server::{
     },
     storage::{Backups, Scrubber, Scrubbing, StorageService, start_service, store::Store},
 };
-use holdfast_tests::{fault::random_bytes, sim_disk::SimDisk, sys::die_with_parent};
+use holdfast_tests::{
+    fault::random_bytes,
+    sim_disk::{SimDisk, Trouble},
+    sys::die_with_parent,
+};
 use parking_lot::Mutex;
 use rand::{Rng, SeedableRng, rngs::StdRng};
 use serde::{Deserialize, Serialize};
@@ -69,7 +74,7 @@ use crate::{
 use self::{
     faults::{KINDS, spoil},
     history::{Told, history},
-    look::{ask_meta, nothing_is_missed, nothing_is_violated, set_replicas, until, until_up, until_whole},
+    look::{ask_meta, nothing_is_missed, nothing_is_violated, set_replicas, stand, until, until_up, until_whole},
     machines::{Machines, beat},
     user::{Files, Mount, User, read_file, wrong},
 };
