@@ -18,6 +18,13 @@ pub enum ServerState {
     Maintenance,
 }
 
+impl ServerState {
+    /// Does it answer and take part?
+    pub fn is_up(self) -> bool {
+        matches!(self, Self::Joining | Self::Up)
+    }
+}
+
 /// What the operator wants of a storage server.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub enum Standing {

@@ -81,7 +81,7 @@ async fn check(node: Arc<Node>, to: Endpoint, repair: bool) -> Result<Report, As
     let mut servers = Vec::with_capacity(status.servers.len());
     for server in &status.servers {
         let comparison = match server.state {
-            ServerState::Up => compare(&node, to, server.id, repair).await?,
+            state if state.is_up() => compare(&node, to, server.id, repair).await?,
             _ => None,
         };
         servers.push(Compared { server: server.id, state: server.state, comparison });

@@ -13,7 +13,6 @@ use std::{
 use clap::Args;
 use holdfast_common::{
     ServerId,
-    cluster::ServerState,
     config::{ClientConfig, StorageConfig, StorageOptions},
     net::{identity::Role, tls::Credentials},
     wire::meta::ClusterStatus,
@@ -436,7 +435,7 @@ fn storage_id(daemon: &Daemon) -> CliResult<ServerId> {
 }
 
 fn is_up(status: &ClusterStatus, id: ServerId) -> bool {
-    status.servers.iter().any(|server| server.id == id && server.state == ServerState::Up)
+    status.servers.iter().any(|server| server.id == id && server.state.is_up())
 }
 
 fn free_address(taken: &[SocketAddr]) -> CliResult<SocketAddr> {

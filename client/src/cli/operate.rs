@@ -5,7 +5,7 @@ use std::{thread, time::Duration};
 use clap::{Args, Subcommand};
 use holdfast_common::{
     ServerId, Time,
-    cluster::{ServerState, Standing},
+    cluster::Standing,
     config::ClientConfig,
     wire::meta::{AdminRequest, ClusterStatus, MetaAnswer, ServerStatus},
 };
@@ -62,7 +62,8 @@ pub(super) struct DrainArgs {
 pub(super) struct RemoveArgs {
     #[command(flatten)]
     pub which: Which,
-    /// Whatever speaks against it: of a server that is down, what nobody else has is LOST
+    /// Whatever speaks against it: of a server that is down, what nobody else has is LOST. With `--no-wait`, to be said again if the
+    /// metadata server is restarted before it is done
     #[arg(long)]
     pub force: bool,
     /// Return at once
@@ -242,9 +243,9 @@ fn until_empty(config: &ClientConfig, which: &Which, standing: Standing, force: 
         let hindrance = hindrance(&servers, server, replicas);
         if hindrance != hindered {
             say(hindrance.as_deref().unwrap_or("going on"))?;
-            if force {
-                // The metadata server forgets that when it is started anew.
-                order(config, which.server, standing, true)?;
+            if force && standing == Standing::Leaving && hindrance.is_some() {
+                // The metadata server forgets that when it is started anew. It may be gone by now, too: the next look tells.
+                drop(order(config, which.server, standing, true));
             }
             hindered = hindrance;
         }
@@ -264,7 +265,7 @@ fn hindrance(servers: &[ServerStatus], emptied: &ServerStatus, replicas: u64) ->
         return Some(format!("waiting: {}", emptied.hindered));
     }
     let takes = |status: &&ServerStatus| {
-        status.id != emptied.id && status.standing == Standing::Serving && status.state == ServerState::Up
+        status.id != emptied.id && status.standing == Standing::Serving && status.state.is_up()
     };
     let takers = servers.iter().filter(takes).count();
     ((takers as u64) < replicas).then(|| {
@@ -278,7 +279,7 @@ fn hindrance(servers: &[ServerStatus], emptied: &ServerStatus, replicas: u64) ->
 
 #[cfg(test)]
 mod tests {
-    use holdfast_common::{BootId, wire::meta::StorageLoad};
+    use holdfast_common::{BootId, cluster::ServerState, wire::meta::StorageLoad};
 
     use super::*;
 

@@ -11,7 +11,7 @@ use std::{
 use clap::Args;
 use holdfast_common::{
     Replicas,
-    cluster::{ServerState, Standing},
+    cluster::Standing,
     config::ClientConfig,
     limits::REPLICAS_MAX,
     wire::meta::{AdminRequest, ClusterStatus, MetaAnswer, REPLICAS_ATTRIBUTE, ServerStatus},
@@ -36,7 +36,7 @@ const IDLE_LOOKS: u32 = 20;
 /// Without a number, shows the cluster's. With a number alone, changes it: copies that are missing are made and those that are too many
 /// deleted, which goes on if this command is interrupted. With paths on a mount, sets a number of their own for these and everything below;
 /// what is made there later has it too. Each block has the most copies that any of its files wants. Refused, with the reasons, if there are
-/// not enough servers.
+/// not enough servers; of paths that is looked at, and the copies waited for, if `--dir` or `--config` says which cluster they are of.
 /// `getfattr -n holdfast.replicas PATH` shows what a file or directory has.
 #[derive(Debug, Args)]
 pub(super) struct ReplicasArgs {
@@ -134,20 +134,16 @@ struct Set {
     directories: u64,
 }
 
-/// The cluster, if one is named, or there is one where it is looked for unnamed: who only has a mount may do without.
+/// The cluster, if one is named: the mount may be another one's than that which is here, and who only has a mount may do without.
 fn cluster(target: &Target) -> CliResult<Option<ClientConfig>> {
     let is_named = target.dir.is_some() || target.config.is_some();
-    match target.load() {
-        Ok(config) => Ok(Some(config)),
-        Err(error) if is_named => Err(error),
-        Err(_) => Ok(None),
-    }
+    is_named.then(|| target.load()).transpose()
 }
 
 /// Why what is at some paths should not have so many copies now; `None`: nothing speaks against it.
 fn objection(status: &ClusterStatus, replicas: Replicas) -> Option<String> {
     let count = replicas.own()?;
-    let takes = |it: &&ServerStatus| it.state == ServerState::Up && it.standing == Standing::Serving;
+    let takes = |it: &&ServerStatus| it.state.is_up() && it.standing == Standing::Serving;
     let takers = status.servers.iter().filter(takes).count();
     (takers < count).then(|| {
         format!("{count} copies need {count} storage servers that are up and take blocks: there are {takers} (--force sets it all the same)")

@@ -9,7 +9,6 @@ use std::{
 use clap::Args;
 use holdfast_common::{
     ServerId,
-    cluster::ServerState,
     config::ClientConfig,
     wire::meta::{AdminRequest, ServerStatus, StorageLoad},
 };
@@ -112,7 +111,7 @@ fn ago(secs: u64) -> String {
 
 /// What servers that are up have done.
 fn loads(config: &ClientConfig) -> CliResult<BTreeMap<ServerId, StorageLoad>> {
-    let up = ask_status(config)?.servers.into_iter().filter(|server| server.state == ServerState::Up);
+    let up = ask_status(config)?.servers.into_iter().filter(|server| server.state.is_up());
     Ok(up.map(|server| (server.id, server.load)).collect())
 }
 
@@ -143,7 +142,11 @@ fn until_passed(config: &ClientConfig, before: &BTreeMap<ServerId, StorageLoad>)
 
 #[cfg(test)]
 mod tests {
-    use holdfast_common::{BootId, cluster::Standing, wire::meta::StorageLoad};
+    use holdfast_common::{
+        BootId,
+        cluster::{ServerState, Standing},
+        wire::meta::StorageLoad,
+    };
 
     use super::*;
 

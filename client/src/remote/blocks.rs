@@ -196,7 +196,7 @@ impl BlockClient {
             let missing = put.wanted.saturating_sub(holders.len());
             let next = |holders: &[ServerId], avoided: bool| {
                 placement::candidates_beside(&map, put.block.hash(), holders, |server| {
-                    put.tried.contains(&server) || self.health.avoided(server) != avoided
+                    put.tried.contains(&server) || holders.contains(&server) || self.health.avoided(server) != avoided
                 })
             };
             let well = next(&holders, false);

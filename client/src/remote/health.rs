@@ -13,6 +13,8 @@ const AVOID_MAX: Duration = Duration::from_secs(4);
 /// A slow answer is forgotten by half in this time, so that a server that has recovered is tried again.
 const FORGET_HALF: Duration = Duration::from_secs(3);
 const HEDGE_MIN: Duration = Duration::from_millis(20);
+/// And when too many are already.
+const HEDGE_SPARINGLY: Duration = Duration::from_millis(100);
 const HEDGE_MAX: Duration = Duration::from_secs(1);
 /// Of so many requests one may be asked of a second server early; so many may be saved up. Where all servers are slow because there is
 /// so much to do, more requests would make it worse.
@@ -89,9 +91,11 @@ impl Health {
     /// When one more of `servers` should be asked for the same: when the fastest would have answered long ago, if there are not too many
     /// such requests already (the tail at scale, Dean and Barroso, 2013).
     pub fn hedge_after(&self, servers: &[ServerId]) -> Duration {
-        let expected = servers.iter().map(|server| self.with(*server, |seen, now| seen.cost(now)));
-        let least = if *self.hedges.lock() >= 1.0 { HEDGE_MIN } else { HEDGE_MAX };
-        Duration::from_secs_f64(expected.fold(f64::INFINITY, f64::min).min(1.0) * 4.0).clamp(least, HEDGE_MAX)
+        let well = servers.iter().copied().filter(|server| !self.avoided(*server));
+        // What was seen last, however long ago: silence is no sign of speed.
+        let expected = well.map(|server| self.with(server, |seen, _| seen.latency * f64::from(seen.in_flight.max(1))));
+        let least = if *self.hedges.lock() >= 1.0 { HEDGE_MIN } else { HEDGE_SPARINGLY };
+        Duration::from_secs_f64(expected.fold(1.0, f64::min) * 4.0).clamp(least, HEDGE_MAX)
     }
 
     /// One more server is asked, early or not.
@@ -201,7 +205,9 @@ mod tests {
         assert_eq!(health.hedge_after(&[B, A]), HEDGE_MIN, "whatever is known of the slow one");
         assert!(health.hedge_after(&[B]) > HEDGE_MIN * 10);
         (0..40).for_each(|_| health.hedged());
-        assert_eq!(health.hedge_after(&[B, A]), HEDGE_MAX, "all are slow");
+        assert_eq!(health.hedge_after(&[B, A]), HEDGE_SPARINGLY, "all are slow");
+        health.failed(A);
+        assert!(health.hedge_after(&[B, A]) > HEDGE_SPARINGLY, "whoever is avoided says nothing");
         (0..100).for_each(|_| health.start(A).answered());
         let again =
             (0..100).take_while(|_| health.hedge_after(&[B, A]) == HEDGE_MIN).inspect(|_| health.hedged()).count();

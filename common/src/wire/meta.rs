@@ -926,7 +926,7 @@ pub struct ClusterStatus {
     pub blocks: u64,
     /// Blocks by number of copies: `[0]` none, ... `[3]` three or more.
     pub blocks_by_copies: [u64; 4],
-    /// Blocks that are owed a copy.
+    /// Blocks that are owed a copy, but for those of which there is none.
     pub owed: u64,
     /// Copies made by the system since the cluster was made: owed ones paid, bad ones replaced.
     pub copies_made: u64,

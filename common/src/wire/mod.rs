@@ -10,6 +10,6 @@ pub mod meta;
 pub mod storage;
 
 /// Negotiated in TLS: service and version. Another version is another name.
-pub const ALPN: &[u8] = b"holdfast/7";
+pub const ALPN: &[u8] = b"holdfast/8";
 /// The one conversation that needs no certificate: a token against a certificate.
 pub const ALPN_ENROL: &[u8] = b"holdfast-enrol/1";

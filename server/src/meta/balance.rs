@@ -150,7 +150,7 @@ impl Balancer {
 
     async fn round(&mut self) -> Result<(), Fault> {
         // Who is short of copies goes first.
-        if self.core.store.view()?.counters().owed > 0 {
+        if self.core.store.view()?.counters().payable() > 0 {
             if self.core.balance_wanted.swap(false, Ordering::Relaxed) {
                 let note = Note::new(Severity::Warning, PLACE, "are not balanced now, as the operator wants");
                 self.core.tell(note.doing("blocks that are owed a copy go first"));

@@ -280,8 +280,10 @@ impl Cluster {
             self.members.remove(&id);
         } else if let Some(member) = self.members.get_mut(&id) {
             member.change(now, |member| {
+                if member.standing != standing {
+                    (member.left, member.hindered) = (None, String::new());
+                }
                 member.standing = standing;
-                (member.left, member.hindered) = (None, String::new());
                 member.info.state = shown(member.state, standing, member.rhythm.is_steady(member.heard));
             });
         }
@@ -390,6 +392,16 @@ impl Cluster {
 
     pub fn is_up(&self, id: ServerId) -> bool {
         self.members.get(&id).is_some_and(|member| member.state == ServerState::Up)
+    }
+
+    /// Has it been silent for so long that nobody waits for it any more?
+    pub fn is_down(&self, id: ServerId) -> bool {
+        self.members.get(&id).is_some_and(|member| member.state == ServerState::Down)
+    }
+
+    /// Was what it has compared with the record since it came up?
+    pub fn was_looked_through(&self, id: ServerId) -> bool {
+        self.members.get(&id).is_some_and(|member| member.looked_through)
     }
 
     pub fn up(&self) -> Vec<ServerId> {
@@ -546,6 +558,63 @@ mod tests {
         cluster.heard(ServerId(1), beat(1 << 40), 20 * SECOND);
         assert!(cluster.is_up(ServerId(1)));
         assert_eq!(cluster.version(), before + 1);
+    }
+
+    #[test]
+    fn a_server_shows_since_when_and_why_it_is_as_it_is() {
+        let mut cluster = cluster();
+        let id = ServerId(1);
+        let seen = |cluster: &Cluster, now: Duration| {
+            let status = &cluster.status(now)[0];
+            (status.state, status.since_ms, status.reason.clone())
+        };
+        cluster.heard(id, beat(1 << 40), SECOND);
+        let (state, since_ms, reason) = seen(&cluster, 2 * SECOND);
+        assert_eq!((state, since_ms), (ServerState::Joining, 1000));
+        assert!(reason.contains("compared with what it is on record for") && cluster.takes_blocks(id), "{reason}");
+        cluster.looked_through(id, 2 * SECOND);
+        cluster.heard(id, beat(1 << 40), 3 * SECOND);
+        assert_eq!(seen(&cluster, 5 * SECOND), (ServerState::Up, 3000, String::new()));
+        cluster.tick(6 * SECOND);
+        assert_eq!(seen(&cluster, 7 * SECOND), (ServerState::Suspect, 1000, "silent".to_owned()));
+        cluster.heard(id, beat(1 << 40), 8 * SECOND);
+        assert_eq!(seen(&cluster, 8 * SECOND).0, ServerState::Up, "what it has is known");
+        cluster.failed(id, "its disk".to_owned(), 9 * SECOND);
+        assert_eq!(seen(&cluster, 9 * SECOND), (ServerState::Suspect, 0, "has stopped: its disk".to_owned()));
+        assert!(!cluster.takes_blocks(id));
+        cluster.tick(30 * SECOND);
+        cluster.heard(id, beat(1 << 40), 31 * SECOND);
+        assert!(
+            seen(&cluster, 31 * SECOND).0 == ServerState::Joining && !cluster.was_looked_through(id),
+            "it was down"
+        );
+        cluster.looked_through(id, 31 * SECOND);
+        cluster.stand(id, Standing::Draining, 32 * SECOND);
+        assert_eq!(seen(&cluster, 34 * SECOND), (ServerState::Up, 2000, "the operator wants it so".to_owned()));
+        cluster.note_left(id, 5, "nobody takes them".to_owned());
+        let hindered = |cluster: &Cluster| cluster.status(34 * SECOND)[0].hindered.clone();
+        cluster.stand(id, Standing::Draining, 33 * SECOND);
+        assert_eq!(hindered(&cluster), "nobody takes them", "the same order again changes nothing");
+        cluster.stand(id, Standing::Serving, 33 * SECOND);
+        assert_eq!(hindered(&cluster), "");
+    }
+
+    #[test]
+    fn copies_are_fetched_from_whoever_has_least_to_do_and_from_each_in_turn() {
+        let mut cluster = cluster();
+        let busy = |disk_busy_percent| {
+            let load = StorageLoad { disk_busy_percent, ..beat(1 << 40).load };
+            Heartbeat { load, ..beat(1 << 40) }
+        };
+        let holders = [ServerId(1), ServerId(2), ServerId(3)];
+        let firsts = |cluster: &Cluster| {
+            let block = |n: u8| BlockHash([n; 32]);
+            (0..30).map(|n| cluster.sources(block(n), &holders)[0].server.0).collect::<Vec<_>>()
+        };
+        holders.iter().for_each(|id| cluster.heard(*id, busy(10), SECOND));
+        assert!((1..=3).all(|id| firsts(&cluster).iter().filter(|first| **first == id).count() == 10));
+        cluster.heard(ServerId(2), busy(90), SECOND);
+        assert!(!firsts(&cluster).contains(&2), "it is busy");
     }
 
     #[test]

@@ -13,9 +13,11 @@ use holdfast_common::{
     placement::candidates_beside,
     wire::storage::{Source, StorageAnswer, StorageRequest},
 };
+use parking_lot::Mutex;
 use tokio::task::JoinSet;
 
 use super::{
+    budget::Budget,
     committer::Proposer,
     core::{Core, Fault, ask},
     state::{
@@ -31,6 +33,10 @@ const OWED_ROUND: usize = 1024;
 /// Pages of last copies in a row of which none could be copied.
 const PAGES_IN_VAIN: u32 = 8;
 const OBTAIN_DEADLINE: Duration = Duration::from_secs(30);
+/// Copies that are put on record together.
+const RECORDED_AT_ONCE: usize = 256;
+/// Between two looks for a place, when others have all.
+const PLACE_INTERVAL: Duration = Duration::from_millis(20);
 
 /// One copy to be made.
 #[derive(Debug)]
@@ -143,82 +149,138 @@ pub async fn make(
     peers: &Arc<dyn Peers>,
     orders: Vec<Order>,
 ) -> Result<usize, Fault> {
-    let mut count = 0;
-    for ((server, boot, epoch), blocks) in carry_out(core, peers, orders).await? {
-        count += blocks.len();
-        core.copy_rate.lock().note(blocks.len() as u64, core.clock.monotonic());
-        // Made copies are durable; noting them costs a sync at most, and trusts nobody.
-        blocks.iter().for_each(|hash| core.unsynced.lock().add(server, boot, *hash));
-        if let Err(refusal) = proposer.propose(Command::HolderAdded { server, blocks, epoch }).await {
-            tracing::debug!(%server, %refusal, "copies could not be recorded yet");
+    let (mut count, mut waiting) = (0, Waiting(orders.into()));
+    while !waiting.0.is_empty() {
+        for ((server, boot, epoch), blocks) in carry_out(core, peers, &mut waiting).await? {
+            count += blocks.len();
+            core.copy_rate.lock().note(blocks.len() as u64, core.clock.monotonic());
+            // Made copies are durable; noting them costs a sync at most, and trusts nobody.
+            blocks.iter().for_each(|hash| core.unsynced.lock().add(server, boot, *hash));
+            if let Err(refusal) = proposer.propose(Command::HolderAdded { server, blocks, epoch }).await {
+                tracing::debug!(%server, %refusal, "copies could not be recorded yet");
+            }
         }
     }
     Ok(count)
 }
 
-/// Orders that nobody carries out yet, and how many each server is carrying out: one that hangs is not to hold up the others.
-struct Waiting {
-    orders: VecDeque<Order>,
-    under_way: BTreeMap<ServerId, usize>,
+/// Copies that are under way, whoever wants them: all duties share one budget.
+#[derive(Debug, Default)]
+pub struct UnderWay(Mutex<BTreeMap<ServerId, usize>>);
+
+/// A place for one copy, until it is dropped.
+#[derive(Debug)]
+pub struct Place {
+    all: Arc<UnderWay>,
+    target: ServerId,
 }
 
+impl UnderWay {
+    /// `None`: there are as many already as there may be, all together or to this server.
+    pub fn begin(self: &Arc<Self>, target: ServerId, budget: &Budget) -> Option<Place> {
+        let mut all = self.0.lock();
+        let is_full = all.values().sum::<usize>() >= budget.copies_at_once();
+        if is_full || all.get(&target).is_some_and(|count| *count >= budget.copies_to_one()) {
+            return None;
+        }
+        *all.entry(target).or_default() += 1;
+        Some(Place { all: Arc::clone(self), target })
+    }
+}
+
+impl Drop for Place {
+    fn drop(&mut self) {
+        let mut all = self.all.0.lock();
+        if let Some(count) = all.get_mut(&self.target) {
+            *count -= 1;
+        }
+        all.retain(|_, count| *count > 0);
+    }
+}
+
+/// Orders that nobody carries out yet.
+struct Waiting(VecDeque<Order>);
+
 impl Waiting {
-    fn new(orders: Vec<Order>) -> Self {
-        Self { orders: orders.into(), under_way: BTreeMap::new() }
+    /// The first for which there is a place.
+    fn next(&mut self, mut begin: impl FnMut(ServerId) -> Option<Place>) -> Option<(Order, Place)> {
+        let mut refused = BTreeSet::new();
+        let (at, place) = self.0.iter().enumerate().find_map(|(at, order)| {
+            let place = if refused.contains(&order.target) { None } else { begin(order.target) };
+            if place.is_none() {
+                refused.insert(order.target);
+            }
+            place.map(|place| (at, place))
+        })?;
+        Some((self.0.remove(at)?, place))
     }
 
-    /// The first of those whose servers carry out fewer than `most`.
-    fn next(&mut self, most: usize) -> Option<Order> {
-        let has_room = |order: &Order| self.under_way.get(&order.target).is_none_or(|count| *count < most);
-        let order = self.orders.remove(self.orders.iter().position(has_room)?)?;
-        *self.under_way.entry(order.target).or_default() += 1;
-        Some(order)
-    }
-
-    fn done(&mut self, target: ServerId) {
-        self.under_way.entry(target).and_modify(|count| *count -= 1);
+    /// It does not answer: whatever else it was to get comes again with the next round.
+    fn give_up(&mut self, target: ServerId) {
+        self.0.retain(|order| order.target != target);
     }
 }
 
 type Made = BTreeMap<(ServerId, BootId, Epoch), Vec<BlockHash>>;
 
-/// Returns who now has which, under which boot, and stamped with what.
-async fn carry_out(core: &Arc<Core>, peers: &Arc<dyn Peers>, orders: Vec<Order>) -> Result<Made, Fault> {
-    let mut made = Made::new();
+/// What came of an order.
+enum Outcome {
+    Copied(BootId),
+    /// The target says why not.
+    Refused,
+    Mute,
+}
+
+/// Carries out some. Returns who now has which, under which boot, and stamped with what.
+async fn carry_out(core: &Arc<Core>, peers: &Arc<dyn Peers>, waiting: &mut Waiting) -> Result<Made, Fault> {
+    let (mut made, mut begun) = (Made::new(), 0);
     let mut running = JoinSet::new();
-    let mut waiting = Waiting::new(orders);
     loop {
-        while running.len() < core.budget.lock().copies_at_once()
-            && let Some(order) = waiting.next(core.budget.lock().copies_to_one())
+        while begun < RECORDED_AT_ONCE
+            && let Some((order, place)) = waiting.next(|target| core.copies.begin(target, &core.budget.lock()))
         {
+            begun += 1;
             let (core, peers) = (Arc::clone(core), Arc::clone(peers));
-            running.spawn(async move { (order.target, obtain(&core, &*peers, order).await) });
+            running.spawn(async move {
+                let copy = (order.target, order.epoch, order.block);
+                let outcome = obtain(&core, &*peers, order).await;
+                drop(place);
+                (copy, outcome)
+            });
         }
-        let Some(outcome) = running.join_next().await else { return Ok(made) };
-        let (target, copy) = outcome.map_err(|_| Fault::Thread)?;
-        waiting.done(target);
-        if let Some((server, boot, epoch, block)) = copy {
-            made.entry((server, boot, epoch)).or_default().push(block);
+        let Some(outcome) = running.join_next().await else {
+            if begun == 0 && !waiting.0.is_empty() {
+                // Others have all the places.
+                tokio::time::sleep(PLACE_INTERVAL).await;
+                continue;
+            }
+            return Ok(made);
+        };
+        let ((server, epoch, block), outcome) = outcome.map_err(|_| Fault::Thread)?;
+        match outcome {
+            Outcome::Copied(boot) => made.entry((server, boot, epoch)).or_default().push(block),
+            Outcome::Refused => {}
+            Outcome::Mute => waiting.give_up(server),
         }
     }
 }
 
-async fn obtain(core: &Core, peers: &dyn Peers, order: Order) -> Option<(ServerId, BootId, Epoch, BlockHash)> {
+async fn obtain(core: &Core, peers: &dyn Peers, order: Order) -> Outcome {
     let Order { block, target, sources, epoch } = order;
-    let to = core.cluster.lock().endpoint(target)?;
+    let Some(to) = core.cluster.lock().endpoint(target) else { return Outcome::Mute };
     match ask(peers, to, &StorageRequest::Obtain { block, sources, epoch }, OBTAIN_DEADLINE).await {
-        Ok(Ok(StorageAnswer::Obtained { boot })) => Some((target, boot, epoch, block)),
+        Ok(Ok(StorageAnswer::Obtained { boot })) => Outcome::Copied(boot),
         Ok(Ok(other)) => {
             tracing::warn!(%block, server = %target, ?other, "an answer that does not fit an order for a copy");
-            None
+            Outcome::Refused
         }
         Ok(Err(refusal)) => {
             tracing::warn!(%block, server = %target, %refusal, "an owed copy could not be made");
-            None
+            Outcome::Refused
         }
         Err(error) => {
             tracing::debug!(%block, server = %target, %error, "an owed copy could not be made");
-            None
+            Outcome::Mute
         }
     }
 }
@@ -235,12 +297,23 @@ mod tests {
             sources: Vec::new(),
             epoch: Epoch(0),
         };
-        let mut waiting = Waiting::new(vec![order(1, 1), order(2, 1), order(3, 1), order(4, 2), order(5, 1)]);
-        let next = |waiting: &mut Waiting| waiting.next(2).map(|order| order.block.0[0]);
-        assert_eq!([0; 4].map(|_| next(&mut waiting)), [Some(1), Some(2), Some(4), None]);
-        waiting.done(ServerId(1));
-        assert_eq!([0; 2].map(|_| next(&mut waiting)), [Some(3), None]);
-        waiting.done(ServerId(1));
-        assert_eq!([0; 2].map(|_| next(&mut waiting)), [Some(5), None]);
+        let (copies, budget) = (Arc::<UnderWay>::default(), Budget::default());
+        let to_one = u8::try_from(budget.copies_to_one()).expect("few");
+        let orders = (0..to_one + 2).map(|block| order(block, 1)).chain([order(100, 2), order(101, 1)]);
+        let mut waiting = Waiting(orders.collect());
+        let mut places = Vec::new();
+        let next = |waiting: &mut Waiting, places: &mut Vec<Place>| {
+            let (order, place) = waiting.next(|target| copies.begin(target, &budget))?;
+            places.push(place);
+            Some(order.block.0[0])
+        };
+        let begun: Vec<u8> = std::iter::from_fn(|| next(&mut waiting, &mut places)).collect();
+        assert_eq!(begun, (0..to_one).chain([100]).collect::<Vec<_>>());
+        places.remove(0);
+        assert_eq!(next(&mut waiting, &mut places), Some(to_one));
+        waiting.give_up(ServerId(1));
+        assert!(waiting.0.is_empty());
+        places.clear();
+        assert!(copies.0.lock().is_empty());
     }
 }

@@ -30,6 +30,7 @@ use super::{
     budget::Budget,
     cluster::Cluster,
     committer::Proposer,
+    copier::UnderWay,
     copy_rate::CopyRate,
     journal::{Journal, Note},
     leases::{ChangingNames, Leases},
@@ -100,7 +101,9 @@ pub struct Core {
     pub bad_copies: Mutex<BadCopies>,
     /// Servers that are to leave also if nobody else has what they have.
     pub given_up: Mutex<BTreeSet<ServerId>>,
-    /// How many copies have been made lately.
+    /// Copies that are being made.
+    pub copies: Arc<UnderWay>,
+    /// How many have been made lately.
     pub copy_rate: Mutex<CopyRate>,
     /// Why the servers cannot be made equally full; empty: nothing hinders.
     pub balance_hindered: Mutex<String>,
@@ -214,6 +217,7 @@ impl Core {
             backed_up: Mutex::default(),
             bad_copies: Mutex::default(),
             given_up: Mutex::default(),
+            copies: Arc::default(),
             copy_rate: Mutex::default(),
             balance_hindered: Mutex::default(),
             thin: Mutex::default(),

@@ -138,12 +138,17 @@ impl Drainer {
         if self.core.cluster.lock().is_up(server) {
             return Ok(0);
         }
-        let is_given_up = self.core.given_up.lock().contains(&server);
+        // Who is late for a moment is not gone.
+        let gone: BTreeSet<ServerId> = {
+            let cluster = self.core.cluster.lock();
+            self.core.given_up.lock().iter().copied().filter(|given_up| cluster.is_down(*given_up)).collect()
+        };
+        let is_given_up = gone.contains(&server);
         let view = self.core.store.view()?;
         let mut given_up = Vec::new();
         for block in page {
             let Some(row) = blocks::block(&*view, *block)? else { continue };
-            if row.refs == 0 || (is_given_up && row.holders == [server]) {
+            if row.refs == 0 || (is_given_up && row.holders.iter().all(|holder| gone.contains(holder))) {
                 given_up.push(*block);
             }
         }

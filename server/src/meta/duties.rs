@@ -103,8 +103,10 @@ fn judge_servers(core: &Core) {
             Some(times) => Note::new(Severity::Warning, place, format!("is {times:.0} times as slow as the others"))
                 .meaning("what is read from it and written to it waits")
                 .doing("it gets fewer new blocks; mounts read from others"),
-            None => Note::new(Severity::Info, place, "is as fast as the others again")
-                .doing("it gets its share of new blocks"),
+            None => {
+                Note::new(Severity::Info, place, "is as fast as the others again, or was hardly asked for a minute")
+                    .doing("it gets its share of new blocks")
+            }
         });
     }
 }

@@ -32,6 +32,8 @@ const RETRY_MAX: Duration = Duration::from_secs(600);
 const ROUND: usize = 256;
 const TICK: Duration = Duration::from_millis(500);
 const REPAIR_DEADLINE: Duration = Duration::from_secs(30);
+/// Between two looks for a place, when others have all.
+const PLACE_INTERVAL: Duration = Duration::from_millis(20);
 
 type Copy = (ServerId, BlockHash);
 
@@ -119,26 +121,42 @@ impl Mender {
         let mut counts: BTreeMap<ServerId, (u64, u64)> = BTreeMap::new();
         let mut failed = Vec::new();
         let mut running = JoinSet::new();
-        let mut waiting = bad.into_iter();
+        let mut waiting = bad.into_iter().peekable();
         loop {
-            while running.len() < self.core.budget.lock().copies_at_once()
+            while let Some(((server, _), _)) = waiting.peek()
+                && let Some(place) = self.core.copies.begin(*server, &self.core.budget.lock())
                 && let Some(((server, block), waited)) = waiting.next()
             {
                 let (core, peers) = (Arc::clone(&self.core), Arc::clone(&self.peers));
-                running.spawn(async move { (server, block, waited, repair(&core, &*peers, server, block).await) });
+                running.spawn(async move {
+                    let repaired = repair(&core, &*peers, server, block).await;
+                    drop(place);
+                    (server, block, waited, repaired)
+                });
             }
-            let Some(outcome) = running.join_next().await else { break };
-            let (server, block, waited, repaired) = outcome.map_err(|_| Fault::Thread)?;
-            if repaired? {
-                counts.entry(server).or_default().0 += 1;
-                self.record(server, block).await;
+            let Some(outcome) = running.join_next().await else {
+                if waiting.peek().is_none() {
+                    break;
+                }
+                // Others have all the places.
+                tokio::time::sleep(PLACE_INTERVAL).await;
                 continue;
+            };
+            let (server, block, waited, repaired) = outcome.map_err(|_| Fault::Thread)?;
+            match repaired? {
+                Repair::Done => {
+                    counts.entry(server).or_default().0 += 1;
+                    self.record(server, block).await;
+                }
+                Repair::Moot => {}
+                Repair::Failed => {
+                    // It stays on record, for it may be better than none. That it is still bad is not told again.
+                    if waited.is_zero() {
+                        counts.entry(server).or_default().1 += 1;
+                    }
+                    failed.push(((server, block), waited));
+                }
             }
-            // It stays on record, for it may be better than none. That it is still bad is not told again.
-            if waited.is_zero() {
-                counts.entry(server).or_default().1 += 1;
-            }
-            failed.push(((server, block), waited));
         }
         self.core.bad_copies.lock().finish(failed, self.core.clock.monotonic());
         counts.into_iter().for_each(|(server, counts)| self.core.tell(note(server, counts)));
@@ -166,23 +184,31 @@ fn note(server: ServerId, (mended, left): (u64, u64)) -> Note {
     }
 }
 
-/// `false`: it is still bad there.
-async fn repair(core: &Core, peers: &dyn Peers, server: ServerId, block: BlockHash) -> Result<bool, Fault> {
-    let Some(row) = blocks::block(&*core.store.view()?, block)? else { return Ok(true) };
-    if core.cluster.lock().standing(server).is_none() {
-        return Ok(true);
-    }
+/// What came of the order to put a good copy in the place of a bad one.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Repair {
+    Done,
+    /// Nobody needs it any more: the block is gone, or the server, or it is not on record for it.
+    Moot,
+    /// It is still bad there.
+    Failed,
+}
+
+async fn repair(core: &Core, peers: &dyn Peers, server: ServerId, block: BlockHash) -> Result<Repair, Fault> {
+    let row = blocks::block(&*core.store.view()?, block)?;
+    let Some(row) = row.filter(|row| row.holders.contains(&server)) else { return Ok(Repair::Moot) };
     let (to, sources) = {
         let cluster = core.cluster.lock();
         let others: Vec<ServerId> = row.holders.into_iter().filter(|holder| *holder != server).collect();
-        (cluster.endpoint(server), cluster.sources(block, &others))
+        // Nobody waits for one that is away: it is tried again later.
+        (cluster.endpoint(server).filter(|_| cluster.is_up(server)), cluster.sources(block, &others))
     };
-    let Some(to) = to else { return Ok(false) };
+    let Some(to) = to else { return Ok(Repair::Failed) };
     match ask(peers, to, &StorageRequest::Repair { block, sources }, REPAIR_DEADLINE).await {
-        Ok(Ok(StorageAnswer::Repaired { .. })) => Ok(true),
+        Ok(Ok(StorageAnswer::Repaired { .. })) => Ok(Repair::Done),
         other => {
             tracing::warn!(%block, %server, ?other, "a bad copy could not be replaced");
-            Ok(false)
+            Ok(Repair::Failed)
         }
     }
 }

@@ -2,7 +2,7 @@
 
 use holdfast_common::{
     ServerId,
-    cluster::{ServerState, Standing},
+    cluster::Standing,
     enough_replicas,
     wire::meta::{ServerStatus, Severity},
 };
@@ -67,14 +67,13 @@ pub fn objections(cluster: &Cluster, server: ServerId, standing: Standing, surve
 
 /// What a server that is down has alone is lost when it is removed.
 fn against_loss(this: &ServerStatus, survey: &Survey) -> Vec<String> {
-    let is_away = !matches!(this.state, ServerState::Up | ServerState::Joining);
+    let is_away = !this.state.is_up();
     let sentence = |count| format!("it is away, and {count} blocks have no copy on another server that is there");
     (is_away && survey.only_here > 0).then(|| sentence(survey.only_here)).into_iter().collect()
 }
 
 fn against_emptying(this: &ServerStatus, others: &[&ServerStatus], replicas: usize) -> Vec<String> {
-    let takers: Vec<_> =
-        others.iter().filter(|it| it.state == ServerState::Up && it.standing == Standing::Serving).collect();
+    let takers: Vec<_> = others.iter().filter(|it| it.state.is_up() && it.standing == Standing::Serving).collect();
     if takers.len() < replicas {
         return vec![format!(
             "{replicas} copies need {replicas} other storage servers that are up and take blocks: there are {}",
@@ -90,7 +89,7 @@ fn against_emptying(this: &ServerStatus, others: &[&ServerStatus], replicas: usi
 }
 
 fn against_absence(others: &[&ServerStatus], replicas: usize, survey: &Survey) -> Vec<String> {
-    let away = |it: &&&ServerStatus| it.state != ServerState::Up || matches!(it.standing, Standing::Maintenance { .. });
+    let away = |it: &&&ServerStatus| !it.state.is_up() || matches!(it.standing, Standing::Maintenance { .. });
     let gone: Vec<String> = others.iter().filter(away).map(|it| it.id.to_string()).collect();
     let left = others.len() - gone.len();
     let mut reasons = Vec::new();
@@ -112,8 +111,7 @@ fn against_absence(others: &[&ServerStatus], replicas: usize, survey: &Survey) -
 /// Why the cluster should not keep so many copies of everything: in sentences for the operator; empty if nothing speaks against it.
 pub fn objections_to_replicas(cluster: &Cluster, replicas: usize) -> Vec<String> {
     let all = cluster.status(Duration::MAX);
-    let takers: Vec<_> =
-        all.iter().filter(|it| it.state == ServerState::Up && it.standing == Standing::Serving).collect();
+    let takers: Vec<_> = all.iter().filter(|it| it.state.is_up() && it.standing == Standing::Serving).collect();
     if takers.len() < replicas {
         let there = takers.len();
         return vec![format!(
@@ -162,7 +160,7 @@ pub fn note(server: ServerId, standing: Standing) -> Note {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use holdfast_common::{BootId, limits::REPLICAS, wire::meta::StorageLoad};
+    use holdfast_common::{BootId, cluster::ServerState, limits::REPLICAS, wire::meta::StorageLoad};
 
     fn server(id: u32, state: ServerState, standing: Standing, free_bytes: u64) -> ServerStatus {
         ServerStatus {

@@ -70,7 +70,11 @@ impl Replacer {
             let cluster = self.core.cluster.lock();
             (cluster.up(), cluster.down_for(self.after, now), cluster.replicas())
         };
-        self.seen.retain(|server| up.contains(server));
+        // Who was down between two looks is looked through again.
+        {
+            let cluster = self.core.cluster.lock();
+            self.seen.retain(|server| up.contains(server) && cluster.was_looked_through(*server));
+        }
         self.replaced.retain(|server| gone.contains(server));
         for server in up.iter().copied().filter(|server| !self.seen.contains(server)).collect::<Vec<_>>() {
             if self.look_through(server).await? {

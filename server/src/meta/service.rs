@@ -581,7 +581,7 @@ impl Service {
     }
 
     fn rebalance(&self) -> Answer {
-        let owed = self.view()?.counters().owed;
+        let owed = self.view()?.counters().payable();
         if owed > 0 {
             return Ok(MetaAnswer::Declined(vec![format!("{owed} blocks are owed a copy, which go first")]));
         }
@@ -751,7 +751,7 @@ impl Service {
             inodes: counters.inodes,
             blocks: counters.blocks_by_copies.iter().sum(),
             blocks_by_copies: counters.blocks_by_copies,
-            owed: counters.owed,
+            owed: counters.payable(),
             copies_made: counters.copies_made,
             corrupt_copies_met: counters.corrupt_met,
             missing_copies_met: counters.missing_met,
@@ -763,7 +763,7 @@ impl Service {
             durable_through: self.core.durable(),
             replicas: cluster.replicas() as u64,
             replicas_followed_percent: followed_percent,
-            owed_secs: self.core.copy_rate.lock().secs_for(counters.owed, now),
+            owed_secs: self.core.copy_rate.lock().secs_for(counters.payable(), now),
             balance_hindered: self.core.balance_hindered.lock().clone(),
             bad_copies_waiting: self.core.bad_copies.lock().count() as u64,
             // Asked for, and not planned yet: something.

@@ -71,6 +71,8 @@ pub struct Spreader {
     settled_after: Duration,
     /// All blocks are as well spread as they can be over these.
     done: Vec<(ServerId, String)>,
+    /// A look that was interrupted: over which, and what came of it as far as it had come.
+    begun: (Vec<(ServerId, String)>, Option<BlockHash>, Outcome),
     /// Something could not be moved: not before then.
     resting_until: Duration,
 }
@@ -90,7 +92,15 @@ struct Outcome {
 
 impl Spreader {
     pub fn new(core: Arc<Core>, proposer: Proposer, peers: Arc<dyn Peers>, settled_after: Duration) -> Self {
-        Self { core, proposer, peers, settled_after, done: Vec::new(), resting_until: Duration::ZERO }
+        Self {
+            core,
+            proposer,
+            peers,
+            settled_after,
+            done: Vec::new(),
+            begun: Default::default(),
+            resting_until: Duration::ZERO,
+        }
     }
 
     pub async fn run(mut self) -> Result<(), Fault> {
@@ -110,12 +120,13 @@ impl Spreader {
 
     /// Who is short of copies goes first.
     fn may_move(&self) -> Result<bool, Fault> {
-        Ok(self.core.may_collect() && self.core.store.view()?.counters().owed == 0)
+        Ok(self.core.may_collect() && self.core.store.view()?.counters().payable() == 0)
     }
 
-    /// Begun again when the servers change meanwhile, or copies are owed.
+    /// Begun again when the servers change meanwhile; it waits while copies are owed.
     async fn look_through(&mut self, begun_with: Vec<(ServerId, String)>) -> Result<(), Fault> {
-        let (mut after, mut outcome) = (None, Outcome::default());
+        let (layout_then, after, outcome) = std::mem::take(&mut self.begun);
+        let (mut after, mut outcome) = if layout_then == begun_with { (after, outcome) } else { Default::default() };
         while has_zones(&begun_with) {
             let began = self.core.clock.monotonic();
             let page = blocks::rows_after(&*self.core.store.view()?, after, PAGE)?;
@@ -125,7 +136,7 @@ impl Spreader {
             outcome = Outcome { moved: outcome.moved + of_page.moved, left: outcome.left + of_page.left };
             tokio::time::sleep((self.core.clock.monotonic() - began) * IDLE_TIMES).await;
             if layout(&self.core.cluster.lock().map()) != begun_with || !self.may_move()? {
-                self.tell(outcome);
+                self.begun = (begun_with, after, outcome);
                 return Ok(());
             }
         }

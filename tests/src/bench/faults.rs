@@ -217,7 +217,8 @@ impl Stage {
         let (share, all) = (blocks_of_victim(&status)?, status.storage_sum("blocks"));
         ensure!(
             share * SERVERS as u64 * 2 > all,
-            "the server has {share} of {all} copies, less than half of its share"
+            "the server has {share} of {all} copies, less than half of its share; {}",
+            reason_of_victim(&status)
         );
         Ok(())
     }

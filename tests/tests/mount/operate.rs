@@ -268,7 +268,7 @@ fn wait_until_paid(ground: &Ground) {
     });
 }
 
-/// "What would leave data without a copy that can be read is refused, with the reasons; `--force` does it all the same."
+/// "What would leave data without a copy that can be read is refused, with the reasons; `--force` has it done."
 #[test]
 fn nothing_is_taken_away_that_nobody_else_has_unless_it_is_forced() {
     let ground = Ground::new(2, &[("down_after_ms", 3000), ("replace_after_secs", 1)]);

@@ -288,7 +288,6 @@ pub fn owed_after(rows: &impl Rows, debts: Debts, after: Option<BlockHash>, coun
     listed_after(rows, &[list], after.map(key), count)
 }
 
-/// Up to `count` blocks that a server is on record for, in order, after `after`.
 /// The next blocks that pieces name and that nobody is on record for.
 pub fn lost_after(rows: &impl Rows, mut after: Option<BlockHash>, count: usize) -> Result<Vec<BlockHash>> {
     let mut lost = Vec::new();
@@ -320,7 +319,7 @@ pub fn rows_after(rows: &impl Rows, after: Option<BlockHash>, count: usize) -> R
     Ok(found)
 }
 
-/// What a server is on record for.
+/// Up to `count` blocks that a server is on record for, in order, after `after`.
 pub fn held_after(
     rows: &impl Rows,
     server: ServerId,

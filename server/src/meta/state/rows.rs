@@ -473,6 +473,11 @@ impl Default for Counters {
 }
 
 impl Counters {
+    /// Blocks that are owed a copy and have one from which it can be made, now or when somebody is back: the others are lost.
+    pub fn payable(&self) -> u64 {
+        self.owed.saturating_sub(self.blocks_by_copies[0])
+    }
+
     /// Copies of what has no number of its own.
     pub fn replicas(&self) -> usize {
         self.replicas.or(REPLICAS)

@@ -79,6 +79,11 @@ pub(super) fn holder_lost(tables: &mut Tables<'_>, server: ServerId, hashes: &[B
 }
 
 pub(super) fn give_up(tables: &mut Tables<'_>, server: ServerId, hashes: &[BlockHash]) -> Result<Reply> {
+    let row = fetch(tables.state(), &key::server(server), ServerRow::decode)?;
+    if row.is_none_or(|row| row.standing != Standing::Leaving) {
+        // The operator has called it back meanwhile.
+        return Ok(Reply::Lost(0));
+    }
     let mut lost = 0;
     for hash in hashes {
         lost += usize::from(blocks::unhold_last(tables, *hash, server)?);

@@ -374,6 +374,28 @@ fn copies_are_owed_counted_paid_and_lost() {
 }
 
 #[test]
+fn the_last_copy_is_given_up_only_with_a_server_that_is_to_leave() {
+    use holdfast_common::cluster::Standing;
+    let mut world = World::new();
+    let ino = world.make(Ino::ROOT, "f", Kind::File).unwrap();
+    world.commit(vec![file(ino, vec![(0, piece(1, 0, 8, 0))], 0)], vec![block(1, 8, 2)]).unwrap();
+    let server = ServerId(1);
+    world.command(Command::HolderLost { server: ServerId(2), blocks: vec![hash(1)] }).unwrap();
+    let give_up = || Command::GiveUp { server, blocks: vec![hash(1), hash(2)] };
+    let lost = |world: &World| super::blocks::lost_after(&world.view(), None, 9).unwrap();
+    world.command(give_up()).unwrap();
+    assert_eq!(lost(&world), [], "it serves");
+    world.command(Command::Stand { server, standing: Standing::Leaving }).unwrap();
+    world.command(give_up()).unwrap();
+    assert_eq!(lost(&world), [hash(1)]);
+    assert_eq!((world.view().counters().owed, world.view().counters().payable()), (1, 0));
+    // Nobody can pay it; it goes with the file.
+    world.mutate(Op::Unlink { parent: Ino::ROOT, name: b"f".to_vec() }).unwrap();
+    world.command(Command::Reclaim { inos: vec![ino] }).unwrap();
+    assert_eq!((lost(&world), world.view().counters().owed), (vec![], 0));
+}
+
+#[test]
 fn a_bad_copy_that_was_not_replaced_is_owed_again() {
     use holdfast_common::wire::meta::CopyFault::{Damaged, Missing};
     let mut world = World::new();
