@@ -84,7 +84,7 @@ fn why(server: &ServerStatus) -> Option<String> {
 fn millis(micros: u32) -> String {
     match micros {
         0 => "-".to_owned(),
-        0..10_000 => format!("{}.{} ms", micros / 1000, micros % 1000 / 100),
+        1..10_000 => format!("{}.{} ms", micros / 1000, micros % 1000 / 100),
         _ => format!("{} ms", micros / 1000),
     }
 }

@@ -576,6 +576,7 @@ pub struct Holder {
 
 /// Role: storage, and only about itself.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[expect(clippy::large_enum_variant, reason = "nearly all are heartbeats")]
 pub enum StorageNotice {
     /// At start and then every second.
     Heartbeat { address: std::net::SocketAddr, zone: String, boot: BootId, load: StorageLoad },

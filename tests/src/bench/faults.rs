@@ -208,6 +208,9 @@ impl Stage {
     /// The victim has its share again of what was copied to others when it was away: everything for a moment, then what placement would choose.
     fn spread(&self) -> Result<()> {
         let directory = self.cluster.path().to_str().context("a path in UTF-8")?;
+        // One that was slow, while it deleted what others have by now, would keep few: that is forgotten when nobody asks it.
+        let is_well = || self.cluster.try_status().filter(|status| reason_of_victim(status).is_empty());
+        wait::try_until(NOTICED_LIMIT, is_well).context("the server stays slow")?;
         for replicas in [SERVERS, REPLICAS] {
             let spread = self.cluster.holdfast(&["replicas", &replicas.to_string(), "--dir", directory]);
             ensure!(spread.status.success(), "replicas: {}", String::from_utf8_lossy(&spread.stderr));

@@ -293,7 +293,7 @@ fn nothing_is_taken_away_that_nobody_else_has_unless_it_is_forced() {
     wait_until_paid(&ground);
     ground.mount.remount();
     for n in 0..12 {
-        assert!(fs::read(ground.mount.join(&format!("once/{n}"))).expect("read") == random_bytes(40 + n, MIB));
+        assert!(fs::read(ground.mount.join(format!("once/{n}"))).expect("read") == random_bytes(40 + n, MIB));
     }
 
     ground.cluster.storage(2).kill();
@@ -304,7 +304,7 @@ fn nothing_is_taken_away_that_nobody_else_has_unless_it_is_forced() {
     assert!(ground.is_intact(), "what had three copies is all there");
     let (well, said) = ground.operate(&["fsck"]);
     assert!(!well && said.contains("once/"), "what is lost is named: {said}");
-    let lost = (0..12).filter(|n| fs::read(ground.mount.join(&format!("once/{n}"))).is_err()).count();
+    let lost = (0..12).filter(|n| fs::read(ground.mount.join(format!("once/{n}"))).is_err()).count();
     assert!((1..12).contains(&lost), "{lost} of 12 are lost");
 }
 

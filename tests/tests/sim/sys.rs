@@ -1,11 +1,13 @@
 //! Chance and time of a simulation: what the system would be asked for, on threads that simulate.
 //!
-//! std, tokio and rand take the seeds of their hash maps and generators from `getrandom`, and the time from `clock_gettime`. A program
-//! may define either itself, which is what this one does: on every other thread they are the system's.
-#![allow(unsafe_code, reason = "two functions of the C library are defined here")]
+//! std, tokio and rand take the seeds of their hash maps and generators from `getrandom`, and the time from `clock_gettime`; what makes
+//! keys asks the kernel by `syscall`. A program may define them itself, which is what this one does: on every other thread they are the
+//! system's.
+#![allow(unsafe_code, reason = "three functions of the C library are defined here")]
 
 use std::{
     cell::Cell,
+    sync::atomic::{AtomicPtr, Ordering},
     time::{Duration, Instant},
 };
 
@@ -74,6 +76,46 @@ unsafe extern "C" fn getrandom(buffer: *mut c_void, length: size_t, flags: c_uin
     }
     CHANCE.set(Some(state));
     length.cast_signed()
+}
+
+type Syscall = unsafe extern "C" fn(c_long, c_long, c_long, c_long, c_long, c_long, c_long) -> c_long;
+
+/// The C library's own `syscall`. Whatever waits for another thread would ask for it itself.
+static SYSTEM: AtomicPtr<c_void> = AtomicPtr::new(std::ptr::null_mut());
+
+/// As syscall(2).
+///
+/// # Safety
+/// As the call that `number` stands for.
+#[unsafe(no_mangle)]
+unsafe extern "C" fn syscall(
+    number: c_long,
+    one: c_long,
+    two: c_long,
+    three: c_long,
+    four: c_long,
+    five: c_long,
+    six: c_long,
+) -> c_long {
+    if number == libc::SYS_getrandom && CHANCE.get().is_some() {
+        let buffer =
+            usize::try_from(one.cast_unsigned()).map_or(std::ptr::null_mut(), std::ptr::with_exposed_provenance_mut);
+        let length = size_t::try_from(two.cast_unsigned()).unwrap_or(0);
+        // SAFETY: the caller's promise is the same.
+        let got = unsafe { getrandom(buffer, length, c_uint::try_from(three).unwrap_or(0)) };
+        return c_long::try_from(got).unwrap_or(-1);
+    }
+    let mut system = SYSTEM.load(Ordering::Relaxed);
+    if system.is_null() {
+        // SAFETY: a name that ends with a zero.
+        system = unsafe { libc::dlsym(libc::RTLD_NEXT, c"syscall".as_ptr()) };
+        assert!(!system.is_null(), "the C library has this function");
+        SYSTEM.store(system, Ordering::Relaxed);
+    }
+    // SAFETY: it takes up to six arguments after the number, in the places of these, and looks at no more than the call has.
+    let system = unsafe { std::mem::transmute::<*mut c_void, Syscall>(system) };
+    // SAFETY: the caller's promise.
+    unsafe { system(number, one, two, three, four, five, six) }
 }
 
 /// As clock_gettime(2).

@@ -757,7 +757,7 @@ fn small_dead_blocks_give_their_space_back_and_their_neighbours_live_on() {
 
 #[test]
 fn rewriting_writes_no_more_than_was_new_and_dead_space_stays_within_its_bound() {
-    const LENGTH: u64 = 3000;
+    const LENGTH: u32 = 3000;
     let disk = TestDisk::new();
     let store = open(&disk);
     let size = || disk.paths(".seg").iter().map(|path| disk.edit(path, |bytes| bytes.len() as u64)).sum::<u64>();
@@ -767,12 +767,12 @@ fn rewriting_writes_no_more_than_was_new_and_dead_space_stays_within_its_bound()
         let mut dead = Vec::new();
         for _ in 0..100 {
             made += 1;
-            let new = block(made, LENGTH as usize);
+            let new = block(made, usize::try_from(LENGTH).unwrap());
             put_durable(&store, &new);
             living.push(new);
             if living.len() > 300 {
                 random = random.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
-                dead.push(living.swap_remove((random >> 33) as usize % living.len()).hash());
+                dead.push(living.swap_remove(usize::try_from(random >> 33).unwrap() % living.len()).hash());
             }
         }
         store.delete(&dead, Epoch(9)).unwrap();
@@ -780,16 +780,17 @@ fn rewriting_writes_no_more_than_was_new_and_dead_space_stays_within_its_bound()
         store.compact().unwrap();
         (0..2).for_each(|_| store.checkpoint().unwrap());
         let segments = disk.paths(".seg").len() as u64;
-        let bound =
-            2 * living.len() as u64 * (LENGTH + 100) + segments * options().waste_bytes + options().segment_bytes;
+        let bound = 2 * living.len() as u64 * (u64::from(LENGTH) + 100)
+            + segments * options().waste_bytes
+            + options().segment_bytes;
         assert!(size() <= bound, "{} bytes are taken, {bound} may be", size());
         most = most.max(size());
     }
-    let (new, (written, zeroes)) = (u64::from(made) * LENGTH, disk.segment_bytes());
+    let (new, (written, zeroes)) = (u64::from(made) * u64::from(LENGTH), disk.segment_bytes());
     assert!(written > new * 5 / 4, "{written} of {new}: nothing had to be rewritten, so nothing is shown");
     assert!(written < new * 2 * 21 / 20, "{written} bytes were written for {new} new ones");
     assert!(zeroes < written * 21 / 20, "{zeroes} zeroes went ahead of {written} bytes");
-    assert!(most > 300 * LENGTH * 3 / 2, "{most}: nothing was ever dead, so nothing is shown");
+    assert!(most > 300 * u64::from(LENGTH) * 3 / 2, "{most}: nothing was ever dead, so nothing is shown");
     living.iter().for_each(|block| assert_here(&store, block));
 }
 

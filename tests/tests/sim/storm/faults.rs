@@ -25,7 +25,7 @@ enum Fault {
     /// One call fails, and what was not synced is lost.
     DiskFails,
     /// An operator has a server emptied for a while, or gives it leave.
-    IsOrdered,
+    Orders,
 }
 
 /// How often each is drawn, by which no copy gets lost.
@@ -38,7 +38,7 @@ const HONEST: [(Fault, u32); 9] = [
     (Fault::OtherReplicas, 1),
     (Fault::ClockJumps, 1),
     (Fault::DiskIsFull, 1),
-    (Fault::IsOrdered, 2),
+    (Fault::Orders, 2),
 ];
 /// And by which some do.
 const DISHONEST: [(Fault, u32); 4] =
@@ -99,7 +99,7 @@ pub(super) async fn spoil(machines: &Arc<Mutex<Machines>>, admin: &Host, random:
         Fault::SeveralLosePower => stroke.several_lose_power().await,
         Fault::BitsTurn => stroke.bits_turn(),
         Fault::DiskFails => stroke.disk_fails().await,
-        Fault::IsOrdered => stroke.is_ordered(admin).await,
+        Fault::Orders => stroke.get_orders(admin).await,
     }
     *machines.lock().faults.entry(format!("{fault:?}")).or_default() += 1;
 }
@@ -173,7 +173,7 @@ impl Stroke<'_> {
         self.machines.lock().restart_failed();
     }
 
-    async fn is_ordered(self, admin: &Host) {
+    async fn get_orders(self, admin: &Host) {
         let server = self.may_be_given_up();
         let until = Time { secs: i64::MAX, nanos: 0 };
         let standing = if self.random.random() { Standing::Draining } else { Standing::Maintenance { until } };
