@@ -38,11 +38,11 @@ const HONEST: [(Fault, u32); 9] = [
     (Fault::OtherReplicas, 1),
     (Fault::ClockJumps, 1),
     (Fault::DiskIsFull, 1),
-    (Fault::Orders, 2),
+    (Fault::Orders, 1),
 ];
 /// And by which some do.
 const DISHONEST: [(Fault, u32); 4] =
-    [(Fault::DiskIsReplaced, 1), (Fault::SeveralLosePower, 4), (Fault::BitsTurn, 4), (Fault::DiskFails, 2)];
+    [(Fault::DiskIsReplaced, 1), (Fault::SeveralLosePower, 7), (Fault::BitsTurn, 4), (Fault::DiskFails, 2)];
 
 /// Of faults.
 pub(super) const KINDS: usize = HONEST.len() + DISHONEST.len();
