@@ -1,8 +1,7 @@
 //! How many copies are kept: by the whole cluster, and of a file or a tree of directories.
 
 use std::{
-    fs::{self, File},
-    io,
+    fs, io,
     os::unix::fs::MetadataExt,
     path::{Path, PathBuf},
     thread,
@@ -133,8 +132,6 @@ fn show(args: &ReplicasArgs, status: &ClusterStatus, waited: Option<bool>) -> Cl
 struct Set {
     files: u64,
     directories: u64,
-    /// The one that was set last.
-    last: PathBuf,
 }
 
 /// The cluster, if one is named: the mount may be another one's than that which is here, and who only has a mount may do without.
@@ -166,13 +163,11 @@ fn assign(args: &ReplicasArgs, replicas: Replicas) -> CliResult {
         let top = fs::symlink_metadata(path).map_err(failed)?;
         assign_below(path, &top, top.dev(), replicas, &mut set).map_err(failed)?;
     }
-    let Set { files, directories, last } = set;
+    let Set { files, directories } = set;
     // What is forced may never be.
     let waited = match &config {
         Some(config) if !args.no_wait && !args.force => {
-            // The mount tells the cluster in order what has been done, and by then all of it.
-            let told = File::open(&last).and_then(|file| file.sync_all());
-            told.map_err(|error| CliError::new(format!("{}: {error}", last.display())))?;
+            // The cluster knows: an attribute is set when it is.
             until_followed(config).map(|_| true)?
         }
         _ => false,
@@ -200,7 +195,6 @@ fn assign_below(
         return Ok(());
     }
     assign_one(path, replicas)?;
-    set.last = path.to_path_buf();
     if kind.is_file() {
         set.files += 1;
         return Ok(());

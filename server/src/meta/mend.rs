@@ -2,7 +2,11 @@
 //!
 //! A bad copy stays where it is until then. It may be the only one of which anything can be read.
 
-use std::{collections::BTreeMap, sync::Arc, time::Duration};
+use std::{
+    collections::{BTreeMap, BTreeSet, VecDeque},
+    sync::Arc,
+    time::Duration,
+};
 
 use holdfast_common::{
     BlockHash, Refusal, ServerId,
@@ -16,6 +20,7 @@ use tokio::task::JoinSet;
 
 use super::{
     committer::Proposer,
+    copier::Place,
     core::{Core, Fault, ask},
     journal::Note,
     state::{Command, blocks},
@@ -121,11 +126,10 @@ impl Mender {
         let mut counts: BTreeMap<ServerId, (u64, u64)> = BTreeMap::new();
         let mut failed = Vec::new();
         let mut running = JoinSet::new();
-        let mut waiting = bad.into_iter().peekable();
+        let mut waiting: VecDeque<(Copy, Duration)> = bad.into_iter().collect();
         loop {
-            while let Some(((server, _), _)) = waiting.peek()
-                && let Some(place) = self.core.copies.begin(*server, &self.core.budget.lock())
-                && let Some(((server, block), waited)) = waiting.next()
+            while let Some((((server, block), waited), place)) =
+                next(&mut waiting, |server| self.core.copies.begin(server, &self.core.budget.lock()))
             {
                 let (core, peers) = (Arc::clone(&self.core), Arc::clone(&self.peers));
                 running.spawn(async move {
@@ -135,7 +139,7 @@ impl Mender {
                 });
             }
             let Some(outcome) = running.join_next().await else {
-                if waiting.peek().is_none() {
+                if waiting.is_empty() {
                     break;
                 }
                 // Others have all the places.
@@ -149,7 +153,16 @@ impl Mender {
                     self.record(server, block).await;
                 }
                 Repair::Moot => {}
-                Repair::Failed => {
+                outcome @ (Repair::Failed | Repair::Mute) => {
+                    if outcome == Repair::Mute {
+                        // Nobody waits for one that hangs more than once in a round.
+                        let (of_server, rest): (VecDeque<_>, VecDeque<_>) =
+                            waiting.into_iter().partition(|((other, _), _)| *other == server);
+                        waiting = rest;
+                        let untold = of_server.iter().filter(|(_, waited)| waited.is_zero()).count();
+                        counts.entry(server).or_default().1 += untold as u64;
+                        failed.extend(of_server);
+                    }
                     // It stays on record, for it may be better than none. That it is still bad is not told again.
                     if waited.is_zero() {
                         counts.entry(server).or_default().1 += 1;
@@ -192,6 +205,24 @@ enum Repair {
     Moot,
     /// It is still bad there.
     Failed,
+    /// The same, and the server does not answer.
+    Mute,
+}
+
+/// The first for which there is a place.
+fn next(
+    waiting: &mut VecDeque<(Copy, Duration)>,
+    mut begin: impl FnMut(ServerId) -> Option<Place>,
+) -> Option<((Copy, Duration), Place)> {
+    let mut refused = BTreeSet::new();
+    let (at, place) = waiting.iter().enumerate().find_map(|(at, ((server, _), _))| {
+        let place = if refused.contains(server) { None } else { begin(*server) };
+        if place.is_none() {
+            refused.insert(*server);
+        }
+        place.map(|place| (at, place))
+    })?;
+    Some((waiting.remove(at)?, place))
 }
 
 async fn repair(core: &Core, peers: &dyn Peers, server: ServerId, block: BlockHash) -> Result<Repair, Fault> {
@@ -208,7 +239,7 @@ async fn repair(core: &Core, peers: &dyn Peers, server: ServerId, block: BlockHa
         Ok(Ok(StorageAnswer::Repaired { .. })) => Ok(Repair::Done),
         other => {
             tracing::warn!(%block, %server, ?other, "a bad copy could not be replaced");
-            Ok(Repair::Failed)
+            Ok(if other.is_err() { Repair::Mute } else { Repair::Failed })
         }
     }
 }

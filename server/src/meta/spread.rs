@@ -110,6 +110,8 @@ impl Spreader {
             let (layout, now) = (layout(&self.core.cluster.lock().map()), self.core.clock.monotonic());
             if layout != seen {
                 (seen, since) = (layout, now);
+                // What is written meanwhile may be where it need not be.
+                self.begun = Default::default();
             }
             let is_due = seen != self.done && now >= self.resting_until && now >= since + self.settled_after;
             if is_due && self.may_move()? {
@@ -135,7 +137,10 @@ impl Spreader {
             let of_page = self.spread(&page).await?;
             outcome = Outcome { moved: outcome.moved + of_page.moved, left: outcome.left + of_page.left };
             tokio::time::sleep((self.core.clock.monotonic() - began) * IDLE_TIMES).await;
-            if layout(&self.core.cluster.lock().map()) != begun_with || !self.may_move()? {
+            if layout(&self.core.cluster.lock().map()) != begun_with {
+                return Ok(());
+            }
+            if !self.may_move()? {
                 self.begun = (begun_with, after, outcome);
                 return Ok(());
             }

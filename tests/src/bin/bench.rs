@@ -87,7 +87,7 @@ fn client(act: &str, directory: &str, files: &str, seed: &str) -> Result<()> {
 /// In the place that the document has for it, or at its end.
 fn write_into(path: &Path, command: &str, part: &str) -> Result<()> {
     let part = match part.starts_with('|') {
-        true => format!("{}\n{part}", conditions()),
+        true => format!("{}\n\n{part}", conditions().trim_end()),
         false => part.to_owned(),
     };
     let text = match fs::read_to_string(path) {
