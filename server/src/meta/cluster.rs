@@ -66,6 +66,25 @@ struct Member {
 }
 
 impl Member {
+    /// Of which nothing is known but this.
+    fn new(info: ServerInfo, state: ServerState, standing: Standing, now: Duration) -> Self {
+        Self {
+            info,
+            state,
+            standing,
+            left: None,
+            pace: Pace::default(),
+            rhythm: Rhythm::default(),
+            boot: BootId(0),
+            load: StorageLoad::default(),
+            heard: now,
+            looked_through: false,
+            complaint: None,
+            hindered: String::new(),
+            since: now,
+        }
+    }
+
     /// As operators see it.
     fn appearance(&self) -> (ServerState, Standing) {
         let joins = self.state == ServerState::Up && !self.looked_through;
@@ -136,30 +155,8 @@ impl Cluster {
             let (state, standing) = (ServerState::Suspect, row.standing);
             let shown = shown(state, standing, true);
             let info = ServerInfo { id, address: row.address, zone: row.zone, state: shown, weight: 0 };
-            let (boot, load) = (BootId(0), StorageLoad::default());
-            let (pace, rhythm) = (Pace::default(), Rhythm::default());
-            let (left, complaint, hindered) = (None, None, String::new());
             // Whoever was one of them before is taken as it was.
-            let looked_through = true;
-            let (heard, since) = (now, now);
-            (
-                id,
-                Member {
-                    info,
-                    state,
-                    standing,
-                    left,
-                    pace,
-                    rhythm,
-                    boot,
-                    load,
-                    heard,
-                    looked_through,
-                    complaint,
-                    hindered,
-                    since,
-                },
-            )
+            (id, Member { looked_through: true, ..Member::new(info, state, standing, now) })
         };
         Self {
             members: registered.into_iter().map(member).collect(),
@@ -211,22 +208,8 @@ impl Cluster {
         let hindered = old.map_or(String::new(), |member| member.hindered.clone());
         let since = old.map_or(now, |member| member.since);
         let before = old.map(Member::appearance);
-        let (complaint, heard) = (None, now);
-        let mut member = Member {
-            info,
-            state,
-            standing,
-            left,
-            pace,
-            rhythm,
-            boot,
-            load,
-            heard,
-            looked_through,
-            complaint,
-            hindered,
-            since,
-        };
+        let new = Member::new(info, state, standing, now);
+        let mut member = Member { left, pace, rhythm, boot, load, looked_through, hindered, since, ..new };
         if before != Some(member.appearance()) {
             member.since = now;
         }

@@ -36,7 +36,7 @@ const OBTAIN_DEADLINE: Duration = Duration::from_secs(30);
 /// Copies that are put on record together.
 const RECORDED_AT_ONCE: usize = 256;
 /// Between two looks for a place, when others have all.
-const PLACE_INTERVAL: Duration = Duration::from_millis(20);
+pub const PLACE_INTERVAL: Duration = Duration::from_millis(20);
 
 /// One copy to be made.
 #[derive(Debug)]
@@ -188,6 +188,23 @@ impl UnderWay {
     }
 }
 
+/// Takes out the first of `waiting` for whose server there is a place.
+pub fn first_with_place<T>(
+    waiting: &mut VecDeque<T>,
+    server_of: impl Fn(&T) -> ServerId,
+    mut begin: impl FnMut(ServerId) -> Option<Place>,
+) -> Option<(T, Place)> {
+    let mut refused = BTreeSet::new();
+    let (at, place) = waiting.iter().map(server_of).enumerate().find_map(|(at, server)| {
+        let place = if refused.contains(&server) { None } else { begin(server) };
+        if place.is_none() {
+            refused.insert(server);
+        }
+        place.map(|place| (at, place))
+    })?;
+    Some((waiting.remove(at)?, place))
+}
+
 impl Drop for Place {
     fn drop(&mut self) {
         let mut all = self.all.0.lock();
@@ -202,17 +219,8 @@ impl Drop for Place {
 struct Waiting(VecDeque<Order>);
 
 impl Waiting {
-    /// The first for which there is a place.
-    fn next(&mut self, mut begin: impl FnMut(ServerId) -> Option<Place>) -> Option<(Order, Place)> {
-        let mut refused = BTreeSet::new();
-        let (at, place) = self.0.iter().enumerate().find_map(|(at, order)| {
-            let place = if refused.contains(&order.target) { None } else { begin(order.target) };
-            if place.is_none() {
-                refused.insert(order.target);
-            }
-            place.map(|place| (at, place))
-        })?;
-        Some((self.0.remove(at)?, place))
+    fn next(&mut self, begin: impl FnMut(ServerId) -> Option<Place>) -> Option<(Order, Place)> {
+        first_with_place(&mut self.0, |order| order.target, begin)
     }
 
     /// It does not answer: whatever else it was to get comes again with the next round.

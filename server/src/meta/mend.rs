@@ -3,7 +3,7 @@
 //! A bad copy stays where it is until then. It may be the only one of which anything can be read.
 
 use std::{
-    collections::{BTreeMap, BTreeSet, VecDeque},
+    collections::{BTreeMap, VecDeque},
     sync::Arc,
     time::Duration,
 };
@@ -20,7 +20,7 @@ use tokio::task::JoinSet;
 
 use super::{
     committer::Proposer,
-    copier::Place,
+    copier::{PLACE_INTERVAL, first_with_place},
     core::{Core, Fault, ask},
     journal::Note,
     state::{Command, blocks},
@@ -37,8 +37,6 @@ const RETRY_MAX: Duration = Duration::from_secs(600);
 const ROUND: usize = 256;
 const TICK: Duration = Duration::from_millis(500);
 const REPAIR_DEADLINE: Duration = Duration::from_secs(30);
-/// Between two looks for a place, when others have all.
-const PLACE_INTERVAL: Duration = Duration::from_millis(20);
 
 type Copy = (ServerId, BlockHash);
 
@@ -128,9 +126,11 @@ impl Mender {
         let mut running = JoinSet::new();
         let mut waiting: VecDeque<(Copy, Duration)> = bad.into_iter().collect();
         loop {
-            while let Some((((server, block), waited), place)) =
-                next(&mut waiting, |server| self.core.copies.begin(server, &self.core.budget.lock()))
-            {
+            while let Some((((server, block), waited), place)) = first_with_place(
+                &mut waiting,
+                |((server, _), _)| *server,
+                |server| self.core.copies.begin(server, &self.core.budget.lock()),
+            ) {
                 let (core, peers) = (Arc::clone(&self.core), Arc::clone(&self.peers));
                 running.spawn(async move {
                     let repaired = repair(&core, &*peers, server, block).await;
@@ -207,22 +207,6 @@ enum Repair {
     Failed,
     /// The same, and the server does not answer.
     Mute,
-}
-
-/// The first for which there is a place.
-fn next(
-    waiting: &mut VecDeque<(Copy, Duration)>,
-    mut begin: impl FnMut(ServerId) -> Option<Place>,
-) -> Option<((Copy, Duration), Place)> {
-    let mut refused = BTreeSet::new();
-    let (at, place) = waiting.iter().enumerate().find_map(|(at, ((server, _), _))| {
-        let place = if refused.contains(server) { None } else { begin(*server) };
-        if place.is_none() {
-            refused.insert(*server);
-        }
-        place.map(|place| (at, place))
-    })?;
-    Some((waiting.remove(at)?, place))
 }
 
 async fn repair(core: &Core, peers: &dyn Peers, server: ServerId, block: BlockHash) -> Result<Repair, Fault> {
