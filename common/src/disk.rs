@@ -4,6 +4,7 @@
 //! through an adapter. A test's disk loses what was not synced, tears writes, and fails the n-th call.
 
 mod direct;
+mod ring;
 mod sys;
 
 use std::{
@@ -17,6 +18,14 @@ use std::{
 use bytes::Bytes;
 
 use self::direct::Direct;
+pub use self::ring::Reading;
+
+/// A part of a file, in bytes.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Extent {
+    pub offset: u64,
+    pub length: usize,
+}
 
 /// An open file: positioned, no cursor. Calls from several threads may overlap.
 pub trait DiskFile: Send + Sync + std::fmt::Debug {
@@ -34,6 +43,11 @@ pub trait DiskFile: Send + Sync + std::fmt::Debug {
     }
     /// Starts reading `offset..offset+length` into memory without waiting: a later `read_exact_at` has less to wait for.
     fn start_read(&self, _offset: u64, _length: u64) {}
+    /// Starts reading up to four `extents`, and no thread waits for them: the runtime of the thread that asks is woken when all
+    /// are there. `None` where that cannot be done, or not now: have a thread read.
+    fn read_soon(&self, _extents: &[Extent]) -> Option<Reading> {
+        None
+    }
     /// Forgets what memory has of `offset..offset+length` and the disk as well: a later read asks the disk.
     fn forget_cached(&self, _offset: u64, _length: u64) {}
     /// Writes all of `bytes`, growing the file as needed. Visible at once, durable after `sync_data`.
@@ -163,6 +177,10 @@ impl DiskFile for RealFile {
         sys::advise(&self.file, offset, length, libc::POSIX_FADV_WILLNEED);
     }
 
+    fn read_soon(&self, extents: &[Extent]) -> Option<Reading> {
+        ring::read(&self.file, extents)
+    }
+
     fn forget_cached(&self, offset: u64, length: u64) {
         // The kernel forgets whole pages only: those of which a part is meant go too.
         let start = offset / PAGE_LENGTH * PAGE_LENGTH;
@@ -218,6 +236,8 @@ impl DiskFile for RealFile {
 
 #[cfg(test)]
 mod tests {
+    use io_uring::{IoUring, squeue};
+
     use super::*;
 
     /// A file of random bytes that are on the disk, and whether memory can be made to forget them here (not so on tmpfs).
@@ -231,6 +251,84 @@ mod tests {
         file.forget_cached(0, length as u64);
         let forgets = sys::cached(&file.file, 0, length as u64) == Some(0);
         (file, bytes, forgets)
+    }
+
+    fn extents() -> Vec<Extent> {
+        let at = |offset, length| Extent { offset, length };
+        vec![at(0, 4096), at(70_001, 12_345), at(1_000_000, 16 << 10)]
+    }
+
+    /// Where the kernel has no ring for us, a read without a thread must say so.
+    fn can_read_soon(file: &RealFile) -> bool {
+        let is_possible =
+            IoUring::<squeue::Entry>::builder().setup_single_issuer().setup_defer_taskrun().build(2).is_ok();
+        assert_eq!(file.read_soon(&extents()).is_some(), is_possible);
+        is_possible
+    }
+
+    fn runs_alone<T>(work: impl Future<Output = T>) -> T {
+        tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap().block_on(work)
+    }
+
+    #[test]
+    fn what_is_read_without_a_thread_is_what_is_there_whether_memory_has_it_or_not() {
+        let directory = tempfile::tempdir().unwrap();
+        let (file, bytes, _) = written(&directory.path().join("file"), 2 << 20);
+        // A runtime that has ended is followed by another in the same thread.
+        for _ in 0..2 {
+            runs_alone(async {
+                let forgets = if can_read_soon(&file) { [false, true, true].as_slice() } else { &[] };
+                for &forget in forgets {
+                    if forget {
+                        file.forget_cached(0, 2 << 20);
+                    }
+                    let read = file.read_soon(&extents()).unwrap().await.unwrap().unwrap();
+                    for (extent, found) in extents().iter().zip(read) {
+                        let start = usize::try_from(extent.offset).unwrap();
+                        assert_eq!(found, bytes[start..start + extent.length]);
+                    }
+                }
+            });
+        }
+    }
+
+    #[test]
+    fn reads_without_a_thread_are_bounded_and_may_be_forgotten() {
+        let directory = tempfile::tempdir().unwrap();
+        let (file, bytes, _) = written(&directory.path().join("file"), 4 << 20);
+        runs_alone(async {
+            let piece = |number: u64| Extent { offset: number * (32 << 10) + 5, length: 16 << 10 };
+            let rounds = if can_read_soon(&file) { 20 } else { 0 };
+            assert!(file.read_soon(&[piece(0); 5]).is_none() && file.read_soon(&[]).is_none());
+            for round in 0..rounds {
+                file.forget_cached(0, 4 << 20);
+                let reads: Vec<_> = (0..80).map_while(|n| Some((n, file.read_soon(&[piece(n)])?))).collect();
+                // A third of those before may still be under way.
+                assert!(reads.len() >= 32, "round {round}: {} at once", reads.len());
+                for (number, read) in reads.into_iter().filter(|(number, _)| number % 3 != round % 3) {
+                    let start = usize::try_from(piece(number).offset).unwrap();
+                    assert_eq!(read.await.unwrap().unwrap(), [&bytes[start..start + (16 << 10)]]);
+                }
+            }
+        });
+    }
+
+    #[test]
+    fn where_there_is_no_ring_and_past_the_end_a_read_without_a_thread_says_so() {
+        let directory = tempfile::tempdir().unwrap();
+        let (file, ..) = written(&directory.path().join("file"), 2 << 20);
+        assert!(file.read_soon(&extents()).is_none(), "no runtime");
+        std::thread::scope(|scope| {
+            scope.spawn(|| {
+                runs_alone(async {
+                    let past = [Extent { offset: 0, length: 16 }, Extent { offset: (2 << 20) - 8, length: 400 }];
+                    if can_read_soon(&file) {
+                        let error = file.read_soon(&past).unwrap().await.unwrap().unwrap_err();
+                        assert_eq!(error.kind(), io::ErrorKind::UnexpectedEof);
+                    }
+                });
+            });
+        });
     }
 
     #[test]

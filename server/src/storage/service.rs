@@ -30,14 +30,14 @@ use super::{
     meter::{Meter, Reading},
     replicate::{Fetcher, SOURCES_MAX, joined},
     scrub::ScrubProgress,
-    store::{CheckedBlock, Store, StoreError, Verdict},
+    store::{CheckedBlock, Plan, Store, StoreError, Verdict},
     workers::{Effort, WorkError, Workers},
 };
 
 /// A put of at most so many bytes is hashed and written where it arrives, if no other work waits: handing it to a
 /// thread costs more than doing it.
 const INLINE_BYTES_MAX: usize = 64 << 10;
-/// Bytes that are read where they are asked for, if they are in memory.
+/// Bytes that are read where they are asked for, if no thread has to wait for them.
 const INLINE_READ_MAX: u32 = 64 << 10;
 /// Hashes that are looked up as short work.
 const HASHES_SHORT: usize = 256;
@@ -52,6 +52,8 @@ pub struct StorageService {
     fetcher: Fetcher,
     repairs: Vec<Mutex<()>>,
     in_flight: AtomicUsize,
+    /// Of these, reads for which no thread waits.
+    reads_here: AtomicUsize,
     /// Since the start.
     requests: AtomicU64,
     /// One more than the latest epoch that this server has heard of; 0 before the first.
@@ -117,6 +119,7 @@ impl StorageService {
             fetcher,
             repairs,
             in_flight: AtomicUsize::new(0),
+            reads_here: AtomicUsize::new(0),
             requests: AtomicU64::new(0),
             heard: AtomicU64::new(0),
             scrub: Arc::default(),
@@ -255,7 +258,7 @@ impl StorageService {
         let latest = blocks.iter().map(|block| block.epoch).max().filter(|epoch| epoch.0 > 0);
         latest.into_iter().for_each(|epoch| self.hear(epoch));
         let effort = if payload.len() <= INLINE_BYTES_MAX { Effort::Short } else { Effort::Long };
-        let ticket = if effort == Effort::Short && self.workers.is_idle() {
+        let ticket = if effort == Effort::Short && self.is_idle() {
             let checked = check_blocks(&blocks, &payload)?;
             match self.store.try_put(&checked) {
                 Some(put) => put.map_err(logged)?,
@@ -272,26 +275,41 @@ impl StorageService {
         Ok((StorageAnswer::Put { boot: self.store.boot(), durable }, Vec::new()))
     }
 
-    /// What is small and in memory is answered where it was asked; everything else may wait for the disk, elsewhere.
+    /// What is short is read where it was asked for, if no thread has to wait for the disk there; everything else elsewhere.
     async fn get(&self, block: BlockHash, range: Option<ByteRange>) -> Answer {
-        let cached = match range {
-            None => with_length(self.store.get_cached(&block, INLINE_READ_MAX)),
-            Some(range) if range.length <= INLINE_READ_MAX => self.store.get_range_cached(&block, range),
-            Some(_) => Err(StoreError::NotCached),
-        };
-        let read = match cached {
-            Err(StoreError::NotCached) => {
+        let plan = self.store.plan(&block, range).map_err(logged)?;
+        let is_short = plan.length() <= INLINE_READ_MAX;
+        let here = if is_short { self.get_here(&plan).await } else { None };
+        let bytes = match here {
+            Some(bytes) => bytes,
+            None => {
+                let effort = if is_short { Effort::Short } else { Effort::Long };
                 let read = move |store: &Store| match range {
-                    None => with_length(store.get(&block)),
-                    Some(range) => store.get_range(&block, range),
+                    None => store.get(&block),
+                    Some(range) => store.get_range(&block, range).map(|(bytes, _)| bytes),
                 };
-                let is_short = range.is_some_and(|range| range.length <= INLINE_READ_MAX);
-                self.blocking(if is_short { Effort::Short } else { Effort::Long }, read).await
+                self.blocking(effort, read).await.map_err(logged)?
             }
-            cached => cached,
         };
-        let (bytes, block_length) = read.map_err(logged)?;
-        Ok((StorageAnswer::Get { block_length }, vec![bytes]))
+        Ok((StorageAnswer::Get { block_length: plan.block_length() }, vec![bytes]))
+    }
+
+    /// `None` if it cannot be done without waiting, or did not bring what it should.
+    async fn get_here(&self, plan: &Plan) -> Option<Bytes> {
+        match self.store.read_soon(plan) {
+            Some(reading) => {
+                self.reads_here.fetch_add(1, Relaxed);
+                let found = reading.await;
+                self.reads_here.fetch_sub(1, Relaxed);
+                found
+            }
+            None => self.store.read_cached(plan),
+        }
+    }
+
+    /// Nothing else waits for the disk.
+    fn is_idle(&self) -> bool {
+        self.workers.is_idle() && self.reads_here.load(Relaxed) == 0
     }
 
     async fn sync(&self) -> Answer {
@@ -399,10 +417,6 @@ fn digest_of(store: &Store, bucket: u8) -> Result<BucketDigest, StoreError> {
             return Ok(BucketDigest::of(&hashes));
         }
     }
-}
-
-fn with_length(block: Result<Bytes, StoreError>) -> Result<(Bytes, u32), StoreError> {
-    block.map(|bytes| (bytes.clone(), u32::try_from(bytes.len()).unwrap_or(u32::MAX)))
 }
 
 fn check_batch(blocks: &[PutBlock], payload: usize) -> Result<(), Refusal> {

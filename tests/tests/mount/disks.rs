@@ -73,18 +73,18 @@ impl TroubledDisk {
         let mut files = fault::files(&directory.join("segments"));
         files.push(directory.join("index.redb"));
         let only = files.iter().flat_map(|path| ["-P", text(path)].map(str::to_owned));
-        Self::of(process, only.collect(), "error=EIO")
+        Self::of(process, only.collect(), "", "error=EIO")
     }
 
     /// Each takes ten milliseconds longer.
     fn slow(process: u32) -> Self {
-        Self::of(process, Vec::new(), "delay_enter=10000")
+        Self::of(process, Vec::new(), ",io_uring_enter", "delay_enter=10000")
     }
 
-    fn of(process: u32, only: Vec<String>, trouble: &str) -> Self {
+    fn of(process: u32, only: Vec<String>, more: &str, trouble: &str) -> Self {
         let mut command = Command::new("strace");
         command.args(["-f", "-q", "-p", &process.to_string(), "-o", "/dev/null"]).args(only);
-        command.args(["-e", &format!("inject=pread64,preadv2,pwrite64,pwritev2,fdatasync:{trouble}")]);
+        command.args(["-e", &format!("inject=pread64,preadv2,pwrite64,pwritev2,fdatasync{more}:{trouble}")]);
         sys::die_with_parent(&mut command);
         let strace = command.stderr(Stdio::null()).spawn().expect("start strace");
         let status = || fs::read_to_string(format!("/proc/{process}/status")).unwrap_or_default();

@@ -10,7 +10,7 @@ use holdfast_common::BlockHash;
 
 use super::{
     CheckedBlock, Inner, NewBlock, RECORD_HEADER_LENGTH, StoreError,
-    format::{Kind, Place, RecordHeader, SEGMENT_HEADER_LENGTH, tree_length},
+    format::{Kind, Place, RecordHeader, SEGMENT_HEADER_LENGTH},
     index::{Entry, Usage},
     scan::{Item, Scan},
     segment::list_segments,
@@ -155,9 +155,8 @@ impl Inner {
     }
 
     fn read_block(&self, hash: &BlockHash, entry: &Entry) -> Result<CheckedBlock, StoreError> {
-        let skip = RECORD_HEADER_LENGTH + tree_length(entry.length) as usize;
         let read = || {
-            let bytes = self.read_checked(hash, entry, skip + entry.length as usize, self.once(entry))?;
+            let (bytes, skip) = self.read_whole(hash, entry, self.once(entry))?;
             CheckedBlock::verify(*hash, bytes.slice(skip..), entry.epoch)
                 .map_err(|error| StoreError::Damaged(error.to_string()))
         };

@@ -11,6 +11,7 @@ mod format;
 mod index;
 mod lately;
 mod quarantine;
+mod read;
 mod recover;
 mod scan;
 mod segment;
@@ -34,17 +35,10 @@ use std::{
     time::Duration,
 };
 
-use bao_tree::{
-    ChunkNum, ChunkRanges,
-    io::{outboard::PreOrderMemOutboard, round_up_to_chunks_groups, sync::encode_ranges},
-};
-use bytes::Bytes;
 use holdfast_common::planted::{Bug, is_planted};
 use holdfast_common::{
     BlockHash, BootId, Epoch, Refusal,
     disk::{Disk, Space},
-    limits::HASH_GROUP_SIZE,
-    wire::storage::ByteRange,
     work,
 };
 use parking_lot::{Mutex, MutexGuard};
@@ -59,15 +53,16 @@ use self::{
     background::{Background, Housekeeper},
     boot::Boot,
     compact::Compaction,
-    format::{Kind, Place, RECORD_HEADER_LENGTH, RecordHeader, tree_length},
+    format::{Kind, Place, RECORD_HEADER_LENGTH, RecordHeader},
     index::{Entry, INDEX_FILE, Index, IndexError, Saved},
     lately::ReadLately,
     quarantine::Quarantine,
+    read::Patience,
     recover::{RecoverError, Recoverer, read_record},
     segment::{NewRecord, Segments, Tail, list_segments, read_segment_key},
     sync::SyncGate,
 };
-pub use self::{checked::CheckedBlock, recover::Recovery, sync::Ticket};
+pub use self::{checked::CheckedBlock, read::Plan, recover::Recovery, sync::Ticket};
 
 /// Changes of the index in memory at which they are written to redb without waiting for the next tick.
 const FLUSH_AT: usize = 16 << 10;
@@ -310,38 +305,6 @@ impl Store {
         let mut failed = self.inner.gate.subscribe_to_failure();
         let failure = failed.wait_for(Option::is_some).await.ok();
         failure.and_then(|reason| reason.clone()).unwrap_or_else(|| "the store was closed".into())
-    }
-
-    /// The block's bytes. Their hash is *not* checked here: who reads checks, and has `verify` called when it is wrong.
-    pub fn get(&self, hash: &BlockHash) -> Result<Bytes, StoreError> {
-        self.inner.located(hash, |entry| {
-            let again = entry.length >= LONG && self.inner.lately.lock().note(*hash);
-            self.inner.read_payload(hash, entry, if again { Patience::Wait } else { self.inner.once(entry) })
-        })
-    }
-
-    /// As `get`, for blocks of at most `length_max` bytes whose bytes are in memory; else `NotCached`.
-    pub fn get_cached(&self, hash: &BlockHash, length_max: u32) -> Result<Bytes, StoreError> {
-        self.inner.located(hash, |entry| match entry.length <= length_max {
-            true => self.inner.read_payload(hash, entry, Patience::CachedOnly),
-            false => Err(StoreError::NotCached),
-        })
-    }
-
-    /// The bao encoding (groups of `HASH_GROUP_SIZE`, no length prefix) of the groups that `range` touches, and the
-    /// block's length.
-    pub fn get_range(&self, hash: &BlockHash, range: ByteRange) -> Result<(Bytes, u32), StoreError> {
-        self.inner.range(hash, range, Patience::Wait)
-    }
-
-    /// As `get_range`, if the bytes are in memory; else `NotCached`.
-    pub fn get_range_cached(&self, hash: &BlockHash, range: ByteRange) -> Result<(Bytes, u32), StoreError> {
-        self.inner.range(hash, range, Patience::CachedOnly)
-    }
-
-    /// Which of `hashes` are indexed, in segments that are long enough.
-    pub fn has(&self, hashes: &[BlockHash]) -> Result<Vec<bool>, StoreError> {
-        self.inner.has(hashes)
     }
 
     /// Reads the whole record and checks it: payload against hash, tree against payload.
@@ -862,189 +825,6 @@ impl NewBlock<'_> {
 /// No descriptors, no memory: that says nothing about the disk.
 fn is_want_of_the_process(error: &io::Error) -> bool {
     matches!(error.raw_os_error(), Some(libc::EMFILE | libc::ENFILE | libc::ENOMEM))
-}
-
-/// Whether a read may ask the disk.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Patience {
-    Wait,
-    /// It may, and memory need not keep what it brings.
-    Once,
-    CachedOnly,
-}
-
-/// What says that the copy is bad; anything else (no descriptors, no memory) says nothing about the copy.
-fn read_error(error: io::Error) -> StoreError {
-    let is_damage = matches!(error.kind(), io::ErrorKind::NotFound | io::ErrorKind::UnexpectedEof)
-        || matches!(error.raw_os_error(), Some(libc::EIO | libc::EUCLEAN | libc::EBADMSG));
-    match error.kind() {
-        io::ErrorKind::WouldBlock => StoreError::NotCached,
-        _ if is_damage => StoreError::Damaged(format!("it cannot be read: {error}")),
-        _ => StoreError::Io(error),
-    }
-}
-
-/// Reading.
-impl Inner {
-    /// Runs `read` on the block's entry. If it finds damage while the block moved away under it, it looks again.
-    fn located<T>(&self, hash: &BlockHash, read: impl Fn(&Entry) -> Result<T, StoreError>) -> Result<T, StoreError> {
-        let look = || self.index.get(hash).map_err(|error| self.index_failed(&error))?.ok_or(StoreError::Missing);
-        let mut entry = look()?;
-        loop {
-            let damage = match read(&entry) {
-                Err(damage @ StoreError::Damaged(_)) => damage,
-                other => return other,
-            };
-            let now = look()?;
-            if now == entry {
-                self.suspect(*hash, &damage);
-                return Err(damage);
-            }
-            entry = now;
-        }
-    }
-
-    fn suspect(&self, hash: BlockHash, damage: &StoreError) {
-        tracing::error!(block = %hash, %damage, "a copy is damaged");
-        let mut suspects = self.suspects.lock();
-        if suspects.len() >= SUSPECTS_MAX {
-            suspects.pop_first();
-        }
-        suspects.insert(hash);
-    }
-
-    fn range(&self, hash: &BlockHash, range: ByteRange, patience: Patience) -> Result<(Bytes, u32), StoreError> {
-        self.located(hash, |entry| {
-            self.read_range(hash, entry, range, patience).map(|encoding| (encoding, entry.length))
-        })
-    }
-
-    /// How to read a block that will hardly be read again soon. Not past the kernel's memory in the growing segment: such a read
-    /// holds up writes of the same file.
-    fn once(&self, entry: &Entry) -> Patience {
-        let is_growing = entry.place.segment == self.growing.load(Relaxed);
-        if entry.length >= LONG && !is_growing { Patience::Once } else { Patience::Wait }
-    }
-
-    fn read(&self, segment: u64, offset: u64, length: usize, patience: Patience) -> Result<Bytes, StoreError> {
-        let read = self.segments.file(segment).and_then(|file| {
-            let mut bytes = vec![0; length];
-            match patience {
-                Patience::Once => return file.read_once(offset, length),
-                Patience::CachedOnly => file.read_cached_at(&mut bytes, offset)?,
-                Patience::Wait => file.read_exact_at(&mut bytes, offset)?,
-            }
-            Ok(bytes.into())
-        });
-        read.map_err(read_error)
-    }
-
-    /// The first `length` bytes of a record, whose header is checked.
-    fn read_checked(
-        &self,
-        hash: &BlockHash,
-        entry: &Entry,
-        length: usize,
-        patience: Patience,
-    ) -> Result<Bytes, StoreError> {
-        let bytes = self.read(entry.place.segment, entry.place.offset, length, patience)?;
-        let header = bytes.first_chunk().map(|header| RecordHeader::decode(header, &self.segments.key, entry.place));
-        match header {
-            Some(Ok(RecordHeader { kind: Kind::Block, hash: found, length, .. }))
-                if found == *hash && length == entry.length =>
-            {
-                Ok(bytes)
-            }
-            Some(Err(fault)) => Err(StoreError::Damaged(format!("its header does not parse: {fault}"))),
-            Some(Ok(_)) | None => Err(StoreError::Damaged("another record is in its place".to_owned())),
-        }
-    }
-
-    fn read_payload(&self, hash: &BlockHash, entry: &Entry, patience: Patience) -> Result<Bytes, StoreError> {
-        let skip = RECORD_HEADER_LENGTH + tree_length(entry.length) as usize;
-        let bytes = self.read_checked(hash, entry, skip + entry.length as usize, patience)?;
-        Ok(bytes.slice(skip..))
-    }
-
-    /// A block: its bytes are good, and the tree beside them is not.
-    fn check_record(&self, hash: &BlockHash, entry: &Entry) -> Result<Option<CheckedBlock>, StoreError> {
-        let skip = RECORD_HEADER_LENGTH + tree_length(entry.length) as usize;
-        let bytes = self.read_checked(hash, entry, skip + entry.length as usize, self.once(entry))?;
-        let block = CheckedBlock::verify(*hash, bytes.slice(skip..), entry.epoch)
-            .map_err(|error| StoreError::Damaged(error.to_string()))?;
-        Ok((block.tree() != &bytes[RECORD_HEADER_LENGTH..skip]).then_some(block))
-    }
-
-    fn read_range(
-        &self,
-        hash: &BlockHash,
-        entry: &Entry,
-        range: ByteRange,
-        patience: Patience,
-    ) -> Result<Bytes, StoreError> {
-        let end = range.offset.checked_add(range.length).filter(|end| range.length > 0 && *end <= entry.length);
-        let end = end.ok_or(StoreError::Range)?;
-        let skip = RECORD_HEADER_LENGTH + tree_length(entry.length) as usize;
-        let start = range.offset / HASH_GROUP_SIZE * HASH_GROUP_SIZE;
-        let end = end.next_multiple_of(HASH_GROUP_SIZE).min(entry.length);
-        let offset = entry.place.offset + skip as u64 + u64::from(start);
-        if patience == Patience::Wait {
-            // The tree and the bytes come from the disk at the same time.
-            self.segments.file(entry.place.segment).map_err(read_error)?.start_read(offset, u64::from(end - start));
-        }
-        let head = self.read_checked(hash, entry, skip, patience)?;
-        let groups = self.read(entry.place.segment, offset, (end - start) as usize, patience)?;
-        encode(hash, entry.length, &head[RECORD_HEADER_LENGTH..], &Groups { start: u64::from(start), bytes: &groups })
-    }
-
-    fn has(&self, hashes: &[BlockHash]) -> Result<Vec<bool>, StoreError> {
-        let mut lengths: BTreeMap<u64, u64> = BTreeMap::new();
-        let mut length_of = |number: u64| {
-            *lengths
-                .entry(number)
-                .or_insert_with(|| self.segments.file(number).and_then(|file| file.length()).unwrap_or(0))
-        };
-        let mut is_here = |hash: &BlockHash| -> Result<bool, IndexError> {
-            let entry = self.index.get(hash)?;
-            Ok(entry.is_some_and(|entry| entry.place.offset + entry.record_length() <= length_of(entry.place.segment)))
-        };
-        hashes.iter().map(|hash| is_here(hash).map_err(|error| self.index_failed(&error))).collect()
-    }
-}
-
-/// The groups of a block that were read, seen as the whole block.
-struct Groups<'a> {
-    start: u64,
-    bytes: &'a [u8],
-}
-
-impl bao_tree::io::sync::ReadAt for &Groups<'_> {
-    fn read_at(&self, position: u64, buffer: &mut [u8]) -> io::Result<usize> {
-        let start = position.checked_sub(self.start).and_then(|start| usize::try_from(start).ok());
-        let bytes = start.and_then(|start| self.bytes.get(start..)).unwrap_or(&[]);
-        let length = bytes.len().min(buffer.len());
-        buffer[..length].copy_from_slice(&bytes[..length]);
-        Ok(length)
-    }
-}
-
-impl bao_tree::io::sync::Size for &Groups<'_> {
-    fn size(&self) -> io::Result<Option<u64>> {
-        Ok(None)
-    }
-}
-
-/// The bao encoding of whole groups, with the proof from a stored tree.
-fn encode(hash: &BlockHash, length: u32, tree: &[u8], groups: &Groups<'_>) -> Result<Bytes, StoreError> {
-    let outboard =
-        PreOrderMemOutboard { root: blake3::Hash::from_bytes(hash.0), tree: format::bao_tree(length), data: tree };
-    let end = groups.start + groups.bytes.len() as u64;
-    let chunks = ChunkRanges::from(ChunkNum::full_chunks(groups.start)..ChunkNum::chunks(end));
-    let chunks = round_up_to_chunks_groups(chunks, format::GROUP);
-    let mut encoding = Vec::with_capacity(groups.bytes.len() + tree.len());
-    encode_ranges(groups, &outboard, &chunks, &mut encoding)
-        .map_err(|error| StoreError::Damaged(format!("it cannot be encoded: {error}")))?;
-    Ok(encoding.into())
 }
 
 /// What the store's own threads do.

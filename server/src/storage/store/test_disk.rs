@@ -11,9 +11,10 @@ use std::{
 };
 
 use bytes::Bytes;
-use holdfast_common::disk::{Disk, DiskFile, Space};
+use holdfast_common::disk::{Disk, DiskFile, Extent, Reading, Space};
 use parking_lot::{Condvar, Mutex};
 use rand::{Rng, SeedableRng, rngs::StdRng};
+use tokio::sync::oneshot;
 
 const PAGE: usize = 4096;
 
@@ -45,6 +46,22 @@ struct Shared {
     boot: AtomicU64,
     dead: AtomicBool,
     sync_failed: AtomicBool,
+    soon: Mutex<Soon>,
+}
+
+/// What comes of reads without a thread.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub(super) enum Soon {
+    /// There are none.
+    #[default]
+    Never,
+    Right,
+    /// EIO.
+    Fails,
+    /// A bit of the first extent is another.
+    Wrong,
+    /// Whoever does it goes away.
+    Dropped,
 }
 
 impl Shared {
@@ -133,6 +150,10 @@ impl TestDisk {
     pub(super) fn fail(&self, fault: Fault) {
         *self.shared.fault.lock() = fault;
         self.shared.calls.store(0, SeqCst);
+    }
+
+    pub(super) fn set_soon(&self, soon: Soon) {
+        *self.shared.soon.lock() = soon;
     }
 
     pub(super) fn calls(&self) -> u64 {
@@ -340,6 +361,26 @@ impl DiskFile for TestFile {
         let mut bytes = vec![0; length];
         self.read_exact_at(&mut bytes, offset)?;
         Ok(bytes.into())
+    }
+
+    fn read_soon(&self, extents: &[Extent]) -> Option<Reading> {
+        let soon = *self.shared.soon.lock();
+        let read = |extent: &Extent| {
+            let mut bytes = vec![0; extent.length];
+            self.read_exact_at(&mut bytes, extent.offset).map(|()| bytes)
+        };
+        let mut found = extents.iter().map(read).collect::<io::Result<Vec<_>>>();
+        match soon {
+            Soon::Never => return None,
+            Soon::Right | Soon::Dropped => {}
+            Soon::Fails => found = Err(io::Error::from_raw_os_error(libc::EIO)),
+            Soon::Wrong => found.iter_mut().for_each(|parts| parts[0][17] ^= 1),
+        }
+        let (sender, reading) = oneshot::channel();
+        if soon != Soon::Dropped {
+            sender.send(found.map(|parts| parts.into_iter().map(Bytes::from).collect())).unwrap();
+        }
+        Some(reading)
     }
 
     fn write_all_at(&self, bytes: &[u8], offset: u64) -> io::Result<()> {

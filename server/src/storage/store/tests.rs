@@ -1,9 +1,13 @@
-use bao_tree::io::sync::DecodeResponseIter;
-use holdfast_common::disk::RealDisk;
+use bao_tree::{
+    ChunkNum, ChunkRanges,
+    io::{round_up_to_chunks_groups, sync::DecodeResponseIter},
+};
+use bytes::Bytes;
+use holdfast_common::{disk::RealDisk, wire::storage::ByteRange};
 use proptest::prelude::*;
 
 use super::{
-    test_disk::{Fault, TestDisk},
+    test_disk::{Fault, Soon, TestDisk},
     *,
 };
 
@@ -182,6 +186,61 @@ fn a_range_comes_with_the_proof_of_its_groups() {
     let hash = block(1, 70_000).hash();
     for (offset, length) in [(0, 0), (70_000, 1), (0, 70_001), (u32::MAX, u32::MAX)] {
         assert!(matches!(store.get_range(&hash, ByteRange { offset, length }), Err(StoreError::Range)));
+    }
+}
+
+#[tokio::test]
+async fn what_is_read_without_a_thread_is_what_a_thread_reads_or_nothing() {
+    let directory = tempfile::tempdir().unwrap();
+    let store = Store::open(Arc::new(RealDisk), directory.path(), options()).unwrap();
+    let blocks = [block(1, 1), block(2, 16_385), block(3, 70_000)];
+    store.put(&blocks).unwrap();
+    let whole = |block: &CheckedBlock| (block.hash(), None);
+    let part = |block: &CheckedBlock, offset, length| (block.hash(), Some(ByteRange { offset, length }));
+    let wanted = [whole(&blocks[0]), whole(&blocks[2]), part(&blocks[1], 16_384, 1), part(&blocks[2], 16_000, 1000)];
+    let plans: Vec<Plan> = wanted.iter().map(|(hash, range)| store.plan(hash, *range).unwrap()).collect();
+    for (plan, (hash, range)) in plans.iter().zip(&wanted) {
+        let expected = match range {
+            None => store.get(hash).unwrap(),
+            Some(range) => store.get_range(hash, *range).unwrap().0,
+        };
+        // Not every filesystem can tell what is in memory.
+        assert!(store.read_cached(plan).is_none_or(|found| found == expected));
+        if let Some(reading) = store.read_soon(plan) {
+            assert_eq!(reading.await, Some(expected));
+        }
+    }
+    // They are elsewhere now, and nothing is left where they were.
+    store.delete(&blocks.each_ref().map(CheckedBlock::hash), Epoch(1)).unwrap();
+    store.wait_durable(store.ticket()).unwrap();
+    store.inner.bury();
+    for plan in &plans {
+        assert_eq!(store.read_cached(plan), None);
+        if let Some(reading) = store.read_soon(plan) {
+            assert_eq!(reading.await, None);
+        }
+    }
+    assert!(matches!(store.plan(&blocks[0].hash(), None), Err(StoreError::Missing)));
+}
+
+#[tokio::test]
+async fn whatever_goes_wrong_with_a_read_without_a_thread_a_thread_finds_out() {
+    let disk = TestDisk::new();
+    let store = open(&disk);
+    let block = block(3, 70_000);
+    store.put(std::slice::from_ref(&block)).unwrap();
+    for range in [None, Some(ByteRange { offset: 40_000, length: 1000 })] {
+        let plan = store.plan(&block.hash(), range).unwrap();
+        for soon in [Soon::Never, Soon::Right, Soon::Fails, Soon::Wrong, Soon::Dropped] {
+            disk.set_soon(soon);
+            let found = match store.read_soon(&plan) {
+                Some(reading) => reading.await,
+                None => None,
+            };
+            assert_eq!(found.is_some(), soon == Soon::Right, "{soon:?}, {range:?}");
+        }
+        assert!(store.inner.suspects.lock().is_empty(), "no copy is suspected for it");
+        assert_eq!(store.get(&block.hash()).unwrap(), block.bytes());
     }
 }
 
