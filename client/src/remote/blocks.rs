@@ -33,7 +33,7 @@ use holdfast_common::{
 use tokio::sync::watch;
 use tracing::{error, info, warn};
 
-use super::{health::Health, meta::MetaClient, retry::Retry};
+use super::{health::Health, meta::MetaClient, near::Near, retry::Retry};
 use crate::{
     fs::{Errno, FsResult},
     read::proof,
@@ -45,6 +45,8 @@ pub const TRY_FRESH_MAP: Errno = Errno(libc::EAGAIN);
 /// been deleted since others overwrote it; or the servers have lost it with their power, and whoever wrote it is about to store
 /// it again.
 pub const VANISHED: Errno = Errno(libc::ENODATA);
+/// Bytes of a read that costs more by being asked for than by being sent.
+const SHORT_READ_MAX: u32 = 64 << 10;
 /// Rounds over all holders before that is said.
 const ROUNDS: usize = 3;
 
@@ -52,6 +54,7 @@ pub struct BlockClient {
     peers: Arc<dyn Peers>,
     meta: Arc<MetaClient>,
     health: Health,
+    near: Near,
     io_timeout: Duration,
     repairs: AtomicU64,
     /// Repairs that have been ordered and not yet reported.
@@ -88,6 +91,7 @@ impl BlockClient {
             peers,
             meta,
             health: Health::default(),
+            near: Near::default(),
             io_timeout,
             repairs: AtomicU64::new(0),
             mending: watch::Sender::new(0),
@@ -281,7 +285,7 @@ impl BlockClient {
     /// Asks the holders in order of expected latency: the next one when a copy is bad, a server silent, or an answer late.
     async fn ask_holders(&self, wanted: &Wanted, holders: &[ServerId]) -> Round {
         let mut order = holders.to_vec();
-        self.health.rank(&mut order);
+        self.health.rank(&mut order, self.favourite(wanted, holders));
         let mut waiting = order.iter().copied();
         let mut asked = FuturesUnordered::new();
         let mut round = Round::default();
@@ -311,6 +315,18 @@ impl BlockClient {
                 }
             }
         }
+    }
+
+    /// Who is asked for what is short, if any of the holders is on this machine.
+    fn favourite(&self, wanted: &Wanted, holders: &[ServerId]) -> Option<ServerId> {
+        let length = wanted.range.as_ref().map_or(wanted.length, |range| range.end - range.start);
+        if length > SHORT_READ_MAX {
+            return None;
+        }
+        let map = self.meta.map();
+        let address = |server: &ServerId| Some((*server, map.server(*server)?.address.ip()));
+        let well = holders.iter().filter(|server| !self.health.avoided(**server));
+        self.near.favourite(well.filter_map(address))
     }
 
     async fn ask_one(&self, server: ServerId, wanted: &Wanted) -> (ServerId, Result<Verified, CopyTrouble>) {

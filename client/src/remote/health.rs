@@ -12,6 +12,10 @@ const AVOID_MIN: Duration = Duration::from_millis(500);
 const AVOID_MAX: Duration = Duration::from_secs(4);
 /// A slow answer is forgotten by half in this time, so that a server that has recovered is tried again.
 const FORGET_HALF: Duration = Duration::from_secs(3);
+/// Short requests to the favourite that are answered as one: they share its wake-ups, and packets.
+const TOGETHER: u32 = 4;
+/// Another is asked when it would answer in about this part of the time.
+const FAVOUR: f64 = 0.5;
 const HEDGE_MIN: Duration = Duration::from_millis(20);
 /// And when too many are already.
 const HEDGE_SPARINGLY: Duration = Duration::from_millis(100);
@@ -41,6 +45,10 @@ impl Seen {
         let age = now.saturating_duration_since(self.updated).as_secs_f64();
         let faded = self.latency * 0.5f64.powf(age / FORGET_HALF.as_secs_f64());
         faded.max(0.000_05) * f64::from(self.in_flight + 1)
+    }
+
+    fn favoured_cost(self, now: Instant) -> f64 {
+        Self { in_flight: self.in_flight.saturating_sub(TOGETHER - 1), ..self }.cost(now) * FAVOUR
     }
 
     fn learn(&mut self, latency: Duration, now: Instant) {
@@ -73,15 +81,20 @@ impl Health {
     }
 
     /// Orders by expected latency, those to be avoided last. Chance decides between servers that are about as fast (within
-    /// a factor of 1.7), so that no copy is always the one that is read, and none always the one that is not.
-    pub fn rank(&self, servers: &mut [ServerId]) {
+    /// a factor of 1.7), so that no copy is always the one that is read, and none always the one that is not. A `favourite` (for
+    /// short requests only) comes first until it would take about twice as long as another.
+    pub fn rank(&self, servers: &mut [ServerId], favourite: Option<ServerId>) {
         let now = Instant::now();
         let known = self.servers.lock();
         let mut chance = rand::rng();
         let mut key = |server: ServerId| {
             let seen = known.get(&server).copied().unwrap_or_else(|| Seen::new(now));
             let avoided = seen.avoid_until.is_some_and(|until| now < until);
-            (server, avoided, seen.cost(now) * chance.random_range(0.75..1.3))
+            let cost = match favourite == Some(server) {
+                true => seen.favoured_cost(now),
+                false => seen.cost(now) * chance.random_range(0.75..1.3),
+            };
+            (server, avoided, cost)
         };
         let mut ranked: Vec<(ServerId, bool, f64)> = servers.iter().map(|server| key(*server)).collect();
         ranked.sort_by(|a, b| a.1.cmp(&b.1).then(a.2.total_cmp(&b.2)));
@@ -167,7 +180,13 @@ mod tests {
 
     fn first(health: &Health) -> ServerId {
         let mut servers = [A, B];
-        health.rank(&mut servers);
+        health.rank(&mut servers, None);
+        servers[0]
+    }
+
+    fn first_with_favourite(health: &Health) -> ServerId {
+        let mut servers = [A, B];
+        health.rank(&mut servers, Some(B));
         servers[0]
     }
 
@@ -195,6 +214,27 @@ mod tests {
         let health = Health::default();
         let firsts = (0..1000).filter(|_| first(&health) == A).count();
         assert!((400..600).contains(&firsts), "{firsts} of 1000 reads went to one of two");
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn the_favourite_is_asked_until_it_has_too_much_to_do_or_is_slow_or_dead() {
+        let health = Health::default();
+        let asked: Vec<_> = (0..TOGETHER)
+            .map(|_| {
+                assert_eq!(first_with_favourite(&health), B);
+                health.start(B)
+            })
+            .collect();
+        let more: Vec<_> = (0..4).map(|_| health.start(B)).collect();
+        assert_eq!(first_with_favourite(&health), A, "a queue longer than what is answered together");
+        drop((asked, more));
+        assert_eq!(first_with_favourite(&health), B);
+        (0..10).for_each(|_| health.slow(B, Duration::from_millis(1)));
+        assert_eq!(first_with_favourite(&health), A, "much slower than the other");
+        tokio::time::advance(FORGET_HALF * 20).await;
+        assert_eq!(first_with_favourite(&health), B, "that was long ago");
+        health.failed(B);
+        assert_eq!(first_with_favourite(&health), A);
     }
 
     #[tokio::test(start_paused = true)]

@@ -6,6 +6,7 @@ pub mod blocks;
 pub mod health;
 pub mod locks;
 pub mod meta;
+pub mod near;
 pub mod retry;
 pub mod undurable;
 
