@@ -17,6 +17,7 @@ use std::{
 
 use holdfast_common::{
     clock::SystemClock,
+    memory,
     net::{
         Endpoint, Peers,
         quic::{BindError, NetOptions, Node},
@@ -91,6 +92,9 @@ enum Event {
 /// Mounts, calls `ready` when the mount answers, and serves it until it is unmounted or this process is told to stop.
 /// Everything is flushed when this returns `Ok`.
 pub fn run(job: &MountJob, ready: impl FnOnce()) -> Result<(), MountJobError> {
+    if let Err(error) = memory::only_small_pages() {
+        tracing::debug!(%error, "the kernel may give memory in large pages");
+    }
     let network = NetworkThread::start().map_err(MountJobError::Thread)?;
     let (events, happened) = mpsc::channel();
     drop(network.handle().spawn(watch_signals(events.clone())));

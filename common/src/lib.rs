@@ -8,6 +8,7 @@ pub mod disk;
 pub mod inventory;
 pub mod limits;
 pub mod locks;
+pub mod memory;
 pub mod net;
 pub mod pieces;
 pub mod placement;
