@@ -1,22 +1,27 @@
 //! What the parts of one operation cost on one core: `cargo bench -p holdfast-tests`.
 
-use std::{hint::black_box, sync::Arc};
+use std::{
+    hint::black_box,
+    ops::Range,
+    sync::Arc,
+    time::{Duration, Instant},
+};
 
 use bytes::Bytes;
 use criterion::{BatchSize, Criterion, Throughput, criterion_group, criterion_main};
 use holdfast_client::read::proof;
 use holdfast_common::{
-    Block, BlockHash, Epoch, Ino, Kind, Sequence, SessionId, Time,
+    Block, BlockHash, BootId, ChunkIndex, Epoch, Ino, Kind, Piece, Sequence, ServerId, SessionId, Time,
     disk::RealDisk,
     net::identity::{NodeName, Role},
     wire::{
         codec,
-        meta::{MetaRequest, NewInode, Op},
+        meta::{FileCommit, Holder, MetaRequest, Mutated, NewBlock, NewInode, Op},
         storage::ByteRange,
     },
 };
 use holdfast_server::{
-    meta::state::{Command, Entry, Tables, apply, initialize},
+    meta::state::{Command, Entry, Reply, Tables, apply, initialize},
     storage::store::{CheckedBlock, Store, StoreOptions},
 };
 use holdfast_tests::fault::random_bytes;
@@ -24,6 +29,7 @@ use redb::{Database, Durability, backends::InMemoryBackend};
 
 const BLOCK: usize = 1 << 20;
 const SMALL: usize = 4096;
+const HOLDERS: [ServerId; 3] = [ServerId(1), ServerId(2), ServerId(3)];
 
 fn hashing(criterion: &mut Criterion) {
     let mut group = criterion.benchmark_group("hash");
@@ -79,17 +85,38 @@ fn make(number: u64) -> Op {
     Op::Make { parent: Ino::ROOT, name: format!("file-{number}").into_bytes(), new, exclusive: true, open: false }
 }
 
+fn unlink(number: u64) -> Op {
+    Op::Unlink { parent: Ino::ROOT, name: format!("file-{number}").into_bytes() }
+}
+
+/// All of the new file `made` is one block of 4 KiB.
+fn commit(made: Mutated, number: u64) -> Op {
+    let Mutated::Inode { attr, .. } = made else { panic!("a file was made, and {made:?} came of it") };
+    let block = BlockHash::of(&number.to_le_bytes());
+    let file = FileCommit {
+        ino: attr.ino,
+        pieces: vec![(ChunkIndex(0), Piece { offset: 0, length: 4096, block, block_offset: 0 })],
+        size_at_least: 4096,
+        mtime: Time::default(),
+        clear_suid: false,
+        only_over: Vec::new(),
+    };
+    let holders = HOLDERS.map(|server| Holder { server, boot: BootId(1), durable: true }).to_vec();
+    Op::Commit { files: vec![file], blocks: vec![NewBlock { hash: block, length: 4096, holders, epoch: Epoch(0) }] }
+}
+
 /// A metadata database that counts its own entries.
 struct Metadata {
     database: Database,
     session: SessionId,
     count: u64,
+    names: u64,
 }
 
 impl Metadata {
     fn new() -> Self {
         let database = Database::builder().create_with_backend(InMemoryBackend::new()).expect("a database");
-        let mut metadata = Self { database, session: SessionId(0), count: 0 };
+        let mut metadata = Self { database, session: SessionId(0), count: 0, names: 0 };
         let node = NodeName { role: Role::Client, id: 1 };
         let (host, mountpoint) = (String::new(), String::new());
         metadata.transact(|tables, _| initialize(tables).expect("a root"));
@@ -110,33 +137,56 @@ impl Metadata {
         transaction.commit().expect("commit");
     }
 
-    /// As many new files as come together when many mounts are busy, in one transaction.
-    fn make_files(&mut self, files: u64) {
+    /// As many changes as come together when many mounts are busy, in one transaction.
+    fn mutate(&mut self, ops: Vec<Op>) -> Vec<Mutated> {
+        let mut answers = Vec::with_capacity(ops.len());
         self.transact(|tables, metadata| {
-            for _ in 0..files {
+            for op in ops {
                 metadata.count += 1;
                 let sequence = Sequence(metadata.count);
-                let command = Command::Mutate {
-                    session: metadata.session,
-                    sequence,
-                    answered_below: sequence,
-                    op: make(metadata.count),
-                };
+                let command = Command::Mutate { session: metadata.session, sequence, answered_below: sequence, op };
                 let applied = apply(tables, &Entry { time: Time::default(), command }).expect("no fault");
-                assert!(applied.outcome.is_ok(), "{:?}", applied.outcome);
+                match applied.outcome.expect("nothing speaks against it") {
+                    Reply::Mutated(answer) => answers.push(answer),
+                    other => panic!("a change was answered with {other:?}"),
+                }
             }
         });
+        answers
+    }
+
+    fn names(&mut self, files: u64) -> Range<u64> {
+        self.names += files;
+        self.names - files..self.names
+    }
+
+    /// One turn in the life of `files` new files: made, each with a block in three copies, and gone; how long each of the three took.
+    fn turn(&mut self, files: u64) -> [Duration; 3] {
+        let names = self.names(files);
+        let (made, makes) = self.timed(names.clone().map(make).collect());
+        let whole = made.into_iter().zip(names.clone()).map(|(answer, name)| commit(answer, name)).collect();
+        let (_, commits) = self.timed(whole);
+        let (_, unlinks) = self.timed(names.map(unlink).collect());
+        [makes, commits, unlinks]
+    }
+
+    fn timed(&mut self, ops: Vec<Op>) -> (Vec<Mutated>, Duration) {
+        let start = Instant::now();
+        let answers = self.mutate(ops);
+        (answers, start.elapsed())
     }
 }
 
 fn applying(criterion: &mut Criterion) {
     let mut group = criterion.benchmark_group("apply");
     for files in [1, 100] {
-        let mut metadata = Metadata::new();
         group.throughput(Throughput::Elements(files));
-        group.bench_function(format!("{files} new files in a transaction"), |bench| {
-            bench.iter(|| metadata.make_files(files));
-        });
+        for (stage, what) in ["new files", "commits of 4 KiB", "unlinks"].into_iter().enumerate() {
+            let mut metadata = Metadata::new();
+            group.bench_function(format!("{files} {what} in a transaction"), |bench| {
+                bench.iter_custom(|turns| (0..turns).map(|_| metadata.turn(files)[stage]).sum());
+            });
+        }
     }
 }
 

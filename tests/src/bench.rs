@@ -2,6 +2,7 @@
 
 pub mod faults;
 pub mod grow;
+pub mod parts;
 pub mod reach;
 mod report;
 mod small;

@@ -8,9 +8,9 @@ use std::{
 };
 
 use anyhow::{Context, Result, bail};
-use holdfast_tests::bench::{Bench, Report, Sample, Sizes, Subject, document, faults, grow, insert, reach};
+use holdfast_tests::bench::{Bench, Report, Sample, Sizes, Subject, document, faults, grow, insert, parts, reach};
 
-const USAGE: &str = "bench run SCRIPT WORKLOADS full|quick ARCHIVE SAMPLES | bench report SAMPLES DOCUMENT PLOT | bench grow FILES DOCUMENT | bench reach DOCUMENT | bench faults MEBIBYTES DOCUMENT | bench client create|stat|read DIRECTORY FILES SEED";
+const USAGE: &str = "bench run SCRIPT WORKLOADS full|quick ARCHIVE SAMPLES | bench report SAMPLES DOCUMENT PLOT | bench grow FILES DOCUMENT | bench reach DOCUMENT | bench faults MEBIBYTES DOCUMENT | bench parts CRITERION DOCUMENT | bench client create|stat|read DIRECTORY FILES SEED";
 
 fn main() -> ExitCode {
     let arguments: Vec<String> = std::env::args().skip(1).collect();
@@ -22,6 +22,7 @@ fn main() -> ExitCode {
         ["grow", files, document] => how_it_grows(files, Path::new(document)),
         ["reach", document] => how_far_it_reaches(Path::new(document)),
         ["faults", data_mib, document] => how_it_heals(data_mib, Path::new(document)),
+        ["parts", criterion, document] => what_parts_cost(Path::new(criterion), Path::new(document)),
         ["client", act, directory, files, seed] => client(act, directory, files, seed),
         ["report", samples, document, plot] => report(Path::new(samples), Path::new(document), Path::new(plot)),
         _ => Err(anyhow::anyhow!(USAGE)),
@@ -77,6 +78,12 @@ fn how_it_heals(data_mib: &str, document: &Path) -> Result<()> {
     let table = faults::run(data_mib.parse().context("a number of mebibytes")?)?;
     std::io::stdout().write_all(table.as_bytes())?;
     write_into(document, "scripts/bench --faults", &table)
+}
+
+fn what_parts_cost(criterion: &Path, document: &Path) -> Result<()> {
+    let table = parts::table(criterion)?;
+    std::io::stdout().write_all(table.as_bytes())?;
+    write_into(document, "scripts/bench --parts", &table)
 }
 
 fn client(act: &str, directory: &str, files: &str, seed: &str) -> Result<()> {
