@@ -32,6 +32,8 @@ pub struct Options {
     pub storage: usize,
     /// Every server is reached through a wire that can be cut.
     pub proxied: bool,
+    /// Mounts reach the metadata server through a wire that can be cut.
+    pub proxied_mounts: bool,
     /// Keys of `client.toml`.
     pub client: Vec<(&'static str, toml::Value)>,
     /// Keys of every `storage.toml`.
@@ -40,7 +42,7 @@ pub struct Options {
 
 impl Default for Options {
     fn default() -> Self {
-        Self { storage: 3, proxied: false, client: Vec::new(), storage_keys: Vec::new() }
+        Self { storage: 3, proxied: false, proxied_mounts: false, client: Vec::new(), storage_keys: Vec::new() }
     }
 }
 
@@ -49,6 +51,7 @@ pub struct Cluster {
     meta: Process,
     storage: Vec<Process>,
     wires: Vec<Wires>,
+    mounts_wire: Option<Proxy>,
     mounts: AtomicUsize,
     dir: TempDir,
 }
@@ -87,7 +90,8 @@ impl Cluster {
         let storage = (1..=options.storage)
             .map(|n| daemon(&format!("storage-{n}"), "storage", &format!("storage-{n}/storage.toml")))
             .collect();
-        let mut cluster = Self { meta, storage, wires: Vec::new(), mounts: AtomicUsize::new(0), dir };
+        let mut cluster =
+            Self { meta, storage, wires: Vec::new(), mounts_wire: None, mounts: AtomicUsize::new(0), dir };
         cluster.configure(options);
         cluster
     }
@@ -98,6 +102,11 @@ impl Cluster {
         self.set("meta/meta.toml", "listen", meta.to_string());
         for file in ["client.toml", "admin.toml"] {
             self.set(file, "meta", meta.to_string());
+        }
+        if options.proxied_mounts {
+            let wire = Proxy::start(free_address(), meta);
+            self.set("client.toml", "meta", wire.address().to_string());
+            self.mounts_wire = Some(wire);
         }
         for (key, value) in &options.client {
             self.set("client.toml", key, value.clone());
@@ -210,9 +219,24 @@ impl Cluster {
         self.wires[n - 1].meta.cut();
     }
 
+    /// The metadata server and storage server `n` do not hear each other.
+    pub fn cut_from_meta(&self, n: usize) {
+        self.wires[n - 1].meta.cut();
+    }
+
+    /// Storage server `n` hears whoever asks it, and nobody hears its answers. What it says to the metadata server arrives.
+    pub fn cut_answers(&self, n: usize) {
+        self.wires[n - 1].server.cut_answers();
+    }
+
     pub fn mend(&self, n: usize) {
         self.wires[n - 1].server.mend();
         self.wires[n - 1].meta.mend();
+    }
+
+    /// Between all mounts and the metadata server, of a cluster with `proxied_mounts`.
+    pub fn mounts_wire(&self) -> &Proxy {
+        self.mounts_wire.as_ref().expect("the cluster has a wire for its mounts")
     }
 
     /// A new mount of its own.

@@ -30,15 +30,17 @@ pub struct Proxy {
 struct Shared {
     socket: UdpSocket,
     target: SocketAddr,
-    is_cut: AtomicBool,
+    /// What peers send is lost.
+    is_deaf: AtomicBool,
+    /// What the target sends is lost.
+    is_mute: AtomicBool,
     is_over: AtomicBool,
 }
 
 impl Proxy {
     pub fn start(address: SocketAddr, target: SocketAddr) -> Self {
         let socket = socket(address).unwrap_or_else(|error| panic!("bind the proxy to {address}: {error}"));
-        let shared =
-            Arc::new(Shared { socket, target, is_cut: AtomicBool::new(false), is_over: AtomicBool::new(false) });
+        let shared = Arc::new(Shared { socket, target, is_deaf: off(), is_mute: off(), is_over: off() });
         thread::spawn({
             let shared = Arc::clone(&shared);
             move || forward(&shared)
@@ -52,11 +54,18 @@ impl Proxy {
 
     /// From now on nothing passes, either way.
     pub fn cut(&self) {
-        self.shared.is_cut.store(true, Ordering::SeqCst);
+        self.shared.is_deaf.store(true, Ordering::SeqCst);
+        self.cut_answers();
+    }
+
+    /// From now on the target hears its peers, and they do not hear it.
+    pub fn cut_answers(&self) {
+        self.shared.is_mute.store(true, Ordering::SeqCst);
     }
 
     pub fn mend(&self) {
-        self.shared.is_cut.store(false, Ordering::SeqCst);
+        self.shared.is_deaf.store(false, Ordering::SeqCst);
+        self.shared.is_mute.store(false, Ordering::SeqCst);
     }
 }
 
@@ -64,6 +73,10 @@ impl Drop for Proxy {
     fn drop(&mut self) {
         self.shared.is_over.store(true, Ordering::SeqCst);
     }
+}
+
+fn off() -> AtomicBool {
+    AtomicBool::new(false)
 }
 
 fn socket(address: SocketAddr) -> io::Result<UdpSocket> {
@@ -74,8 +87,12 @@ fn socket(address: SocketAddr) -> io::Result<UdpSocket> {
 }
 
 impl Shared {
-    fn passes(&self) -> bool {
-        !self.is_cut.load(Ordering::SeqCst)
+    fn hears(&self) -> bool {
+        !self.is_deaf.load(Ordering::SeqCst)
+    }
+
+    fn answers(&self) -> bool {
+        !self.is_mute.load(Ordering::SeqCst)
     }
 
     fn is_over(&self) -> bool {
@@ -98,7 +115,7 @@ fn forward(shared: &Arc<Shared>) {
         }
         let peer = peers.entry(from).or_insert_with(|| connect(shared, from));
         peer.heard = Instant::now();
-        if shared.passes() {
+        if shared.hears() {
             // A datagram that cannot be sent is a datagram that is lost: the network's good right.
             peer.upstream.send(&datagram[..length]).ok();
         }
@@ -122,7 +139,7 @@ fn connect(shared: &Arc<Shared>, peer: SocketAddr) -> Peer {
         let mut datagram = vec![0; 1 << 16];
         while !shared.is_over() && lives.strong_count() > 0 {
             if let Ok(length) = answers.recv(&mut datagram)
-                && shared.passes()
+                && shared.answers()
             {
                 shared.socket.send_to(&datagram[..length], peer).ok();
             }
@@ -155,5 +172,11 @@ mod tests {
         proxy.mend();
         client.send_to(b"back", proxy.address()).unwrap();
         assert_eq!(server.recv(&mut bytes).unwrap(), 4);
+
+        proxy.cut_answers();
+        client.send_to(b"ask", proxy.address()).unwrap();
+        assert_eq!(server.recv(&mut bytes).unwrap(), 3);
+        server.send_to(b"unheard", peer).unwrap();
+        assert!(client.recv(&mut bytes).is_err());
     }
 }

@@ -40,10 +40,12 @@ pub(super) struct Faults<'a> {
 
 impl Faults<'_> {
     /// What can happen to a cluster, and how it is called.
-    const KINDS: [Kind<Self>; 14] = [
+    const KINDS: [Kind<Self>; 18] = [
         ("storage server killed", Self::kill_storage),
         ("storage server stopped", Self::stop_storage),
         ("storage server cut off", Self::cut_storage),
+        ("storage server cut off from the metadata server", Self::cut_storage_from_meta),
+        ("answers of a storage server lost", Self::cut_answers),
         ("storage server slow", Self::slow_storage),
         ("storage server wiped", Self::wipe_storage),
         ("segments truncated or deleted", Self::lose_segments),
@@ -52,6 +54,8 @@ impl Faults<'_> {
         ("disk full, server killed", Self::fill_disk_and_kill),
         ("metadata server killed", Self::kill_meta),
         ("metadata server stopped", Self::stop_meta),
+        ("mounts cut off from the metadata server", Self::cut_mounts),
+        ("answers of the metadata server lost", Self::cut_answers_to_mounts),
         ("everything killed", Self::kill_everything),
         ("storage and metadata server killed", Self::kill_storage_and_meta),
         ("storage server killed, another slow", Self::kill_and_slow_storage),
@@ -113,6 +117,36 @@ impl Faults<'_> {
         self.cluster.cut(server);
         self.last();
         self.cluster.mend(server);
+    }
+
+    /// Mounts go on with it for as long as the map that they know says that it is up.
+    fn cut_storage_from_meta(&mut self) {
+        let server = self.server();
+        self.cluster.cut_from_meta(server);
+        self.last();
+        self.cluster.mend(server);
+    }
+
+    /// It does what it is asked, and nobody knows.
+    fn cut_answers(&mut self) {
+        let server = self.server();
+        self.cluster.cut_answers(server);
+        self.last();
+        self.cluster.mend(server);
+    }
+
+    /// Not for as long as ends their sessions.
+    fn cut_mounts(&mut self) {
+        self.cluster.mounts_wire().cut();
+        self.last();
+        self.cluster.mounts_wire().mend();
+    }
+
+    /// Changes are made, and asked for again.
+    fn cut_answers_to_mounts(&mut self) {
+        self.cluster.mounts_wire().cut_answers();
+        self.last();
+        self.cluster.mounts_wire().mend();
     }
 
     fn slow_storage(&mut self) {

@@ -32,7 +32,8 @@ fn from_environment(name: &str, default: u64) -> u64 {
 }
 
 fn prepare() -> Cluster {
-    let cluster = Cluster::prepare(&Options { storage: SERVERS, proxied: true, ..Options::default() });
+    let options = Options { storage: SERVERS, proxied: true, proxied_mounts: true, ..Options::default() };
+    let cluster = Cluster::prepare(&options);
     for (key, value) in [
         ("garbage_grace_secs", 2),
         ("compare_every_secs", 5),
