@@ -28,8 +28,6 @@ use super::{
 const UNSOUND: u8 = 4;
 /// Questions that a server that is busy is asked before it counts as silent.
 const TRIES: usize = 5;
-/// Questions until nothing of the metadata is to be made again: each finds some thousand rows.
-const MENDINGS_MAX: usize = 1000;
 
 /// Check a cluster, and mend it
 ///
@@ -39,7 +37,7 @@ const MENDINGS_MAX: usize = 1000;
 pub(super) struct FsckArgs {
     #[command(flatten)]
     pub target: Target,
-    /// Have copies made of what a server should have and does not, and indexes, lists and counts of the metadata made again
+    /// Have copies made of what a server should have and does not
     #[arg(long)]
     pub repair: bool,
     /// As one JSON object, for programs
@@ -58,8 +56,6 @@ struct Compared {
 
 #[derive(Debug)]
 struct Report {
-    /// Rows of the metadata that were made again.
-    corrected: u64,
     violations: Vec<String>,
     servers: Vec<Compared>,
     /// Blocks of which no copy is left, as far as is known.
@@ -78,11 +74,9 @@ pub(super) fn run(args: &FsckArgs) -> CliResult<ExitCode> {
 }
 
 async fn check(node: Arc<Node>, to: Endpoint, repair: bool) -> Result<Report, AskError> {
-    let (mut violations, mut corrected) = (violations(&node, to).await?, 0);
-    if repair && !violations.is_empty() {
-        corrected = mend(&node, to).await?;
-        violations = self::violations(&node, to).await?;
-    }
+    let MetaAnswer::Violations(violations) = call(&node, to, AdminRequest::Check).await? else {
+        return Err(AskError::Unexpected);
+    };
     let status = status(&node, to).await?;
     let mut servers = Vec::with_capacity(status.servers.len());
     for server in &status.servers {
@@ -95,27 +89,7 @@ async fn check(node: Arc<Node>, to: Endpoint, repair: bool) -> Result<Report, As
     let mut lost = lost_among(servers.iter().filter_map(|it| it.comparison.as_ref()));
     lost.extend(nowhere(&node, to).await?);
     let paths = names(&node, to, &lost).await?;
-    Ok(Report { corrected, violations, servers, lost: lost.len() as u64, paths })
-}
-
-async fn violations(node: &Arc<Node>, to: Endpoint) -> Result<Vec<String>, AskError> {
-    match call(node, to, AdminRequest::Check).await? {
-        MetaAnswer::Violations(violations) => Ok(violations),
-        _ => Err(AskError::Unexpected),
-    }
-}
-
-/// Has what follows from other metadata made again, until nothing is found that is not right. How many rows were found.
-async fn mend(node: &Arc<Node>, to: Endpoint) -> Result<u64, AskError> {
-    let mut all = 0;
-    for _ in 0..MENDINGS_MAX {
-        match call(node, to, AdminRequest::Mend).await? {
-            MetaAnswer::Mended { found: 0 } => break,
-            MetaAnswer::Mended { found } => all += found,
-            _ => return Err(AskError::Unexpected),
-        }
-    }
-    Ok(all)
+    Ok(Report { violations, servers, lost: lost.len() as u64, paths })
 }
 
 /// Blocks that no server has which is on record for them.
@@ -234,11 +208,7 @@ impl Report {
     }
 
     fn text(&self, repair: bool) -> String {
-        let mut text = String::new();
-        if self.corrected > 0 {
-            text += &format!("Metadata: {} rows that follow from others were made again.\n", self.corrected);
-        }
-        text.extend(self.violations.iter().map(|sentence| format!("Metadata: {sentence}.\n")));
+        let mut text: String = self.violations.iter().map(|sentence| format!("Metadata: {sentence}.\n")).collect();
         if self.violations.is_empty() {
             text += "Metadata: every invariant holds.\n";
         }
@@ -272,7 +242,6 @@ impl Report {
         let files: Vec<_> = self.paths.iter().map(path).collect();
         json!({
             "sound": self.is_sound(),
-            "corrected_rows": self.corrected,
             "violations": self.violations,
             "lost": self.lost,
             "lost_files": files,
@@ -291,13 +260,7 @@ mod tests {
     fn report(missing: u64, mended: u64) -> Report {
         let comparison = Some(Comparison { on_record: 10, missing, mended, extra: 2, named: Vec::new() });
         let compared = |server, comparison| Compared { server: ServerId(server), state: ServerState::Up, comparison };
-        Report {
-            corrected: 0,
-            violations: Vec::new(),
-            servers: vec![compared(1, comparison)],
-            lost: 0,
-            paths: Vec::new(),
-        }
+        Report { violations: Vec::new(), servers: vec![compared(1, comparison)], lost: 0, paths: Vec::new() }
     }
 
     #[test]

@@ -696,8 +696,6 @@ pub enum AdminRequest {
     Lost {
         after: Option<BlockHash>,
     },
-    /// Makes again some of the metadata's rows that follow from others and do not say what these say. Looks at all of it.
-    Mend,
 }
 
 /// Something that happened to the cluster, and what became of it.
@@ -816,10 +814,6 @@ pub enum MetaAnswer {
     Unchanged,
     /// At most `HASH_LIST_MAX`, in order.
     Blocks(Vec<BlockHash>),
-    /// So many rows were not what they should be; ask again until there are none. A row that has changed meanwhile is left for then.
-    Mended {
-        found: u64,
-    },
 }
 
 /// A file that names a block, by one of its names.

@@ -43,10 +43,7 @@ use super::{
     names, operate,
     server::Authority,
     sessions::OPENS_MAX,
-    state::{
-        Command, Newest, Reply, Rows, Step, StorageError, View, blocks, query, settled,
-        violations::{corrections, violations},
-    },
+    state::{Command, Newest, Reply, Rows, Step, StorageError, View, blocks, query, settled, violations::violations},
     surplus,
 };
 
@@ -62,8 +59,6 @@ const RENEWALS_PER_TIMEOUT: u32 = 30;
 const SCRUB_DEADLINE: Duration = Duration::from_secs(1);
 /// Sentences in an answer to `Check`.
 const VIOLATIONS_MAX: usize = 1000;
-/// Rows that are made again in one entry.
-const CORRECTIONS_MAX: usize = 1000;
 /// A token is good for at most a year.
 const TOKEN_VALIDITY_MAX: u64 = 366 * 86_400;
 
@@ -561,19 +556,6 @@ impl Service {
         Ok(())
     }
 
-    async fn mend(&self) -> Answer {
-        let Ok(_alone) = self.looking_at_everything.try_lock() else { return Err(Refusal::Unavailable) };
-        let view = self.view()?;
-        let looked = work::run(move || corrections(&*view, CORRECTIONS_MAX)).await;
-        let corrections = looked.map_err(|_| Refusal::Fault)?.map_err(|fault| self.fault(fault))?;
-        let found = corrections.len() as u64;
-        if found > 0 {
-            tracing::warn!(found, "metadata that follows from other metadata is made again");
-            self.proposer.propose(Command::Correct { corrections }).await?.1?;
-        }
-        Ok(MetaAnswer::Mended { found })
-    }
-
     async fn admin(&self, request: AdminRequest) -> Answer {
         match request {
             AdminRequest::Status => self.status().map(|status| MetaAnswer::Status(Box::new(status))),
@@ -585,7 +567,6 @@ impl Service {
                 let found = checked.map_err(|_| Refusal::Fault)?.map_err(|fault| self.fault(fault))?;
                 Ok(MetaAnswer::Violations(found))
             }
-            AdminRequest::Mend => self.mend().await,
             AdminRequest::Compare { server, bucket, mend } => self.compare(server, bucket, mend).await,
             AdminRequest::Scrub => self.scrub().await,
             AdminRequest::Stand { server, standing } => self.stand(server, standing, false).await,
@@ -878,7 +859,6 @@ fn check_role(role: Role, request: &MetaRequest) -> Result<(), Refusal> {
         MetaRequest::Admin(
             AdminRequest::IssueToken { .. }
             | AdminRequest::Check
-            | AdminRequest::Mend
             | AdminRequest::Compare { .. }
             | AdminRequest::Scrub
             | AdminRequest::SetReplicas { .. }

@@ -289,7 +289,6 @@ fn admin() -> Vec<AdminRequest> {
         AdminRequest::SetReplicas { replicas: Replicas::new(5).expect("5 is in the range") },
         AdminRequest::StandDespite { server: ServerId(2), standing: Standing::Leaving },
         AdminRequest::Lost { after: Some(hash()) },
-        AdminRequest::Mend,
     ]
 }
 
@@ -416,7 +415,6 @@ fn answers() -> Vec<MetaAnswer> {
         MetaAnswer::BackupPart { backup: 3, bytes: vec![1, 2] },
         MetaAnswer::Paths(vec![LostPath { path: b"/a".to_vec(), ino: Ino(7), offset: 1 }]),
         MetaAnswer::Blocks(vec![hash()]),
-        MetaAnswer::Mended { found: 3 },
     ]
 }
 

@@ -16,7 +16,6 @@ use holdfast_tests::{
     mount::Mount,
     wait,
 };
-use redb::{ReadableTableMetadata, TableDefinition};
 
 const BLOCK: usize = 1 << 20;
 const BLOCKS: usize = 6;
@@ -230,47 +229,6 @@ fn a_server_whose_disk_was_replaced_gets_its_copies_again() {
     assert!((0..BLOCKS).all(|index| patient.copy(3, index).is_none()));
     patient.cluster.start_daemons();
     wait_until_healed(&patient, &[3]);
-}
-
-/// Takes the entries in the order of reading away from all directories of the metadata, which is not in use: names are there, and are not listed.
-fn forget_the_order_of_names(cluster: &Cluster) {
-    /// After the inode's number, in the key of such a row.
-    const COOKIE: u8 = 4;
-    let tree = TableDefinition::<&[u8], &[u8]>::new("tree");
-    let database = redb::Database::open(cluster.path().join("meta/data/meta.redb")).expect("open");
-    let change = database.begin_write().expect("begin");
-    {
-        let mut tree = change.open_table(tree).expect("the table is there");
-        let before = tree.len().expect("a length");
-        tree.retain(|key, _| key.get(8) != Some(&COOKIE)).expect("retain");
-        assert!(tree.len().expect("a length") < before);
-    }
-    change.commit().expect("commit");
-}
-
-/// "`holdfast fsck --repair` makes the metadata's indexes, lists and counts again where they are not what the rest of it says."
-#[test]
-fn fsck_makes_again_what_follows_from_other_metadata() {
-    let patient = Patient::new();
-    patient.cluster.meta().terminate(PATIENCE);
-    forget_the_order_of_names(&patient.cluster);
-    patient.cluster.start_daemons();
-    let fsck = |more: &[&str]| {
-        let output = patient.cluster.holdfast(&[&["fsck", "--dir", dir(&patient)], more].concat());
-        (output.status.code(), String::from_utf8(output.stdout).expect("UTF-8"))
-    };
-    let (code, said) = fsck(&[]);
-    assert!(code == Some(4) && said.contains("\"file\" in directory 1 is not under its cookie"), "{code:?}: {said}");
-    patient.mount.start_again();
-    let listed = || fs::read_dir(patient.mount.path()).expect("list").count();
-    assert_eq!(listed(), 0);
-    patient.mount.unmount();
-    let (code, said) = fsck(&["--repair"]);
-    assert!(code == Some(0) && said.contains("rows that follow from others were made again"), "{code:?}: {said}");
-    assert_eq!(fsck(&[]).0, Some(0));
-    patient.mount.start_again();
-    assert_eq!(listed(), 1);
-    assert!(fs::read(patient.mount.join("file")).expect("read") == patient.content);
 }
 
 /// "`holdfast fsck` finds what a server should have and does not, and with `--repair` has it copied again."

@@ -35,7 +35,6 @@ use serde::{Deserialize, Serialize};
 use namespace::Number;
 use rows::Inode;
 pub use tables::{Newest, Rows, StorageError, Tables, View};
-use violations::Correction;
 
 /// One step of the state machine, as the log keeps it.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -169,10 +168,6 @@ pub enum Command {
         server: ServerId,
         blocks: Vec<BlockHash>,
     },
-    /// Rows that follow from others, and did not say what these say.
-    Correct {
-        corrections: Vec<Correction>,
-    },
 }
 
 impl Command {
@@ -220,9 +215,6 @@ pub enum Reply {
     Strays {
         epoch: Epoch,
         condemned: Vec<BlockHash>,
-    },
-    Corrected {
-        made: u64,
     },
     Done,
 }
@@ -307,7 +299,6 @@ pub fn apply(tables: &mut Tables<'_>, entry: &Entry) -> Result<Applied, StorageE
         Command::HolderAdded { server, blocks, epoch } => Ok(servers::holder_added(tables, *server, blocks, *epoch)?),
         Command::HolderLost { server, blocks } => Ok(servers::holder_lost(tables, *server, blocks)?),
         Command::GiveUp { server, blocks } => Ok(servers::give_up(tables, *server, blocks)?),
-        Command::Correct { corrections } => Ok(violations::correct(tables, corrections)?),
         Command::BadCopy { server, block, fault, repaired } => {
             Ok(servers::bad_copy(tables, *server, *block, *fault, *repaired)?)
         }

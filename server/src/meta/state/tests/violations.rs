@@ -3,7 +3,7 @@
 use holdfast_common::Replicas;
 
 use super::{
-    super::{blocks, rows, tables::key, violations::corrections},
+    super::{blocks, rows, tables::key},
     *,
 };
 
@@ -197,88 +197,4 @@ fn counters_and_replies_that_are_wrong_are_told() {
         let node = NodeName { role: Role::Client, id: 900 };
         tables.put_state(&key::instance(node, &[9; 16]), &[])
     });
-}
-
-/// Damages the tables, and has what follows from other rows made again: what is told afterwards.
-fn mended(damage: Damage) -> Vec<String> {
-    let mut world = world();
-    world.transact(damage);
-    assert_ne!(super::violations(&world.view(), 1).unwrap(), Vec::<String>::new());
-    for _ in 0..10 {
-        let corrections = corrections(&world.view(), 1000).unwrap();
-        if corrections.is_empty() {
-            return super::violations(&world.view(), 1000).unwrap();
-        }
-        // Of two for one row the second is left for the next time.
-        let answer = world.command(Command::Correct { corrections });
-        assert!(matches!(answer, Ok(Reply::Corrected { made: 1.. })), "{answer:?}");
-    }
-    panic!("something is made again for ever")
-}
-
-#[test]
-fn what_follows_from_other_rows_is_made_again() {
-    let damages: [Damage; 24] = [
-        |tables| tables.remove_tree(&key::cookie(DIRECTORY, 2)),
-        |tables| tables.put_tree(&key::cookie(DIRECTORY, 77), &dentry(FILE, Kind::File, 77).encode_with(b"file")),
-        |tables| tables.put_tree(&key::cookie(DIRECTORY, 77), &dentry(NOBODY, Kind::File, 77).encode_with(b"gone")),
-        |tables| inode(tables, FILE, |it| it.nlink = 2),
-        |tables| inode(tables, FILE, |it| it.stored = 7),
-        |tables| inode(tables, DIRECTORY, |it| (it.nlink, it.size) = (2, 7)),
-        |tables| tables.put_state(&key::orphan(FILE), &[]),
-        |tables| tables.put_state(&key::orphan(NOBODY), &[]),
-        |tables| block_row(tables, hash(1), |row| row.refs = 2),
-        |tables| block_row(tables, hash(1), |row| row.refs = 0),
-        |tables| block_row(tables, hash(1), |row| row.refs_by_replicas[1] = 1),
-        |tables| block_row(tables, hash(1), |row| row.wanted = 2),
-        |tables| tables.remove_blocks(&key::held(ServerId(2), hash(1))),
-        |tables| tables.put_blocks(&key::held(ServerId(3), hash(2)), &[]),
-        |tables| block_row(tables, hash(1), |row| row.holders.truncate(1)),
-        |tables| tables.remove_blocks(&key::owed(hash(2))),
-        |tables| tables.put_blocks(&key::owed(hash(1)), &[]),
-        |tables| tables.put_blocks(&key::last_copy(hash(1)), &[]),
-        |tables| tables.put_blocks(&key::surplus(hash(1)), &[]),
-        |tables| tables.put_blocks(&key::unnamed(hash(1)), &[]),
-        |tables| tables.put_blocks(&key::condemned(key::DELETED, Epoch(0), hash(1)), &[]),
-        |tables| tables.put_state(&key::reply(SessionId(900), Sequence(1)), &[]),
-        |tables| {
-            tables.counters.inodes += 3;
-            tables.counters.owed += 2;
-            tables.counters.unnamed += 1;
-            tables.counters.condemned += 1;
-            tables.counters.blocks_by_copies = [9, 0, 9, 0];
-            Ok(())
-        },
-        |tables| {
-            inode(tables, BELOW, |it| it.size = 3)?;
-            tables.remove_blocks(&key::owed(hash(2)))?;
-            block_row(tables, hash(2), |row| row.refs = 5)
-        },
-    ];
-    for (number, damage) in damages.into_iter().enumerate() {
-        assert_eq!(mended(damage), Vec::<String>::new(), "damage {number}");
-    }
-}
-
-#[test]
-fn what_nothing_else_says_is_left_as_it_is_and_told() {
-    let told = mended(|tables| tables.remove_tree(&key::dentry(DIRECTORY, b"file")));
-    assert!(told.iter().any(|sentence| sentence.contains("inode 4 counts 1 links, and has 0 names")), "{told:?}");
-    let told = mended(|tables| {
-        tables.remove_inode(FILE);
-        Ok(())
-    });
-    assert!(told.iter().any(|sentence| sentence.contains("names inode 4, which is not there")), "{told:?}");
-    let told = mended(|tables| block_row(tables, hash(1), |row| row.condemned = true));
-    assert!(told.iter().any(|sentence| sentence.contains("is condemned, and 1 pieces name it")), "{told:?}");
-}
-
-#[test]
-fn a_row_that_has_changed_since_it_was_looked_at_is_left_alone() {
-    let mut world = world();
-    world.transact(|tables| inode(tables, FILE, |it| it.stored = 7));
-    let corrections = corrections(&world.view(), 1000).unwrap();
-    assert_eq!(corrections.len(), 1);
-    world.transact(|tables| inode(tables, FILE, |it| it.mode = 0o600));
-    assert_eq!(world.command(Command::Correct { corrections }), Ok(Reply::Corrected { made: 0 }));
 }

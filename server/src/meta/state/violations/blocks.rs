@@ -135,57 +135,39 @@ impl<R: Rows> Walk<'_, R> {
     }
 
     fn take_listed(&mut self, key: &[u8]) -> Result<()> {
+        let damaged = || StorageError::Damaged("blocks: key".into());
         let hash = blocks::hash_of(key)?;
-        let sentence = match key[0] {
+        let (test, list): (fn(&BlockRow) -> bool, _) = match key[0] {
             key::HELD => {
-                self.seen.held.add_copy(holder_of(key)?, hash);
+                let server = key[1..].first_chunk::<4>().ok_or_else(damaged)?;
+                self.seen.held.add_copy(ServerId(u32::from_be_bytes(*server)), hash);
                 return Ok(());
             }
-            key::CONDEMNED | key::DELETED => disagreement(hash, epoch_of(key)?),
-            key::OWED => format!("block {hash} and the list of owed blocks disagree"),
-            key::LAST_COPY => format!("block {hash} and the list of last copies disagree"),
-            key::SURPLUS => format!("block {hash} and the list of those with too many copies disagree"),
-            key::UNNAMED => format!("block {hash} and the list of unnamed blocks disagree"),
+            list @ (key::CONDEMNED | key::DELETED) => {
+                let epoch = Epoch(u64::from_be_bytes(*key[1..].first_chunk::<8>().ok_or_else(damaged)?));
+                let row = blocks::block(self.rows, hash)?;
+                let belongs = |row: BlockRow| row.condemned && row.epoch == epoch && condemned_list(&row) == list;
+                if !row.is_some_and(belongs) {
+                    self.found.push(disagreement(hash, epoch));
+                }
+                return Ok(());
+            }
+            key::OWED => (blocks::is_owed, "the list of owed blocks disagree"),
+            // One that came to have one copy left before there was a list of those is in the other list only.
+            key::LAST_COPY => (blocks::has_one_copy_left, "the list of last copies disagree"),
+            key::SURPLUS => (blocks::has_surplus, "the list of those with too many copies disagree"),
+            key::UNNAMED => (blocks::is_unnamed, "the list of unnamed blocks disagree"),
             _ => return Err(damaged()),
         };
-        if !is_rightly_listed(self.rows, key)? {
-            self.found.push(sentence);
+        if !blocks::block(self.rows, hash)?.is_some_and(|row| test(&row)) {
+            self.found.push(format!("block {hash} and {list}"));
         }
         Ok(())
     }
 }
 
-/// Whether what a row of a list says is so.
-pub(super) fn is_rightly_listed(rows: &impl Rows, key: &[u8]) -> Result<bool> {
-    let Some(row) = blocks::block(rows, blocks::hash_of(key)?)? else { return Ok(false) };
-    Ok(match key[0] {
-        key::HELD => row.holders.contains(&holder_of(key)?),
-        list @ (key::CONDEMNED | key::DELETED) => {
-            row.condemned && row.epoch == epoch_of(key)? && condemned_list(&row) == list
-        }
-        key::OWED => blocks::is_owed(&row),
-        // One that came to have one copy left before there was a list of those is in the other list only.
-        key::LAST_COPY => blocks::has_one_copy_left(&row),
-        key::SURPLUS => blocks::has_surplus(&row),
-        key::UNNAMED => blocks::is_unnamed(&row),
-        _ => return Err(damaged()),
-    })
-}
-
-fn holder_of(key: &[u8]) -> Result<ServerId> {
-    Ok(ServerId(u32::from_be_bytes(*key[1..].first_chunk::<4>().ok_or_else(damaged)?)))
-}
-
-fn epoch_of(key: &[u8]) -> Result<Epoch> {
-    Ok(Epoch(u64::from_be_bytes(*key[1..].first_chunk::<8>().ok_or_else(damaged)?)))
-}
-
-fn damaged() -> StorageError {
-    StorageError::Damaged("blocks: key".into())
-}
-
 /// Deleted everywhere, or still to be.
-pub(super) fn condemned_list(row: &BlockRow) -> u8 {
+fn condemned_list(row: &BlockRow) -> u8 {
     if row.holders.is_empty() { key::DELETED } else { key::CONDEMNED }
 }
 

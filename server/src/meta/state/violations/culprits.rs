@@ -16,28 +16,18 @@ const PART: u64 = 1 << 19;
 
 /// Inodes that count other links than they have names.
 pub(super) fn links(rows: &impl Rows, inodes: u64, found: &mut Found) -> Result<()> {
-    each_link(rows, inodes, |ino, inode, names| {
-        found.push(format!("inode {ino} counts {} links, and has {names} names", inode.nlink));
-        Ok(found.goes_on())
-    })
-}
-
-/// Those inodes, with the number of their names, until it breaks.
-pub(super) fn each_link(
-    rows: &impl Rows,
-    inodes: u64,
-    mut visit: impl FnMut(Ino, &Inode, u32) -> Result<ControlFlow<()>>,
-) -> Result<()> {
     let parts = inodes / PART + 1;
     for part in 0..parts {
-        let mut goes_on = ControlFlow::Continue(());
+        if found.is_full() {
+            break;
+        }
         let mut names: BTreeMap<Ino, u32> = BTreeMap::new();
         scan_tree(rows, key::DENTRY, |_, row| {
             let ino = Dentry::decode(row)?.ino;
             if ino.0 % parts == part {
                 *names.entry(ino).or_default() += 1;
             }
-            Ok(ControlFlow::Continue(()))
+            Ok(())
         })?;
         scan_tree(rows, key::INODE, |ino, row| {
             if ino.0 % parts == part {
@@ -45,52 +35,38 @@ pub(super) fn each_link(
                 let counted = if inode.is_directory() { inode.nlink.min(1) } else { inode.nlink };
                 let names = names.get(&ino).copied().unwrap_or(0) + u32::from(ino == Ino::ROOT);
                 if counted != names {
-                    goes_on = visit(ino, &inode, names)?;
+                    found.push(format!("inode {ino} counts {} links, and has {names} names", inode.nlink));
                 }
             }
-            Ok(goes_on)
+            Ok(())
         })?;
-        if goes_on.is_break() {
-            break;
-        }
     }
     Ok(())
 }
 
 /// The rows of all inodes that have this tag.
-fn scan_tree(rows: &impl Rows, tag: u8, mut visit: impl FnMut(Ino, &[u8]) -> Result<ControlFlow<()>>) -> Result<()> {
+fn scan_tree(rows: &impl Rows, tag: u8, mut visit: impl FnMut(Ino, &[u8]) -> Result<()>) -> Result<()> {
     let damaged = || StorageError::Damaged("tree: key".into());
     scan(rows.tree(), &[], &past(&[]), |key, row| {
         let (ino, rest) = key.split_first_chunk::<8>().ok_or_else(damaged)?;
-        match rest.first() == Some(&tag) {
-            true => visit(Ino(u64::from_be_bytes(*ino)), row),
-            false => Ok(ControlFlow::Continue(())),
+        if rest.first() == Some(&tag) {
+            visit(Ino(u64::from_be_bytes(*ino)), row)?;
         }
+        Ok(ControlFlow::Continue(()))
     })
 }
 
 /// Blocks that count other pieces than name them.
 pub(super) fn references(rows: &impl Rows, blocks: u64, found: &mut Found) -> Result<()> {
-    each_reference(rows, blocks, |hash, row, all, by_replicas| {
-        compare(hash, row, all, by_replicas, found);
-        Ok(found.goes_on())
-    })
-}
-
-/// Every block, with the number of pieces that name it: all of them, and those of files with a number of copies of their own. Until
-/// it breaks.
-pub(super) fn each_reference(
-    rows: &impl Rows,
-    blocks: u64,
-    mut visit: impl FnMut(BlockHash, &BlockRow, u64, [u64; REPLICAS_MAX]) -> Result<ControlFlow<()>>,
-) -> Result<()> {
     let parts = blocks / PART + 1;
     let is_of = |part: u64, hash: &BlockHash| {
         let word = hash.0.first_chunk::<8>().map_or(0, |word| u64::from_be_bytes(*word));
         word % parts == part
     };
     for part in 0..parts {
-        let mut goes_on = ControlFlow::Continue(());
+        if found.is_full() {
+            break;
+        }
         let mut named: BTreeMap<BlockHash, (u64, [u64; REPLICAS_MAX])> = BTreeMap::new();
         scan_tree(rows, key::PIECES, |_, row| {
             let (pieces, replicas) = decode_chunk(row)?;
@@ -99,18 +75,15 @@ pub(super) fn each_reference(
                 *all += 1;
                 replicas.own().into_iter().for_each(|own| by_replicas[own - 1] += 1);
             }
-            Ok(ControlFlow::Continue(()))
+            Ok(())
         })?;
         scan_blocks(rows, |hash, row| {
             if is_of(part, &hash) {
                 let (all, by_replicas) = named.get(&hash).copied().unwrap_or_default();
-                goes_on = visit(hash, &row, all, by_replicas)?;
+                compare(hash, &row, all, by_replicas, found);
             }
-            Ok(goes_on)
+            Ok(())
         })?;
-        if goes_on.is_break() {
-            break;
-        }
     }
     Ok(())
 }
@@ -125,9 +98,9 @@ fn compare(hash: BlockHash, row: &BlockRow, all: u64, by_replicas: [u64; REPLICA
     }
 }
 
-fn scan_blocks(rows: &impl Rows, mut visit: impl FnMut(BlockHash, BlockRow) -> Result<ControlFlow<()>>) -> Result<()> {
+fn scan_blocks(rows: &impl Rows, mut visit: impl FnMut(BlockHash, BlockRow) -> Result<()>) -> Result<()> {
     scan(rows.blocks(), &[key::BLOCK], &past(&[key::BLOCK]), |key, row| {
-        visit(blocks::hash_of(key)?, BlockRow::decode(row)?)
+        visit(blocks::hash_of(key)?, BlockRow::decode(row)?).map(ControlFlow::Continue)
     })
 }
 
@@ -141,7 +114,7 @@ pub(super) fn holders(rows: &impl Rows, found: &mut Found) -> Result<()> {
                 found.push(disagree(hash, holder));
             }
         }
-        Ok(ControlFlow::Continue(()))
+        Ok(())
     })?;
     scan(rows.blocks(), &[key::HELD], &past(&[key::HELD]), |key, _| {
         let server = key[1..].first_chunk::<4>().ok_or_else(|| StorageError::Damaged("blocks: key".into()))?;

@@ -7,7 +7,6 @@
 
 mod blocks;
 mod culprits;
-mod mend;
 mod tally;
 mod tree;
 
@@ -15,8 +14,6 @@ use std::{collections::BTreeMap, ops::ControlFlow};
 
 use holdfast_common::SessionId;
 
-pub(super) use self::mend::correct;
-pub use self::mend::{Correction, corrections};
 use super::{
     Rows, session,
     tables::{Result, key, past, scan},
@@ -30,8 +27,8 @@ struct Found {
 }
 
 impl Found {
-    fn goes_on(&self) -> ControlFlow<()> {
-        if self.sentences.len() < self.count { ControlFlow::Continue(()) } else { ControlFlow::Break(()) }
+    fn is_full(&self) -> bool {
+        self.sentences.len() >= self.count
     }
 
     fn push(&mut self, sentence: String) {
@@ -72,29 +69,21 @@ fn counters_are_true(rows: &impl Rows, tree: &tree::Seen, blocks: &blocks::Seen,
 }
 
 fn replies_belong_to_sessions(rows: &impl Rows, found: &mut Found) -> Result<()> {
-    let sessions = session::sessions(rows)?.len();
+    let sessions: BTreeMap<SessionId, _> = session::sessions(rows)?.into_iter().collect();
     let mut instances = 0;
     scan(rows.state(), &[key::INSTANCE], &past(&[key::INSTANCE]), |_, _| {
         instances += 1;
         Ok(ControlFlow::Continue(()))
     })?;
-    if instances != sessions {
-        found.push(format!("there are {instances} instances for {sessions} sessions"));
+    if instances != sessions.len() {
+        found.push(format!("there are {instances} instances for {} sessions", sessions.len()));
     }
-    each_useless_reply(rows, |_, id, sequence| {
-        found.push(format!("reply {sequence} is kept for session {id}, which has no use for it"));
-        Ok(())
-    })
-}
-
-fn each_useless_reply(rows: &impl Rows, mut visit: impl FnMut(&[u8], SessionId, u64) -> Result<()>) -> Result<()> {
-    let sessions: BTreeMap<SessionId, _> = session::sessions(rows)?.into_iter().collect();
     scan(rows.state(), &[key::REPLY], &past(&[key::REPLY]), |key, _| {
         let word = |at: usize| key.get(at..at + 8).and_then(|word| word.try_into().ok()).map(u64::from_be_bytes);
         let (id, sequence) = (SessionId(word(1).unwrap_or(0)), word(9).unwrap_or(0));
         match sessions.get(&id) {
             Some(row) if sequence >= row.answered_below.0 => {}
-            _ => visit(key, id, sequence)?,
+            _ => found.push(format!("reply {sequence} is kept for session {id}, which has no use for it")),
         }
         Ok(ControlFlow::Continue(()))
     })
