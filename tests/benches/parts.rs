@@ -125,6 +125,13 @@ impl Metadata {
             apply(tables, &Entry { time: Time::default(), command }).expect("a session");
         });
         metadata.session = SessionId(1);
+        metadata.transact(|tables, _| {
+            for server in HOLDERS {
+                let address = ([127, 0, 0, 1], 1).into();
+                let command = Command::RegisterServer { server, address, zone: String::new() };
+                apply(tables, &Entry { time: Time::default(), command }).expect("a server");
+            }
+        });
         metadata
     }
 
