@@ -51,6 +51,12 @@ impl FirstFailure {
     }
 }
 
+/// What redb is to be told, so that its cache takes `bytes` of memory: it counts a page of 4 KiB as that, and keeps it behind 16 bytes
+/// of its own, for which the allocator gives 5 KiB.
+pub fn cache_size(bytes: u64) -> usize {
+    usize::try_from(bytes / 5 * 4).unwrap_or(usize::MAX)
+}
+
 /// Freezes a database's file: what its last durable commit wrote stays the truth.
 ///
 /// Dropping a `Database` commits what was committed with `Durability::None` *durably*. Where such commits may only

@@ -204,7 +204,9 @@ where
 pub(super) async fn call(node: &Arc<Node>, to: Endpoint, request: AdminRequest) -> Result<MetaAnswer, AskError> {
     // What looks at everything takes as long as there is much.
     let deadline = match request {
-        AdminRequest::Check | AdminRequest::Names { .. } | AdminRequest::Lost { .. } => LONG_DEADLINE,
+        AdminRequest::Check | AdminRequest::Mend | AdminRequest::Names { .. } | AdminRequest::Lost { .. } => {
+            LONG_DEADLINE
+        }
         AdminRequest::Compare { .. } => COMPARE_DEADLINE,
         _ => DEADLINE,
     };

@@ -5,6 +5,7 @@ use std::{
     io::{self, IsTerminal, Write},
     process::ExitCode,
     sync::Arc,
+    time::Duration,
 };
 
 use clap::Args;
@@ -28,6 +29,12 @@ use super::{
 const UNSOUND: u8 = 4;
 /// Questions that a server that is busy is asked before it counts as silent.
 const TRIES: usize = 5;
+/// Between two of them, if it looks at everything for somebody else.
+const BUSY_PAUSE: Duration = Duration::from_secs(1);
+/// Rounds of mending: each finds some thousand rows.
+const ROUNDS_MAX: usize = 1000;
+/// Those after another in which nothing could be done about what was found: it had changed meanwhile.
+const IDLE_ROUNDS_MAX: usize = 3;
 
 /// Check a cluster, and mend it
 ///
@@ -37,7 +44,7 @@ const TRIES: usize = 5;
 pub(super) struct FsckArgs {
     #[command(flatten)]
     pub target: Target,
-    /// Have copies made of what a server should have and does not
+    /// Have copies made of what a server should have and does not, and indexes, lists and counts of the metadata made again
     #[arg(long)]
     pub repair: bool,
     /// As one JSON object, for programs
@@ -56,6 +63,8 @@ struct Compared {
 
 #[derive(Debug)]
 struct Report {
+    /// Rows of the metadata that were made again; `None`: not now.
+    corrected: Option<u64>,
     violations: Vec<String>,
     servers: Vec<Compared>,
     /// Blocks of which no copy is left, as far as is known.
@@ -74,9 +83,11 @@ pub(super) fn run(args: &FsckArgs) -> CliResult<ExitCode> {
 }
 
 async fn check(node: Arc<Node>, to: Endpoint, repair: bool) -> Result<Report, AskError> {
-    let MetaAnswer::Violations(violations) = call(&node, to, AdminRequest::Check).await? else {
-        return Err(AskError::Unexpected);
-    };
+    let (mut violations, mut corrected) = (violations(&node, to).await?, Some(0));
+    if repair && !violations.is_empty() {
+        corrected = mend(&node, to).await?;
+        violations = self::violations(&node, to).await?;
+    }
     let status = status(&node, to).await?;
     let mut servers = Vec::with_capacity(status.servers.len());
     for server in &status.servers {
@@ -89,7 +100,45 @@ async fn check(node: Arc<Node>, to: Endpoint, repair: bool) -> Result<Report, As
     let mut lost = lost_among(servers.iter().filter_map(|it| it.comparison.as_ref()));
     lost.extend(nowhere(&node, to).await?);
     let paths = names(&node, to, &lost).await?;
-    Ok(Report { violations, servers, lost: lost.len() as u64, paths })
+    Ok(Report { corrected, violations, servers, lost: lost.len() as u64, paths })
+}
+
+async fn violations(node: &Arc<Node>, to: Endpoint) -> Result<Vec<String>, AskError> {
+    match patiently(node, to, AdminRequest::Check).await? {
+        MetaAnswer::Violations(violations) => Ok(violations),
+        _ => Err(AskError::Unexpected),
+    }
+}
+
+/// Has what follows from other metadata made again, until nothing is found or nothing can be done about it. How many rows were made;
+/// `None`: mounts have yet to say again what a metadata server lost.
+async fn mend(node: &Arc<Node>, to: Endpoint) -> Result<Option<u64>, AskError> {
+    let (mut all, mut idle) = (0, 0);
+    for _ in 0..ROUNDS_MAX {
+        let (found, made) = match patiently(node, to, AdminRequest::Mend).await {
+            Ok(MetaAnswer::Mended { found, made }) => (found, made),
+            Ok(_) => return Err(AskError::Unexpected),
+            Err(AskError::Refused(Refusal::Unavailable)) => return Ok(None),
+            Err(error) => return Err(error),
+        };
+        all += made;
+        idle = if made == 0 { idle + 1 } else { 0 };
+        if found == 0 || idle == IDLE_ROUNDS_MAX {
+            break;
+        }
+    }
+    Ok(Some(all))
+}
+
+/// Who looks at everything does so for one at a time.
+async fn patiently(node: &Arc<Node>, to: Endpoint, request: AdminRequest) -> Result<MetaAnswer, AskError> {
+    for _ in 1..TRIES {
+        match call(node, to, request.clone()).await {
+            Err(AskError::Refused(Refusal::Unavailable)) => tokio::time::sleep(BUSY_PAUSE).await,
+            answer => return answer,
+        }
+    }
+    call(node, to, request).await
 }
 
 /// Blocks that no server has which is on record for them.
@@ -208,7 +257,13 @@ impl Report {
     }
 
     fn text(&self, repair: bool) -> String {
-        let mut text: String = self.violations.iter().map(|sentence| format!("Metadata: {sentence}.\n")).collect();
+        let mut text = String::new();
+        match self.corrected {
+            Some(0) => {}
+            Some(rows) => text += &format!("Metadata: {rows} rows that follow from others were made again.\n"),
+            None => text += "Metadata: nothing can be mended now, while mounts say again what was lost. Try later.\n",
+        }
+        text.extend(self.violations.iter().map(|sentence| format!("Metadata: {sentence}.\n")));
         if self.violations.is_empty() {
             text += "Metadata: every invariant holds.\n";
         }
@@ -242,6 +297,7 @@ impl Report {
         let files: Vec<_> = self.paths.iter().map(path).collect();
         json!({
             "sound": self.is_sound(),
+            "corrected_rows": self.corrected,
             "violations": self.violations,
             "lost": self.lost,
             "lost_files": files,
@@ -260,7 +316,8 @@ mod tests {
     fn report(missing: u64, mended: u64) -> Report {
         let comparison = Some(Comparison { on_record: 10, missing, mended, extra: 2, named: Vec::new() });
         let compared = |server, comparison| Compared { server: ServerId(server), state: ServerState::Up, comparison };
-        Report { violations: Vec::new(), servers: vec![compared(1, comparison)], lost: 0, paths: Vec::new() }
+        let servers = vec![compared(1, comparison)];
+        Report { corrected: Some(0), violations: Vec::new(), servers, lost: 0, paths: Vec::new() }
     }
 
     #[test]
@@ -294,6 +351,16 @@ Storage server 1: 10 blocks on record, 3 MISSING (--repair has them copied); 2 t
 Not all is well.
 ";
         assert_eq!(report(3, 0).text(false), expected);
+        let corrected = Report { corrected: Some(7), ..report(0, 0) };
+        assert!(corrected.is_sound());
+        assert!(
+            corrected
+                .text(true)
+                .starts_with("Metadata: 7 rows that follow from others were made again.\nMetadata: every")
+        );
+        assert_eq!(corrected.json()["corrected_rows"], 7);
+        let later = Report { corrected: None, violations: vec!["x".into()], ..report(0, 0) };
+        assert!(later.text(true).starts_with("Metadata: nothing can be mended now"));
         let path = LostPath { path: b"/a/b".to_vec(), ino: Ino(7), offset: 1 << 20 };
         let lost = Report { lost: 1, paths: vec![path], ..report(0, 0) };
         assert!(lost.text(false).contains("LOST from byte 1048576: /a/b (inode 7)\nNot all is well."));

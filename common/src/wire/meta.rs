@@ -696,6 +696,8 @@ pub enum AdminRequest {
     Lost {
         after: Option<BlockHash>,
     },
+    /// Makes some of the rows again that follow from others and do not say what these say. Looks at everything.
+    Mend,
 }
 
 /// Something that happened to the cluster, and what became of it.
@@ -814,6 +816,12 @@ pub enum MetaAnswer {
     Unchanged,
     /// At most `HASH_LIST_MAX`, in order.
     Blocks(Vec<BlockHash>),
+    /// So much was found that follows from other rows and was wrong, and so much of it was made again: ask once more while it is
+    /// any. The rest has changed meanwhile, or cannot be said by a program.
+    Mended {
+        found: u64,
+        made: u64,
+    },
 }
 
 /// A file that names a block, by one of its names.

@@ -222,16 +222,16 @@ impl Balancer {
     async fn unload(&mut self, from: ServerId, bytes: u64, room: &mut BTreeMap<ServerId, u64>) -> Result<u64, Fault> {
         let (mut moved, mut ends) = (0, 0);
         while moved < bytes && ends < 2 {
-            let page = blocks::held_after(&*self.core.store.view()?, from, self.cursors.get(&from).copied(), PAGE)?;
-            match page.last() {
-                Some(last) => drop(self.cursors.insert(from, *last)),
+            let cursor = self.cursors.get(&from).copied();
+            let page = self.core.held_after(from, cursor, PAGE).await?;
+            match page.next {
+                Some(next) => drop(self.cursors.insert(from, next)),
                 None => {
                     self.cursors.remove(&from);
                     ends += 1;
-                    continue;
                 }
             }
-            let (orders, chosen, length) = self.orders(from, &page, bytes - moved, room)?;
+            let (orders, chosen, length) = self.orders(from, &page.blocks, bytes - moved, room)?;
             if chosen.is_empty() {
                 tokio::task::yield_now().await;
                 continue;

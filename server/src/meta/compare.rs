@@ -12,13 +12,14 @@ use std::{
 
 use holdfast_common::{
     BlockHash, BootId, Epoch, ServerId,
-    inventory::{self, BUCKETS, BucketDigest},
+    inventory::{self, BUCKETS},
     limits::{HASH_LIST_MAX, LOST_MAX},
     net::Peers,
     wire::{
         meta::Severity,
         storage::{StorageAnswer, StorageRequest},
     },
+    work,
 };
 
 use super::{
@@ -26,7 +27,7 @@ use super::{
     copier::{self, Order},
     core::{Core, Fault, ask},
     journal::Note,
-    state::{Command, Reply, blocks, garbage},
+    state::{Command, Reply, Rows, View, blocks, garbage, holdings},
     strays,
 };
 
@@ -56,13 +57,16 @@ pub struct Difference {
 /// Looks at one bucket. `None`: the server did not answer.
 pub async fn look(core: &Core, peers: &dyn Peers, server: ServerId, bucket: u8) -> Result<Option<Difference>, Fault> {
     // The record first: what is put and committed from here on is extra for a moment, and never missing.
-    let held = held_in(core, server, bucket)?;
-    let mut difference = Difference { on_record: held.len() as u64, ..Difference::default() };
+    let record = core.store.view()?;
+    let holding = record.holding(server, bucket)?;
+    let mut difference = Difference { on_record: holding.blocks, ..Difference::default() };
     match question(core, peers, server, &StorageRequest::Digest { bucket }).await {
-        Some(StorageAnswer::Digest(digest)) if digest == BucketDigest::of(&held) => return Ok(Some(difference)),
+        Some(StorageAnswer::Digest(digest)) if digest == holding => return Ok(Some(difference)),
         Some(StorageAnswer::Digest(_)) => {}
         _ => return Ok(None),
     }
+    let held = held_in(&record, server, bucket).await?;
+    drop(record);
     let Some(here) = list(core, peers, server, bucket).await else { return Ok(None) };
     let view = core.store.view()?;
     for (looked, hash) in held.iter().filter(|hash| !here.contains_key(hash)).enumerate() {
@@ -109,15 +113,15 @@ async fn retain_missing(core: &Core, peers: &dyn Peers, server: ServerId, differ
     true
 }
 
-fn held_in(core: &Core, server: ServerId, bucket: u8) -> Result<Vec<BlockHash>, Fault> {
-    let view = core.store.view()?;
-    let (mut held, mut after) = (Vec::new(), inventory::before(bucket));
+async fn held_in(record: &Arc<View>, server: ServerId, bucket: u8) -> Result<Vec<BlockHash>, Fault> {
+    let (mut held, mut after) = (Vec::new(), None);
     loop {
-        let page = blocks::held_after(&*view, server, after, BATCH)?;
-        after = page.last().copied();
-        let full = page.len() == BATCH;
-        held.extend(page.into_iter().filter(|hash| inventory::is_in(bucket, hash)));
-        if !full || after.is_some_and(|last| !inventory::is_in(bucket, &last)) {
+        let view = Arc::clone(record);
+        let page = work::run(move || holdings::held_in(&*view, server, bucket, after, BATCH)).await;
+        let page = page.map_err(|_| Fault::Thread)??;
+        held.extend(page.blocks);
+        after = page.next;
+        if after.is_none() {
             return Ok(held);
         }
     }

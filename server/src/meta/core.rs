@@ -17,6 +17,7 @@ use holdfast_common::{
         meta::{JournalEntry, Lease, Op, Replayed},
         storage::{StorageAnswer, StorageReply, StorageRequest},
     },
+    work,
 };
 use parking_lot::Mutex;
 use std::{
@@ -40,7 +41,7 @@ use super::{
     recent::Recent,
     recovery::Recovery,
     sessions::Sessions,
-    state::{Command, StorageError, query, settled},
+    state::{Command, StorageError, holdings, query, settled},
     store::Store,
     unsynced::Unsynced,
 };
@@ -344,6 +345,18 @@ impl Core {
     /// Do mounts still say again what was lost?
     pub fn is_recovering(&self) -> bool {
         *self.recovering.borrow()
+    }
+
+    /// Some of the blocks that a server is on record for ([`holdings::held_after`]), as of now. Others are served meanwhile.
+    pub async fn held_after(
+        &self,
+        server: ServerId,
+        after: Option<BlockHash>,
+        count: usize,
+    ) -> Result<holdings::Page, Fault> {
+        let view = self.store.view()?;
+        let page = work::run(move || holdings::held_after(&*view, server, after, count)).await;
+        Ok(page.map_err(|_| Fault::Thread)??)
     }
 
     /// May anything be deleted that no file names? Not while what a mount may still say again could name it.

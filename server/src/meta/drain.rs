@@ -25,6 +25,7 @@ use super::{
 const TICK: Duration = Duration::from_millis(500);
 /// Before a server is looked at again of which nothing could be moved.
 const STUCK_INTERVAL: Duration = Duration::from_secs(5);
+const STUCK_INTERVAL_MAX: Duration = Duration::from_secs(300);
 /// Blocks that are looked at in one step.
 const PAGE: usize = 256;
 
@@ -68,6 +69,11 @@ impl std::fmt::Debug for Drainer {
     }
 }
 
+/// Until all is looked at again, if that took so long: a small part of the time.
+fn stuck_interval(took: Duration) -> Duration {
+    (took * 10).clamp(STUCK_INTERVAL, STUCK_INTERVAL_MAX)
+}
+
 impl Drainer {
     pub fn new(core: Arc<Core>, proposer: Proposer, peers: Arc<dyn Peers>) -> Self {
         Self { core, proposer, peers }
@@ -83,11 +89,12 @@ impl Drainer {
                 continue;
             }
             let leaving = self.core.cluster.lock().leaving();
-            let now = self.core.clock.monotonic();
-            stuck.retain(|_, until| *until > now);
+            let began = self.core.clock.monotonic();
+            stuck.retain(|_, until| *until > began);
             for (server, standing) in &leaving {
                 if !stuck.contains_key(server) && !self.empty(*server, *standing).await? {
-                    stuck.insert(*server, now + STUCK_INTERVAL);
+                    let now = self.core.clock.monotonic();
+                    stuck.insert(*server, now + stuck_interval(now.saturating_sub(began)));
                 }
             }
             let are_leaving = leaving.into_iter().map(|(server, _)| server).collect();
@@ -102,14 +109,18 @@ impl Drainer {
     async fn empty(&self, server: ServerId, standing: Standing) -> Result<bool, Fault> {
         let (mut after, mut left, mut off, mut stuck) = (None, 0, 0, Stuck::default());
         loop {
-            let page = blocks::held_after(&*self.core.store.view()?, server, after, PAGE)?;
-            let Some(last) = page.last().copied() else { break };
-            after = Some(last);
-            let moved = self.move_off(server, &page, &mut stuck).await?;
-            left += page.len().saturating_sub(moved) as u64;
-            off += moved;
+            let page = self.core.held_after(server, after, PAGE).await?;
+            if !page.blocks.is_empty() {
+                let moved = self.move_off(server, &page.blocks, &mut stuck).await?;
+                left += page.blocks.len().saturating_sub(moved) as u64;
+                off += moved;
+            }
             if self.core.cluster.lock().standing(server) != Some(standing) {
                 return Ok(true);
+            }
+            after = page.next;
+            if after.is_none() {
+                break;
             }
         }
         let hindered = if left > 0 && off == 0 { stuck.to_string() } else { String::new() };
@@ -200,10 +211,14 @@ impl Drainer {
     async fn trim(&self, server: ServerId) -> Result<(), Fault> {
         let mut after = None;
         loop {
-            let page = blocks::held_after(&*self.core.store.view()?, server, after, PAGE)?;
-            let Some(last) = page.last().copied() else { return Ok(()) };
-            after = Some(last);
-            relocate::retire(&self.core, &self.proposer, &*self.peers, server, &page).await?;
+            let page = self.core.held_after(server, after, PAGE).await?;
+            if !page.blocks.is_empty() {
+                relocate::retire(&self.core, &self.proposer, &*self.peers, server, &page.blocks).await?;
+            }
+            after = page.next;
+            if after.is_none() {
+                return Ok(());
+            }
         }
     }
 

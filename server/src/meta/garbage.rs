@@ -157,14 +157,23 @@ impl Collector {
 
     /// Forgets what has been deleted everywhere for long enough.
     async fn forget(&mut self) -> Result<(), Fault> {
+        let mut after = None;
         for _ in 0..PAGES_A_TICK {
-            let mut page = garbage::deleted_first(&*self.core.store.view()?, PAGE)?;
+            let view = self.core.store.view()?;
+            let mut page = garbage::deleted_after(&*view, after, PAGE)?;
+            after = page.last().copied();
             let all = page.len();
             let old_enough =
                 |epoch: Epoch| self.core.clock.monotonic().saturating_sub(self.seen(epoch).1) >= self.grace;
             page.retain(|(epoch, _)| old_enough(*epoch));
             let mut forgotten: BTreeMap<Epoch, Vec<BlockHash>> = BTreeMap::new();
-            page.iter().for_each(|(epoch, hash)| forgotten.entry(*epoch).or_default().push(*hash));
+            for (epoch, hash) in &page {
+                // One that pieces name all the same is kept: fsck tells.
+                if blocks::block(&*view, *hash)?.is_some_and(|row| row.refs == 0) {
+                    forgotten.entry(*epoch).or_default().push(*hash);
+                }
+            }
+            drop(view);
             for (epoch, blocks) in forgotten {
                 if let Err(refusal) = self.proposer.propose(Command::Forget { blocks, epoch }).await {
                     tracing::debug!(%refusal, "what is deleted could not be forgotten yet");
@@ -182,7 +191,8 @@ impl Collector {
     fn drop_old_epochs(&mut self) -> Result<(), Fault> {
         let view = self.core.store.view()?;
         let first = |page: Vec<(Epoch, BlockHash)>| page.first().map(|(epoch, _)| *epoch);
-        let firsts = [first(garbage::condemned_after(&*view, None, 1)?), first(garbage::deleted_first(&*view, 1)?)];
+        let firsts =
+            [first(garbage::condemned_after(&*view, None, 1)?), first(garbage::deleted_after(&*view, None, 1)?)];
         match firsts.into_iter().flatten().min() {
             Some(oldest) => self.condemned = self.condemned.split_off(&oldest),
             None => self.condemned.clear(),
@@ -214,7 +224,9 @@ impl Collector {
             if epoch > self.started.0 {
                 self.condemned.entry(epoch).or_insert(seen);
             }
-            let Some(row) = blocks::block(&*view, hash)?.filter(|_| self.may_delete(epoch)) else { continue };
+            // One that pieces name all the same is kept: fsck tells.
+            let row = blocks::block(&*view, hash)?.filter(|row| row.refs == 0 && self.may_delete(epoch));
+            let Some(row) = row else { continue };
             let cluster = self.core.cluster.lock();
             for holder in row.holders.into_iter().filter(|holder| cluster.is_up(*holder)) {
                 orders.entry((holder, epoch)).or_default().push(hash);

@@ -12,7 +12,7 @@ use super::{
     cluster::Cluster,
     core::Core,
     journal::Note,
-    state::{StorageError, blocks},
+    state::{StorageError, blocks, holdings},
 };
 
 /// Blocks that are looked at in one step.
@@ -37,15 +37,15 @@ pub fn survey(core: &Core, server: ServerId) -> Result<Survey, StorageError> {
     let mut survey = Survey::default();
     let mut after = None;
     loop {
-        let page = blocks::held_after(&*rows, server, after, SURVEY_PAGE)?;
-        for block in &page {
+        let page = holdings::held_after(&*rows, server, after, SURVEY_PAGE)?;
+        for block in &page.blocks {
             let Some(row) = blocks::block(&*rows, *block)?.filter(|row| row.refs > 0) else { continue };
             survey.most_wanted = survey.most_wanted.max(row.wanted);
             let elsewhere = row.holders.iter().any(|holder| *holder != server && there.contains(holder));
             survey.only_here += u64::from(!elsewhere);
         }
-        after = page.last().copied();
-        if page.len() < SURVEY_PAGE || core.clock.monotonic() > until {
+        after = page.next;
+        if after.is_none() || core.clock.monotonic() > until {
             return Ok(survey);
         }
     }

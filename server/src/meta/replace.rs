@@ -97,18 +97,23 @@ impl Replacer {
     async fn take_off(&self, server: ServerId) -> Result<bool, Fault> {
         let (mut after, mut taken) = (None, 0);
         loop {
-            let page = blocks::held_after(&*self.core.store.view()?, server, after, BATCH)?;
-            let Some(last) = page.last().copied() else { break };
+            let page = self.core.held_after(server, after, BATCH).await?;
             if self.core.cluster.lock().is_up(server) {
                 return Ok(false);
             }
-            taken += page.len();
-            if let Err(refusal) = self.proposer.propose(Command::HolderLost { server, blocks: page }).await {
-                tracing::debug!(%server, %refusal, "the copies of a lost server could not be taken off the record yet");
-                return Ok(false);
+            if !page.blocks.is_empty() {
+                taken += page.blocks.len();
+                let lost = Command::HolderLost { server, blocks: page.blocks };
+                if let Err(refusal) = self.proposer.propose(lost).await {
+                    tracing::debug!(%server, %refusal, "the copies of a lost server could not be taken off the record yet");
+                    return Ok(false);
+                }
+                self.core.copies_wanted.notify_one();
             }
-            self.core.copies_wanted.notify_one();
-            after = Some(last);
+            after = page.next;
+            if after.is_none() {
+                break;
+            }
         }
         if taken > 0 {
             tracing::warn!(%server, blocks = taken, "a storage server has been down for too long: its blocks get copies elsewhere");

@@ -15,7 +15,7 @@ use holdfast_common::{ClusterId, Position, disk::Disk};
 use super::{
     backup::{BLOCKS, END, HASH_LENGTH, HEADER_LENGTH, MAGIC, ROW_HEADER_LENGTH, STATE, TRAILER_LENGTH, TREE, VERSION},
     server::DATABASE,
-    state::{StorageError, rows::Counters, tables::key, violations::violations},
+    state::{StorageError, holdings, rows::Counters, tables::key, violations::violations},
     store::{OpenStoreError, Store},
 };
 
@@ -106,6 +106,7 @@ pub fn restore(
     }
     let store = Store::open(disk, &draft, options.cache_bytes, false, None)?;
     contents.rows = source.rows_into(&store)?;
+    store.write_visible(holdings::adopt)?;
     if options.check {
         let found = violations(&*store.view()?, VIOLATIONS_MAX)?;
         if !found.is_empty() {
@@ -240,7 +241,10 @@ mod tests {
     use super::{
         super::{
             backup::Backup,
-            state::{Command, Rows, tests::World},
+            state::{
+                Command, Rows,
+                tests::{self, World},
+            },
         },
         *,
     };
@@ -295,6 +299,20 @@ mod tests {
         let mut again = Backup::new(Arc::clone(&view), CLUSTER, Time { secs: 9, nanos: 0 });
         let again = again.next_part(1 << 30).unwrap();
         assert_eq!(dump(&again).len(), dump(&stream).len());
+    }
+
+    #[test]
+    fn a_backup_of_an_earlier_version_is_restored() {
+        let mut world = World::new();
+        let file = world.make(Ino::ROOT, "file", Kind::File).unwrap();
+        world
+            .commit(vec![tests::file(file, vec![(0, tests::piece(1, 0, 100, 0))], 0)], vec![tests::block(1, 100, 3)])
+            .unwrap();
+        tests::holdings::age(&mut world);
+        let stream = Backup::new(Arc::new(world.view()), CLUSTER, Time::default()).next_part(1 << 30).unwrap();
+        let directory = tempfile::tempdir().unwrap();
+        // Which checks every invariant.
+        restored(&stream, directory.path()).unwrap();
     }
 
     #[test]

@@ -43,7 +43,10 @@ use super::{
     names, operate,
     server::Authority,
     sessions::OPENS_MAX,
-    state::{Command, Newest, Reply, Rows, Step, StorageError, View, blocks, query, settled, violations::violations},
+    state::{
+        Command, Newest, Reply, Rows, Step, StorageError, View, blocks, query, settled,
+        violations::{corrections, violations},
+    },
     surplus,
 };
 
@@ -59,6 +62,8 @@ const RENEWALS_PER_TIMEOUT: u32 = 30;
 const SCRUB_DEADLINE: Duration = Duration::from_secs(1);
 /// Sentences in an answer to `Check`.
 const VIOLATIONS_MAX: usize = 1000;
+/// Corrections of a kind that are made with one entry.
+const CORRECTIONS_MAX: usize = 4000;
 /// A token is good for at most a year.
 const TOKEN_VALIDITY_MAX: u64 = 366 * 86_400;
 
@@ -567,6 +572,7 @@ impl Service {
                 let found = checked.map_err(|_| Refusal::Fault)?.map_err(|fault| self.fault(fault))?;
                 Ok(MetaAnswer::Violations(found))
             }
+            AdminRequest::Mend => self.mend().await,
             AdminRequest::Compare { server, bucket, mend } => self.compare(server, bucket, mend).await,
             AdminRequest::Scrub => self.scrub().await,
             AdminRequest::Stand { server, standing } => self.stand(server, standing, false).await,
@@ -577,6 +583,29 @@ impl Service {
             AdminRequest::Backup { backup, part } => self.backup(backup, part).await,
             AdminRequest::Rebalance => self.rebalance(),
             AdminRequest::SetReplicas { replicas } => self.set_replicas(replicas).await,
+        }
+    }
+
+    /// Nobody else looks for corrections meanwhile, nor finds what is being made.
+    async fn mend(&self) -> Answer {
+        let Ok(_alone) = self.looking_at_everything.try_lock() else { return Err(Refusal::Unavailable) };
+        if !self.core.may_collect() {
+            return Err(Refusal::Unavailable);
+        }
+        let view = self.view()?;
+        let seen = view.counters().position;
+        let looked = work::run(move || corrections(&*view, CORRECTIONS_MAX)).await;
+        let corrections = looked.map_err(|_| Refusal::Fault)?.map_err(|fault| self.fault(fault))?;
+        let found = corrections.len() as u64;
+        if found == 0 {
+            return Ok(MetaAnswer::Mended { found, made: 0 });
+        }
+        tracing::warn!(found, first = ?corrections.first(), "metadata that follows from other metadata is made again");
+        let (position, corrected) = self.proposer.propose(Command::Correct { seen, corrections }).await?;
+        self.core.until_durable(position, DURABLE_DEADLINE).await?;
+        match corrected? {
+            Reply::Corrected { made } => Ok(MetaAnswer::Mended { found, made }),
+            _ => Err(Refusal::Fault),
         }
     }
 
@@ -859,6 +888,7 @@ fn check_role(role: Role, request: &MetaRequest) -> Result<(), Refusal> {
         MetaRequest::Admin(
             AdminRequest::IssueToken { .. }
             | AdminRequest::Check
+            | AdminRequest::Mend
             | AdminRequest::Compare { .. }
             | AdminRequest::Scrub
             | AdminRequest::SetReplicas { .. }

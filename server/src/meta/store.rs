@@ -9,8 +9,11 @@ use holdfast_common::{
 use parking_lot::Mutex;
 use redb::{Database, Durability, ReadableDatabase, WriteTransaction};
 
-use super::state::{self, Newest, Rows, StorageError, Tables, View};
-use crate::{ballast::Ballast, redb_file::RedbFile};
+use super::state::{self, Newest, Rows, StorageError, Tables, View, holdings::Holdings};
+use crate::{
+    ballast::Ballast,
+    redb_file::{RedbFile, cache_size},
+};
 
 #[derive(Debug, thiserror::Error)]
 pub enum OpenStoreError {
@@ -36,7 +39,7 @@ pub struct Store {
 enum State {
     Committed(Arc<View>),
     /// Holds changes that no view shows yet.
-    Open(WriteTransaction),
+    Open(WriteTransaction, Holdings),
     /// Changes were under way when it failed, and are not whole.
     Failed,
 }
@@ -45,7 +48,7 @@ impl std::fmt::Debug for State {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         f.write_str(match self {
             Self::Committed(_) => "Committed",
-            Self::Open(_) => "Open",
+            Self::Open(..) => "Open",
             Self::Failed => "Failed",
         })
     }
@@ -95,13 +98,12 @@ impl Store {
         compact: bool,
         ballast: Option<&Arc<Ballast>>,
     ) -> Result<Self, StorageError> {
-        let cache = usize::try_from(cache_bytes).unwrap_or(usize::MAX);
         let file = RedbFile::new(file);
         let file = match ballast {
             Some(ballast) => file.with_ballast(ballast),
             None => file,
         };
-        let mut database = Database::builder().set_cache_size(cache).create_with_backend(file)?;
+        let mut database = Database::builder().set_cache_size(cache_size(cache_bytes)).create_with_backend(file)?;
         if compact {
             database.compact()?;
         }
@@ -117,15 +119,15 @@ impl Store {
         work: impl FnOnce(&mut Tables<'_>) -> Result<T, E>,
     ) -> Result<T, E> {
         let mut newest = self.newest.lock();
-        let transaction = match std::mem::replace(&mut *newest, State::Failed) {
-            State::Open(transaction) => transaction,
-            State::Committed(_) => self.begin()?,
+        let (transaction, holdings) = match std::mem::replace(&mut *newest, State::Failed) {
+            State::Open(transaction, holdings) => (transaction, holdings),
+            State::Committed(_) => (self.begin()?, Holdings::default()),
             State::Failed => return Err(failed().into()),
         };
-        let mut tables = Tables::open(&transaction)?;
+        let mut tables = Tables::resume(&transaction, holdings)?;
         let value = work(&mut tables)?;
-        tables.finish()?;
-        *newest = State::Open(transaction);
+        let holdings = tables.pause()?;
+        *newest = State::Open(transaction, holdings);
         Ok(value)
     }
 
@@ -140,7 +142,7 @@ impl Store {
     pub fn ask<T>(&self, question: impl FnOnce(&Newest<'_>) -> Result<T, StorageError>) -> Result<T, StorageError> {
         let newest = self.newest.lock();
         match &*newest {
-            State::Open(transaction) => question(&Newest::open(transaction)?),
+            State::Open(transaction, holdings) => question(&Newest::open(transaction, holdings)?),
             State::Committed(view) => {
                 let view = Arc::clone(view);
                 // What is committed can be read beside a checkpoint, and beside anything else.
@@ -156,7 +158,8 @@ impl Store {
         let mut newest = self.newest.lock();
         let view = match std::mem::replace(&mut *newest, State::Failed) {
             State::Committed(view) => view,
-            State::Open(transaction) => {
+            State::Open(transaction, holdings) => {
+                Tables::resume(&transaction, holdings)?.finish()?;
                 transaction.commit()?;
                 view_of(&self.database)?
             }
@@ -201,7 +204,12 @@ fn commit_durably(
 
 #[cfg(test)]
 mod tests {
-    use super::{super::memory_disk::MemoryDisk, *};
+    use holdfast_common::{BlockHash, Epoch, ServerId, inventory::BucketDigest};
+
+    use super::{
+        super::{memory_disk::MemoryDisk, state::rows::BlockRow},
+        *,
+    };
 
     const PATH: &str = "/meta.redb";
 
@@ -233,6 +241,28 @@ mod tests {
         assert_eq!((view.counters().inodes, asked(&store)), (first + 1, first + 2));
         assert_eq!(store.view().unwrap().counters().inodes, first + 2);
         assert_eq!(asked(&store), first + 2, "committed");
+    }
+
+    #[test]
+    fn what_servers_are_on_record_for_is_known_at_every_moment() {
+        let (store, server, hash) = (store(&MemoryDisk::new()), ServerId(1), BlockHash([3; 32]));
+        let held = |hash: BlockHash| {
+            let row = BlockRow { holders: vec![server], ..BlockRow::new(1, Epoch(0)) };
+            store.write_visible(|tables| state::blocks::store(tables, hash, None, row)).unwrap();
+        };
+        let asked = || store.ask(|rows| rows.holding(server, 3)).unwrap();
+        held(hash);
+        assert_eq!(asked(), BucketDigest::of(&[hash]), "in the open transaction");
+        let mut other = hash;
+        other.0[31] = 9;
+        held(other);
+        let both = BucketDigest::of(&[hash, other]);
+        assert_eq!(asked(), both, "in the next batch of it");
+        assert_eq!(store.view().unwrap().holding(server, 3).unwrap(), both);
+        assert_eq!(asked(), both, "committed");
+        other.0[31] = 10;
+        held(other);
+        assert_eq!(asked().blocks, 3, "after the commit");
     }
 
     #[test]

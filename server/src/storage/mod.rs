@@ -166,7 +166,7 @@ fn store_options(config: &StorageConfig, disk: &dyn Disk) -> io::Result<StoreOpt
         capacity_bytes: config.capacity_bytes,
         reserve_bytes: config.reserve(space.capacity),
         quarantine_bytes: QUARANTINE_BYTES.min(space.capacity / 100),
-        index_cache_bytes: usize::try_from(config.index_cache_bytes).unwrap_or(usize::MAX),
+        index_cache_bytes: config.index_cache_bytes,
         ..StoreOptions::default()
     })
 }

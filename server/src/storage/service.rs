@@ -408,13 +408,16 @@ impl StorageService {
 }
 
 fn digest_of(store: &Store, bucket: u8) -> Result<BucketDigest, StoreError> {
-    let (mut hashes, mut after) = (Vec::new(), inventory::before(bucket));
+    let (mut digest, mut after) = (BucketDigest::default(), inventory::before(bucket));
     loop {
         let (page, end) = store.list(after, HASH_LIST_MAX)?;
         after = page.last().map(|(hash, _)| *hash);
-        hashes.extend(page.into_iter().map(|(hash, _)| hash).filter(|hash| inventory::is_in(bucket, hash)));
+        page.iter()
+            .map(|(hash, _)| hash)
+            .filter(|hash| inventory::is_in(bucket, hash))
+            .for_each(|hash| digest.add(hash));
         if end || after.is_none_or(|last| !inventory::is_in(bucket, &last)) {
-            return Ok(BucketDigest::of(&hashes));
+            return Ok(digest);
         }
     }
 }

@@ -40,11 +40,19 @@ const DEADLINE: Duration = Duration::from_secs(60);
 const PAGE: u32 = 2048;
 /// Entries that are listed.
 const LISTED_MAX: u64 = 1_000_000;
+/// Of the server, in bytes, as it is by default and as somebody would choose it for many files.
+const CACHES: [u64; 2] = [256 << 20, 4 << 30];
+/// Files that are made with the second.
+const MORE_FILES: u64 = 200_000;
+/// Files that are looked up before that is measured, so that the second is as full as it gets.
+const WARM_UPS: u64 = 40;
 
 /// What was seen with so many files.
 #[derive(Clone, Copy, Debug)]
 pub struct Step {
     pub files: u64,
+    /// Of the server, bytes.
+    pub cache: u64,
     /// A second, of the files that were added since the step before: each with its block.
     pub creates: f64,
     pub lookups: f64,
@@ -75,7 +83,19 @@ pub fn run(steps: &[u64]) -> Result<Vec<Step>> {
         let mut client = Client::open(&cluster).await?;
         let large = client.directory(Ino::ROOT, "large").await?;
         let (mut made, mut parent, mut done) = (0, Ino::ROOT, Vec::new());
-        for &files in steps {
+        let most = steps.last().copied().unwrap_or(0);
+        let turns = steps.iter().map(|files| (*files, CACHES[0])).chain([(most + MORE_FILES, CACHES[1])]);
+        for (files, cache) in turns {
+            if cache != CACHES[0] {
+                cluster.meta().terminate(PATIENCE);
+                cluster.set("meta/meta.toml", "cache_bytes", format!("{}MiB", cache >> 20));
+                client.restart(&cluster).await?;
+                client = Client::open(&cluster).await?;
+                for _ in 0..WARM_UPS {
+                    client.renew().await?;
+                    client.lookups(large, made).await?;
+                }
+            }
             let (began, first) = (Instant::now(), made);
             while made < files {
                 if made.is_multiple_of(2 * DIRECTORY_SIZE) {
@@ -96,7 +116,8 @@ pub fn run(steps: &[u64]) -> Result<Vec<Step>> {
             cluster.meta().terminate(PATIENCE);
             let restart_stopped = client.restart(&cluster).await?;
             client = Client::open(&cluster).await?;
-            let step = Step { files, creates, lookups, listed, resident, on_disk, restart_killed, restart_stopped };
+            let step =
+                Step { files, cache, creates, lookups, listed, resident, on_disk, restart_killed, restart_stopped };
             eprintln!("{step:?}");
             done.push(step);
         }
@@ -106,11 +127,12 @@ pub fn run(steps: &[u64]) -> Result<Vec<Step>> {
 
 /// Markdown.
 pub fn table(steps: &[Step]) -> String {
-    let mut table = "| files | create and commit, 1/s | lookup, 1/s | list, entries/s | memory, MiB | tables, MiB | restart after kill -9, s | after SIGTERM, s |\n|---:|---:|---:|---:|---:|---:|---:|---:|\n".to_owned();
+    let mut table = "| files | cache, MiB | create and commit, 1/s | lookup, 1/s | list, entries/s | memory, MiB | tables, MiB | restart after kill -9, s | after SIGTERM, s |\n|---:|---:|---:|---:|---:|---:|---:|---:|---:|\n".to_owned();
     for step in steps {
         table += &format!(
-            "| {} | {:.0} | {:.0} | {:.0} | {} | {} | {:.2} | {:.2} |\n",
+            "| {} | {} | {:.0} | {:.0} | {:.0} | {} | {} | {:.2} | {:.2} |\n",
             step.files,
+            step.cache >> 20,
             step.creates,
             step.lookups,
             step.listed,

@@ -62,7 +62,8 @@ fn report(samples: &Path, document: &Path, plot: &Path) -> Result<()> {
 /// In steps of ten, up to so many files.
 fn how_it_grows(files: &str, document: &Path) -> Result<()> {
     let files: u64 = files.parse().context("a number of files")?;
-    let steps: Vec<u64> = (4..).map(|power| 10_u64.pow(power)).take_while(|step| *step <= files).collect();
+    let steps: Vec<u64> =
+        (4..).map(|power| 10_u64.pow(power)).take_while(|step| *step < files).chain([files]).collect();
     let table = grow::table(&grow::run(&steps)?);
     std::io::stdout().write_all(table.as_bytes())?;
     write_into(document, "scripts/bench --grow", &table)

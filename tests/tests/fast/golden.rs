@@ -289,6 +289,7 @@ fn admin() -> Vec<AdminRequest> {
         AdminRequest::SetReplicas { replicas: Replicas::new(5).expect("5 is in the range") },
         AdminRequest::StandDespite { server: ServerId(2), standing: Standing::Leaving },
         AdminRequest::Lost { after: Some(hash()) },
+        AdminRequest::Mend,
     ]
 }
 
@@ -415,6 +416,7 @@ fn answers() -> Vec<MetaAnswer> {
         MetaAnswer::BackupPart { backup: 3, bytes: vec![1, 2] },
         MetaAnswer::Paths(vec![LostPath { path: b"/a".to_vec(), ino: Ino(7), offset: 1 }]),
         MetaAnswer::Blocks(vec![hash()]),
+        MetaAnswer::Mended { found: 3, made: 2 },
     ]
 }
 

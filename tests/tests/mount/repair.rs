@@ -16,6 +16,7 @@ use holdfast_tests::{
     mount::Mount,
     wait,
 };
+use redb::{ReadableTableMetadata, TableDefinition};
 
 const BLOCK: usize = 1 << 20;
 const BLOCKS: usize = 6;
@@ -261,4 +262,49 @@ fn fsck_tells_what_is_missing_and_has_it_copied() {
     wait::until("the server counts as down", PATIENCE, || patient.cluster.status().servers_up() == 2);
     let (code, report) = fsck(&[]);
     assert_eq!((code, &report["sound"]), (Some(4), &false.into()), "what cannot be compared is not said to be sound");
+}
+
+/// Takes rows away that follow from others, from the metadata, which are not in use.
+fn forget(cluster: &Cluster, table: &str, is_forgotten: impl Fn(&[u8]) -> bool) {
+    let table = TableDefinition::<&[u8], &[u8]>::new(table);
+    let database = redb::Database::open(cluster.path().join("meta/data/meta.redb")).expect("open");
+    let change = database.begin_write().expect("begin");
+    {
+        let mut rows = change.open_table(table).expect("the table is there");
+        let before = rows.len().expect("a length");
+        rows.retain(|key, _| !is_forgotten(key)).expect("retain");
+        assert!(rows.len().expect("a length") < before);
+    }
+    change.commit().expect("commit");
+}
+
+/// "`holdfast fsck --repair` makes the metadata's indexes, lists and counts again where they are not what the rest of it says."
+#[test]
+fn fsck_makes_again_what_follows_from_other_metadata() {
+    /// After the inode's number, in the key of a name in the order of reading.
+    const COOKIE: u8 = 4;
+    /// First in the key of a digest of what a server is on record for.
+    const HOLDING: u8 = 8;
+    let patient = Patient::new();
+    patient.cluster.meta().terminate(PATIENCE);
+    forget(&patient.cluster, "tree", |key| key.get(8) == Some(&COOKIE));
+    forget(&patient.cluster, "blocks", |key| key.first() == Some(&HOLDING));
+    patient.cluster.start_daemons();
+    let fsck = |more: &[&str]| {
+        let output = patient.cluster.holdfast(&[&["fsck", "--dir", dir(&patient)], more].concat());
+        (output.status.code(), String::from_utf8(output.stdout).expect("UTF-8"))
+    };
+    let (code, said) = fsck(&[]);
+    assert!(code == Some(4) && said.contains("\"file\" in directory 1 is not under its cookie"), "{code:?}: {said}");
+    assert!(said.contains("the digest of what server 2 is on record for in bucket"), "{said}");
+    patient.mount.start_again();
+    let listed = || fs::read_dir(patient.mount.path()).expect("list").count();
+    assert_eq!(listed(), 0);
+    patient.mount.unmount();
+    let (code, said) = fsck(&["--repair"]);
+    assert!(code == Some(0) && said.contains("rows that follow from others were made again"), "{code:?}: {said}");
+    assert_eq!(fsck(&[]).0, Some(0));
+    patient.mount.start_again();
+    assert_eq!(listed(), 1);
+    assert!(fs::read(patient.mount.join("file")).expect("read") == patient.content);
 }

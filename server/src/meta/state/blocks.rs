@@ -102,14 +102,14 @@ impl Changes {
             let admitted = garbage::admitted(old.as_ref(), length, Epoch(u64::MAX), tables.counters.forgotten);
             let mut new = admitted.map_err(|_| StorageError::Damaged(format!("block {hash}: not admitted")))?;
             holders.into_iter().for_each(|holder| add_holder(&mut new, holder));
-            recount(&mut new, references.remove(&hash).unwrap_or_default(), hash)?;
+            recount(&mut new, references.remove(&hash).unwrap_or_default());
             store(tables, hash, old.as_ref(), new)?;
         }
         for (hash, delta) in references {
             if delta != Delta::default() {
                 let old = known(tables, hash)?;
                 let mut new = old.clone();
-                recount(&mut new, delta, hash)?;
+                recount(&mut new, delta);
                 store(tables, hash, Some(&old), new)?;
             }
         }
@@ -117,15 +117,12 @@ impl Changes {
     }
 }
 
-fn recount(row: &mut BlockRow, delta: Delta, hash: BlockHash) -> Result<()> {
-    let counts =
-        std::iter::once((&mut row.refs, delta.all)).chain(row.refs_by_replicas.iter_mut().zip(delta.by_replicas));
-    for (count, delta) in counts {
-        *count = count
-            .checked_add_signed(delta)
-            .ok_or_else(|| StorageError::Damaged(format!("block {hash}: more pieces went than were counted")))?;
+/// Counts that are wrong stay wrong by as much: `fsck` tells, and nothing stops for it.
+fn recount(row: &mut BlockRow, delta: Delta) {
+    row.refs = row.refs.wrapping_add_signed(delta.all);
+    for (count, delta) in row.refs_by_replicas.iter_mut().zip(delta.by_replicas) {
+        *count = count.wrapping_add_signed(delta);
     }
-    Ok(())
 }
 
 fn known(tables: &Tables<'_>, hash: BlockHash) -> Result<BlockRow> {
@@ -176,7 +173,12 @@ fn take_off(tables: &mut Tables<'_>, hash: BlockHash, old: &BlockRow, server: Se
 }
 
 /// Writes a block's row, with the number of copies that it should have now, and the indexes and counters that follow from it.
-pub(super) fn store(tables: &mut Tables<'_>, hash: BlockHash, old: Option<&BlockRow>, mut new: BlockRow) -> Result<()> {
+pub(in crate::meta) fn store(
+    tables: &mut Tables<'_>,
+    hash: BlockHash,
+    old: Option<&BlockRow>,
+    mut new: BlockRow,
+) -> Result<()> {
     new.wanted = new.most_wanted(tables.counters.replicas());
     index(tables, hash, old, Some(&new))?;
     tables.put_blocks(&key::block(hash), &new.encode())
@@ -192,10 +194,10 @@ fn index(tables: &mut Tables<'_>, hash: BlockHash, old: Option<&BlockRow>, new: 
     let holders = |row: Option<&BlockRow>| row.map_or(Vec::new(), |row| row.holders.clone());
     let (were, are) = (holders(old), holders(new));
     for gone in were.iter().filter(|server| !are.contains(server)) {
-        tables.remove_blocks(&key::held(*gone, hash))?;
+        tables.change_holding(*gone, &hash, false)?;
     }
     for added in are.iter().filter(|server| !were.contains(server)) {
-        tables.put_blocks(&key::held(*added, hash), &[])?;
+        tables.change_holding(*added, &hash, true)?;
     }
     mark(tables, &key::owed(hash), old.is_some_and(is_owed), new.is_some_and(is_owed), &[])?;
     mark(tables, &key::last_copy(hash), old.is_some_and(has_one_copy_left), new.is_some_and(has_one_copy_left), &[])?;
@@ -203,14 +205,10 @@ fn index(tables: &mut Tables<'_>, hash: BlockHash, old: Option<&BlockRow>, new: 
     // That of the entry which is being applied.
     let stamp = (tables.counters.position.0 + 1).to_be_bytes();
     mark(tables, &key::unnamed(hash), old.is_some_and(is_unnamed), new.is_some_and(is_unnamed), &stamp)?;
-    let condemned = |row: Option<&BlockRow>| {
-        let list = |row: &BlockRow| if row.holders.is_empty() { key::DELETED } else { key::CONDEMNED };
-        row.filter(|row| row.condemned).map_or(Vec::new(), |row| key::condemned(list(row), row.epoch, hash))
-    };
-    let (was, is) = (condemned(old), condemned(new));
+    let (was, is) = (condemned_key(hash, old), condemned_key(hash, new));
     if was != is {
-        mark(tables, &was, !was.is_empty(), false, &[])?;
-        mark(tables, &is, false, !is.is_empty(), &[])?;
+        was.map_or(Ok(()), |key| tables.remove_blocks(&key))?;
+        is.map_or(Ok(()), |key| tables.put_blocks(&key, &[]))?;
     }
     if let Some(old) = old {
         count(tables, old, false);
@@ -219,6 +217,30 @@ fn index(tables: &mut Tables<'_>, hash: BlockHash, old: Option<&BlockRow>, new: 
         count(tables, new, true);
     }
     Ok(())
+}
+
+/// Has a block in those lists in which it belongs, and in no other, wherever it was. `None`: it has no row.
+pub(super) fn list_anew(tables: &mut Tables<'_>, hash: BlockHash, row: Option<&BlockRow>) -> Result<()> {
+    let stamp = (tables.counters.position.0 + 1).to_be_bytes();
+    let nothing: &[u8] = &[];
+    for (key, belongs, new) in [
+        (key::owed(hash), row.is_some_and(is_owed), nothing),
+        (key::last_copy(hash), row.is_some_and(has_one_copy_left), nothing),
+        (key::surplus(hash), row.is_some_and(has_surplus), nothing),
+        (key::unnamed(hash), row.is_some_and(is_unnamed), stamp.as_slice()),
+    ] {
+        let is_listed = fetch(tables.blocks(), &key, |_| Ok(()))?.is_some();
+        mark(tables, &key, is_listed, belongs, new)?;
+    }
+    match condemned_key(hash, row) {
+        Some(key) => tables.put_blocks(&key, &[]),
+        None => Ok(()),
+    }
+}
+
+fn condemned_key(hash: BlockHash, row: Option<&BlockRow>) -> Option<Vec<u8>> {
+    let list = |row: &BlockRow| if row.holders.is_empty() { key::DELETED } else { key::CONDEMNED };
+    row.filter(|row| row.condemned).map(|row| key::condemned(list(row), row.epoch, hash))
 }
 
 fn mark(tables: &mut Tables<'_>, key: &[u8], was: bool, is: bool, row: &[u8]) -> Result<()> {
@@ -231,7 +253,8 @@ fn mark(tables: &mut Tables<'_>, key: &[u8], was: bool, is: bool, row: &[u8]) ->
 
 fn count(tables: &mut Tables<'_>, row: &BlockRow, up: bool) {
     let counters = &mut tables.counters;
-    let step = |counter: &mut u64| if up { *counter += 1 } else { *counter -= 1 };
+    // One that is wrong stays wrong by as much, until somebody takes that out.
+    let step = |counter: &mut u64| *counter = counter.wrapping_add_signed(if up { 1 } else { -1 });
     if row.condemned {
         return step(&mut counters.condemned);
     }
@@ -317,16 +340,6 @@ pub fn rows_after(rows: &impl Rows, after: Option<BlockHash>, count: usize) -> R
         Ok(ControlFlow::Continue(()))
     })?;
     Ok(found)
-}
-
-/// Up to `count` blocks that a server is on record for, in order, after `after`.
-pub fn held_after(
-    rows: &impl Rows,
-    server: ServerId,
-    after: Option<BlockHash>,
-    count: usize,
-) -> Result<Vec<BlockHash>> {
-    listed_after(rows, &key::held_by(server), after.map(|hash| key::held(server, hash)), count)
 }
 
 /// Up to `count` blocks of the list whose keys begin with `list`, after the key `after`.

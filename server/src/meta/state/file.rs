@@ -407,7 +407,7 @@ impl Rewrite {
             if old == new {
                 continue;
             }
-            inode.stored = inode.stored + pieces::stored(&new) - pieces::stored(&old);
+            inode.stored = inode.stored.wrapping_add(pieces::stored(&new)).wrapping_sub(pieces::stored(&old));
             changes.name(&new, inode.replicas);
             changes.unname(&old, replicas);
             let row = key::pieces(self.ino, index);

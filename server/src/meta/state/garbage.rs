@@ -120,7 +120,9 @@ pub(super) fn deleted(tables: &mut Tables<'_>, server: ServerId, hashes: &[Block
 /// Every copy of `hashes` that was condemned at `epoch` is deleted, and nobody who had begun to put one before is still at it.
 pub(super) fn forget(tables: &mut Tables<'_>, hashes: &[BlockHash], epoch: Epoch) -> Result<Reply> {
     for hash in hashes {
-        let is_deleted = |row: &BlockRow| row.condemned && row.epoch == epoch && row.holders.is_empty();
+        // One that pieces name all the same is kept, so that somebody is told.
+        let is_deleted =
+            |row: &BlockRow| row.condemned && row.epoch == epoch && row.holders.is_empty() && row.refs == 0;
         let Some(row) = block(tables, *hash)?.filter(is_deleted) else { continue };
         blocks::remove(tables, *hash, &row)?;
         tables.counters.forgotten = tables.counters.forgotten.max(epoch);
@@ -176,9 +178,13 @@ pub fn condemned_after(
     listed_after(rows, key::CONDEMNED, after, count)
 }
 
-/// Up to `count` condemned blocks that are deleted everywhere, in the order of their epochs.
-pub fn deleted_first(rows: &impl Rows, count: usize) -> Result<Vec<(Epoch, BlockHash)>> {
-    listed_after(rows, key::DELETED, None, count)
+/// Up to `count` condemned blocks that are deleted everywhere after `after`, in the order of their epochs.
+pub fn deleted_after(
+    rows: &impl Rows,
+    after: Option<(Epoch, BlockHash)>,
+    count: usize,
+) -> Result<Vec<(Epoch, BlockHash)>> {
+    listed_after(rows, key::DELETED, after, count)
 }
 
 fn listed_after(

@@ -8,6 +8,7 @@ pub mod acl;
 pub mod blocks;
 pub mod file;
 pub mod garbage;
+pub mod holdings;
 pub mod namespace;
 pub mod orphans;
 pub mod query;
@@ -35,6 +36,7 @@ use serde::{Deserialize, Serialize};
 use namespace::Number;
 use rows::Inode;
 pub use tables::{Newest, Rows, StorageError, Tables, View};
+use violations::Correction;
 
 /// One step of the state machine, as the log keeps it.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -168,6 +170,11 @@ pub enum Command {
         server: ServerId,
         blocks: Vec<BlockHash>,
     },
+    /// What follows from other rows, and was found wrong in a view of `seen`.
+    Correct {
+        seen: Position,
+        corrections: Vec<Correction>,
+    },
 }
 
 impl Command {
@@ -215,6 +222,10 @@ pub enum Reply {
     Strays {
         epoch: Epoch,
         condemned: Vec<BlockHash>,
+    },
+    /// How many of them there was something to be done about.
+    Corrected {
+        made: u64,
     },
     Done,
 }
@@ -265,7 +276,7 @@ pub fn initialize(tables: &mut Tables<'_>) -> Result<(), StorageError> {
         tables.put_inode(Ino::ROOT, namespace::root(Time::default()));
         tables.counters.inodes += 1;
     }
-    Ok(())
+    holdings::adopt(tables)
 }
 
 /// Does what `entry` says. A refusal is an answer, and leaves the tree as it was.
@@ -284,6 +295,7 @@ pub fn apply(tables: &mut Tables<'_>, entry: &Entry) -> Result<Applied, StorageE
                 op => mutate(tables, op, &Number::Before { made: *made, lost: owed.numbers() }, now),
             });
         }
+        Command::Correct { seen, corrections } => Ok(violations::correct(tables, *seen, corrections)?),
         Command::BeginRecovery => Ok(recovery::begin(tables)?),
         Command::EndRecovery => Ok(recovery::end(tables)?),
         Command::Settled { session } => Ok(recovery::settle(tables, *session)?),

@@ -107,7 +107,7 @@ pub(super) fn make(
     let mut inode = child(new, inherited.mode, &directory, now);
     check_room(&directory, inode.kind)?;
     let ino = take_number(tables, number)?;
-    tables.counters.inodes += 1;
+    tables.counters.inodes = tables.counters.inodes.wrapping_add(1);
     if inode.kind == Kind::Symlink {
         tables.put_tree(&key::symlink(ino), &new.target)?;
     }
@@ -137,7 +137,7 @@ pub(super) fn make_unnamed(
     let flag = if linkable { mode::IS_LINKABLE } else { 0 };
     let inode = Inode { nlink: 0, ..child(new, inherited.mode | flag, &directory, now) };
     let ino = take_number(tables, number)?;
-    tables.counters.inodes += 1;
+    tables.counters.inodes = tables.counters.inodes.wrapping_add(1);
     inherited.store(tables, ino)?;
     orphans::add(tables, ino)?;
     let attr = inode.attr(ino);
@@ -246,10 +246,11 @@ fn leave(
     entry: &Dentry,
     now: Time,
 ) -> Result<()> {
-    directory.size -= 1;
+    // A count that is wrong stays wrong by as much, until `fsck --repair` takes that out.
+    directory.size = directory.size.wrapping_sub(1);
     changed(directory, now);
     if entry.kind == Kind::Directory {
-        directory.nlink -= 1;
+        directory.nlink = directory.nlink.wrapping_sub(1);
     }
     tables.remove_tree(&key::dentry(parent, name))?;
     tables.remove_tree(&key::cookie(parent, entry.cookie))
@@ -257,7 +258,7 @@ fn leave(
 
 /// One name less. The last one makes an orphan, which stays for as long as somebody has it open.
 fn unlinked(tables: &mut Tables<'_>, ino: Ino, mut inode: Inode, now: Time) -> Result<Inode> {
-    inode.nlink = if inode.is_directory() { 0 } else { inode.nlink - 1 };
+    inode.nlink = if inode.is_directory() { 0 } else { inode.nlink.wrapping_sub(1) };
     inode.ctime = now;
     if inode.nlink == 0 {
         orphans::add(tables, ino)?;

@@ -58,14 +58,14 @@ fn delete_rows(tables: &mut Tables<'_>, ino: Ino, budget: &mut usize, changes: &
     if !all {
         let inode = tables.inode(ino)?;
         let mut inode = inode.ok_or_else(|| StorageError::Damaged(format!("orphan {ino} has no inode")))?;
-        inode.stored -= stored;
+        inode.stored = inode.stored.wrapping_sub(stored);
         tables.put_inode(ino, inode);
         return Ok(false);
     }
     tables.remove_inode(ino);
     tables.remove_state(&key::orphan(ino))?;
     tables.remove_state(&key::recount(ino))?;
-    tables.counters.inodes -= 1;
+    tables.counters.inodes = tables.counters.inodes.wrapping_sub(1);
     Ok(true)
 }
 

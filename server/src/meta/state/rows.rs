@@ -6,6 +6,7 @@ use holdfast_common::{
     Attr, BlockHash, Epoch, Ino, Kind, Piece, Position, Replicas, Sequence, ServerId, Time,
     cluster::Standing,
     enough_replicas,
+    inventory::BucketDigest,
     limits::{REPLICAS, REPLICAS_MAX},
     net::identity::{NodeName, Role},
 };
@@ -201,7 +202,8 @@ impl BlockRow {
     /// What `wanted` should be when the cluster's number is `default`. Of a block that nobody names, that.
     pub fn most_wanted(&self, default: usize) -> usize {
         let own = (1..=REPLICAS_MAX).rev().find(|count| self.refs_by_replicas[count - 1] > 0);
-        let others = self.refs > self.refs_by_replicas.iter().sum();
+        let counted = self.refs_by_replicas.iter().fold(0_u64, |sum, count| sum.saturating_add(*count));
+        let others = self.refs > counted;
         own.filter(|own| !others || *own > default).unwrap_or(default)
     }
 
@@ -248,6 +250,19 @@ impl BlockRow {
         }
         Ok(block)
     }
+}
+
+/// What a server is on record for in a bucket.
+pub fn encode_holding(digest: &BucketDigest) -> Vec<u8> {
+    let mut out = Out::new(41);
+    out.u64(digest.blocks);
+    out.bytes(&digest.digest);
+    out.0
+}
+
+pub fn decode_holding(bytes: &[u8]) -> Result<BucketDigest> {
+    let mut row = In::new("holding", bytes)?;
+    Ok(BucketDigest { blocks: row.u64()?, digest: row.array()? })
 }
 
 /// The pieces of a chunk, and the number of copies under which its blocks' rows count them.

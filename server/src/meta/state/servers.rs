@@ -7,7 +7,7 @@ use holdfast_common::{
 };
 
 use super::{
-    Reply, Rows, Step, StorageError, Tables, blocks,
+    Reply, Rows, Step, StorageError, Tables, blocks, holdings,
     rows::ServerRow,
     tables::{Result, fetch, key, past, scan},
 };
@@ -38,7 +38,7 @@ pub(super) fn stand(tables: &mut Tables<'_>, id: ServerId, standing: Standing) -
         tables.put_state(&key::server(id), &ServerRow { standing, ..row }.encode())?;
         return Ok(Reply::Done);
     }
-    if !blocks::held_after(tables, id, None, 1)?.is_empty() {
+    if !holdings::is_empty(tables, id)? {
         return Err(Refusal::Busy.into());
     }
     tables.remove_state(&key::server(id))?;

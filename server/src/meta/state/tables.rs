@@ -12,11 +12,13 @@
 //! |          | ino, 4, cookie             | dentry with its name, in the order of reading |
 //! |          | ino, 5, chunk              | pieces |
 //! | `blocks` | 0, hash                    | block |
-//! |          | 1, server, hash            | (a holder's block) |
 //! |          | 2, hash                    | (owed a copy) |
 //! |          | 3, hash                    | when the last piece that named it went |
 //! |          | 4, epoch, hash             | (condemned, to be deleted) |
 //! |          | 5, epoch, hash             | (condemned, deleted everywhere) |
+//! |          | 6, hash                    | (has one copy left) |
+//! |          | 7, hash                    | (has too many copies) |
+//! |          | 8, server, bucket          | digest of what the server is on record for |
 //! | `state`  | 0                          | counters |
 //! |          | 1, session                 | session |
 //! |          | 2, role, node, instance    | session that this mount opened |
@@ -27,6 +29,8 @@
 //! |          | 7                          | what was lost, while everybody waits for mounts to say it again |
 //! |          | 8, session                 | what this mount has to say again |
 //! |          | 9, server                  | (removed storage server) |
+//! |          | 10, ino                    | from which chunk on its pieces are counted under another number |
+//! |          | 11                         | position of the last entry that corrected rows |
 
 use std::{
     borrow::Borrow,
@@ -34,13 +38,16 @@ use std::{
     ops::{ControlFlow, RangeBounds},
 };
 
-use holdfast_common::{BlockHash, ChunkIndex, Epoch, Ino, Sequence, ServerId, SessionId};
+use holdfast_common::{BlockHash, ChunkIndex, Epoch, Ino, Sequence, ServerId, SessionId, inventory::BucketDigest};
 use redb::{
     AccessGuard, Range, ReadOnlyTable, ReadTransaction, ReadableTable, ReadableTableMetadata, Table, TableDefinition,
     TableStats, WriteTransaction,
 };
 
-use super::rows::{Counters, Inode};
+use super::{
+    holdings::{self, Holdings},
+    rows::{Counters, Inode},
+};
 
 pub type Raw = &'static [u8];
 
@@ -79,6 +86,8 @@ pub trait Rows {
     fn state(&self) -> &Self::Table;
     fn inode(&self, ino: Ino) -> Result<Option<Inode>>;
     fn counters(&self) -> &Counters;
+    /// Of the blocks of one bucket that a server is on record for.
+    fn holding(&self, server: ServerId, bucket: u8) -> Result<BucketDigest>;
 }
 
 /// The tables of one write transaction. Inodes and counters are written back by [`Tables::finish`], so that
@@ -90,6 +99,7 @@ pub struct Tables<'t> {
     pub(in crate::meta) counters: Counters,
     counters_were: Counters,
     inodes: BTreeMap<Ino, Option<Inode>>,
+    holdings: Holdings,
     /// First sequence of a session whose reply may still be asked for, where this transaction moved it.
     pub(super) watermarks: BTreeMap<SessionId, Sequence>,
 }
@@ -108,6 +118,8 @@ pub struct Newest<'t> {
     blocks: NewestTable<'t>,
     state: NewestTable<'t>,
     counters: Counters,
+    /// What is not in the rows yet.
+    holdings: Option<&'t Holdings>,
 }
 
 /// A table of [`Newest`].
@@ -159,18 +171,18 @@ impl ReadableTable<Raw, Raw> for NewestTable<'_> {
 }
 
 impl<'t> Newest<'t> {
-    /// All that has been written in `transaction` so far.
-    pub fn open(transaction: &'t WriteTransaction) -> Result<Self> {
+    /// All that has been written in `transaction` so far, and what [`Tables::pause`] has returned.
+    pub fn open(transaction: &'t WriteTransaction, holdings: &'t Holdings) -> Result<Self> {
         let state = transaction.open_table(STATE)?;
         let counters = load_counters(&state)?;
         let [tree, blocks] = [transaction.open_table(TREE)?, transaction.open_table(BLOCKS)?];
         let [tree, blocks, state] = [tree, blocks, state].map(NewestTable::Open);
-        Ok(Self { tree, blocks, state, counters })
+        Ok(Self { tree, blocks, state, counters, holdings: Some(holdings) })
     }
 
     pub fn committed(view: &'t View) -> Self {
         let [tree, blocks, state] = [&view.tree, &view.blocks, &view.state].map(NewestTable::Committed);
-        Self { tree, blocks, state, counters: view.counters.clone() }
+        Self { tree, blocks, state, counters: view.counters.clone(), holdings: None }
     }
 }
 
@@ -191,6 +203,12 @@ impl<'t> Rows for Newest<'t> {
     }
     fn counters(&self) -> &Counters {
         &self.counters
+    }
+    fn holding(&self, server: ServerId, bucket: u8) -> Result<BucketDigest> {
+        match self.holdings {
+            Some(holdings) => holdings.of(&self.blocks, server, bucket),
+            None => holdings::stored(&self.blocks, server, bucket),
+        }
     }
 }
 
@@ -226,6 +244,9 @@ impl Rows for View {
     fn counters(&self) -> &Counters {
         &self.counters
     }
+    fn holding(&self, server: ServerId, bucket: u8) -> Result<BucketDigest> {
+        holdings::stored(&self.blocks, server, bucket)
+    }
 }
 
 impl<'t> Rows for Tables<'t> {
@@ -249,10 +270,18 @@ impl<'t> Rows for Tables<'t> {
     fn counters(&self) -> &Counters {
         &self.counters
     }
+    fn holding(&self, server: ServerId, bucket: u8) -> Result<BucketDigest> {
+        self.holdings.of(&self.blocks, server, bucket)
+    }
 }
 
 impl<'t> Tables<'t> {
     pub fn open(transaction: &'t WriteTransaction) -> Result<Self> {
+        Self::resume(transaction, Holdings::default())
+    }
+
+    /// In a transaction that was written in before: with what [`Tables::pause`] has returned.
+    pub fn resume(transaction: &'t WriteTransaction, holdings: Holdings) -> Result<Self> {
         let state = transaction.open_table(STATE)?;
         let counters = load_counters(&state)?;
         Ok(Self {
@@ -262,12 +291,19 @@ impl<'t> Tables<'t> {
             counters_were: counters.clone(),
             counters,
             inodes: BTreeMap::new(),
+            holdings,
             watermarks: BTreeMap::new(),
         })
     }
 
     /// Writes back what was kept in memory. Nothing is complete without it.
     pub fn finish(mut self) -> Result<()> {
+        std::mem::take(&mut self.holdings).write(&mut self.blocks)?;
+        self.pause().map(drop)
+    }
+
+    /// Writes back what questions need, and returns what the transaction has to be given again, or finished with.
+    pub fn pause(mut self) -> Result<Holdings> {
         for (ino, inode) in std::mem::take(&mut self.inodes) {
             match inode {
                 Some(inode) => put(&mut self.tree, &key::inode(ino), &inode.encode())?,
@@ -279,6 +315,32 @@ impl<'t> Tables<'t> {
         }
         if self.counters != self.counters_were {
             put(&mut self.state, &key::counters(), &self.counters.encode())?;
+        }
+        Ok(self.holdings)
+    }
+
+    /// A server has come on record for a block (`true`), or off it.
+    pub(super) fn change_holding(&mut self, server: ServerId, hash: &BlockHash, comes: bool) -> Result<()> {
+        self.holdings.change(&self.blocks, server, hash, comes)
+    }
+
+    /// Corrects a digest that is wrong.
+    pub(super) fn add_to_holding(&mut self, server: ServerId, bucket: u8, by: &BucketDigest) -> Result<()> {
+        self.holdings.add(&self.blocks, server, bucket, by)
+    }
+
+    /// Whether the tables have rows for each server and block, as those of earlier versions.
+    pub(super) fn has_old_holdings(&self) -> Result<bool> {
+        let (start, end) = (key::OLD_HOLDINGS, past(&key::OLD_HOLDINGS));
+        Ok(self.blocks.range::<&[u8]>(start.as_slice()..end.as_slice())?.next().is_some())
+    }
+
+    /// And the digests, which such a version has not kept.
+    pub(super) fn drop_old_holdings(&mut self) -> Result<()> {
+        self.holdings = Holdings::default();
+        for family in [key::OLD_HOLDINGS, [key::HOLDING]] {
+            let end = past(&family);
+            self.blocks.retain_in::<&[u8], _>(family.as_slice()..end.as_slice(), |_, _| false)?;
         }
         Ok(())
     }
@@ -383,13 +445,15 @@ pub mod key {
     pub const PIECES: u8 = 5;
 
     pub const BLOCK: u8 = 0;
-    pub const HELD: u8 = 1;
     pub const OWED: u8 = 2;
     pub const UNNAMED: u8 = 3;
     pub const CONDEMNED: u8 = 4;
     pub const DELETED: u8 = 5;
     pub const LAST_COPY: u8 = 6;
     pub const SURPLUS: u8 = 7;
+    pub const HOLDING: u8 = 8;
+    /// Of rows `server, hash`, which are not made any more.
+    pub const OLD_HOLDINGS: [u8; 1] = [1];
 
     pub const COUNTERS: u8 = 0;
     pub const SESSION: u8 = 1;
@@ -402,6 +466,7 @@ pub mod key {
     pub const OWED_BY: u8 = 8;
     pub const REMOVED: u8 = 9;
     pub const RECOUNT: u8 = 10;
+    pub const CORRECTED: u8 = 11;
 
     /// All rows of a family of an inode: `ino, tag`.
     pub fn family(ino: Ino, tag: u8) -> Vec<u8> {
@@ -448,11 +513,8 @@ pub mod key {
     pub fn block(hash: BlockHash) -> Vec<u8> {
         tagged(BLOCK, &[&hash.0])
     }
-    pub fn held(server: ServerId, hash: BlockHash) -> Vec<u8> {
-        tagged(HELD, &[&server.0.to_be_bytes(), &hash.0])
-    }
-    pub fn held_by(server: ServerId) -> Vec<u8> {
-        tagged(HELD, &[&server.0.to_be_bytes()])
+    pub fn holding(server: ServerId, bucket: u8) -> Vec<u8> {
+        tagged(HOLDING, &[&server.0.to_be_bytes(), &[bucket]])
     }
     pub fn owed(hash: BlockHash) -> Vec<u8> {
         tagged(OWED, &[&hash.0])
@@ -497,6 +559,9 @@ pub mod key {
     }
     pub fn removed(id: ServerId) -> Vec<u8> {
         tagged(REMOVED, &[&id.0.to_be_bytes()])
+    }
+    pub fn corrected() -> Vec<u8> {
+        vec![CORRECTED]
     }
     pub fn token(secret_hash: &[u8; 32]) -> Vec<u8> {
         tagged(TOKEN, &[secret_hash])

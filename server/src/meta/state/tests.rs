@@ -3,6 +3,8 @@
 mod bytes;
 mod garbage;
 mod garbage_model;
+pub(crate) mod holdings;
+mod mending;
 mod model;
 mod replicas;
 mod violations;
@@ -11,7 +13,7 @@ mod words;
 use std::collections::BTreeMap;
 
 use holdfast_common::{
-    BlockHash, BootId, ChunkIndex, Epoch, Ino, Kind, Piece, Refusal, Sequence, ServerId, SessionId, Time,
+    BlockHash, BootId, ChunkIndex, Epoch, Ino, Kind, Piece, Position, Refusal, Sequence, ServerId, SessionId, Time,
     limits::{BLOCK_SIZE_MAX, CHUNK_SIZE},
     net::identity::{NodeName, Role},
     wire::meta::{FileCommit, Holder, Mutated, NewBlock, NewInode, Op, SetAttr},

@@ -167,7 +167,7 @@ impl Index {
     pub(super) fn open(
         disk: &dyn Disk,
         directory: &Path,
-        cache_bytes: usize,
+        cache_bytes: u64,
         ballast: &Arc<Ballast>,
     ) -> io::Result<Result<(Self, Saved), IndexError>> {
         let file = disk.open(&directory.join(INDEX_FILE), true)?;
@@ -175,8 +175,8 @@ impl Index {
         let (freeze, first_failure) = (file.freeze_handle(), file.first_failure());
         let why = Arc::clone(&first_failure);
         let opened = guarded(move || {
-            let database =
-                redb::Builder::new().set_cache_size(cache_bytes).create_with_backend(file).map_err(failed)?;
+            let cache = redb_file::cache_size(cache_bytes);
+            let database = redb::Builder::new().set_cache_size(cache).create_with_backend(file).map_err(failed)?;
             let (saved, usage) = load(&database)?;
             let (overlay, usage, ahead) = (RwLock::default(), Mutex::new(usage), AtomicBool::new(false));
             Ok((Self { database, overlay, usage, ahead, freeze, first_failure }, saved))

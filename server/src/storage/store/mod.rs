@@ -91,7 +91,7 @@ pub struct StoreOptions {
     /// Bytes of bad copies that are kept for inspection.
     pub quarantine_bytes: u64,
     /// Bytes of redb's page cache.
-    pub index_cache_bytes: usize,
+    pub index_cache_bytes: u64,
     /// How often changes of the index go to redb.
     pub flush_every: Duration,
     /// Dead bytes of a segment below which it is not rewritten.
@@ -485,7 +485,7 @@ fn log_recovery(directory: &Path, report: &Recovery) {
 fn open_index(
     disk: &dyn Disk,
     directory: &Path,
-    cache_bytes: usize,
+    cache_bytes: u64,
     ballast: &Arc<Ballast>,
 ) -> Result<(Index, Saved), RecoverError> {
     let marker = directory.join(INDEX_DAMAGED_FILE);

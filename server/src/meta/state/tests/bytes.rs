@@ -1,11 +1,13 @@
 //! The bytes of the rows are frozen.
 
 use holdfast_common::{
-    Epoch, Ino, Kind, Piece, Position, Replicas, Sequence, ServerId, Time, cluster::Standing, net::identity::Role,
+    Epoch, Ino, Kind, Piece, Position, Replicas, Sequence, ServerId, Time, cluster::Standing, inventory::BucketDigest,
+    net::identity::Role,
 };
 
 use super::super::rows::{
-    BlockRow, Counters, Dentry, Inode, ServerRow, SessionRow, TokenRow, decode_chunk, decode_pieces, encode_pieces,
+    BlockRow, Counters, Dentry, Inode, ServerRow, SessionRow, TokenRow, decode_chunk, decode_holding, decode_pieces,
+    encode_holding, encode_pieces,
 };
 use super::{MOUNT, hash};
 
@@ -81,6 +83,10 @@ fn rows_have_their_golden_bytes_and_come_back() {
     assert_eq!(hex(&row), format!("0202010000000200000003000000{}", "ab".repeat(32)));
     assert_eq!(decode_chunk(&row).unwrap(), (pieces.clone(), two));
     assert_eq!(decode_pieces(&row).unwrap(), pieces);
+
+    let holding = BucketDigest { blocks: 5, digest: [0xef; 32] };
+    assert_eq!(hex(&encode_holding(&holding)), format!("010500000000000000{}", "ef".repeat(32)));
+    assert_eq!(decode_holding(&encode_holding(&holding)).unwrap(), holding);
 
     let session = SessionRow {
         node: MOUNT,

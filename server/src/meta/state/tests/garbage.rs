@@ -67,7 +67,7 @@ fn what_no_piece_names_is_condemned_when_its_time_has_come_and_forgotten_when_it
     delete(&mut world, 1, epoch);
     delete(&mut world, 2, epoch);
     assert_eq!(garbage::condemned_after(&world.view(), None, 10).unwrap(), []);
-    assert_eq!(garbage::deleted_first(&world.view(), 10).unwrap(), [(epoch, hash(2))]);
+    assert_eq!(garbage::deleted_after(&world.view(), None, 10).unwrap(), [(epoch, hash(2))]);
     world.command(Command::Forget { blocks: vec![hash(1), hash(2)], epoch: Epoch(epoch.0 + 1) }).unwrap();
     assert!(row(&world, 2).is_some(), "that was another condemnation");
     world.command(Command::Forget { blocks: vec![hash(1), hash(2)], epoch }).unwrap();

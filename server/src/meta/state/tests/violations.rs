@@ -1,20 +1,20 @@
 //! That each invariant can be seen to be broken.
 
-use holdfast_common::Replicas;
+use holdfast_common::{Replicas, inventory::bucket_of};
 
 use super::{
     super::{blocks, rows, tables::key},
     *,
 };
 
-const DIRECTORY: Ino = Ino(2);
-const BELOW: Ino = Ino(3);
-const FILE: Ino = Ino(4);
-const SHORT: Ino = Ino(5);
-const NOBODY: Ino = Ino(900);
+pub(super) const DIRECTORY: Ino = Ino(2);
+pub(super) const BELOW: Ino = Ino(3);
+pub(super) const FILE: Ino = Ino(4);
+pub(super) const SHORT: Ino = Ino(5);
+pub(super) const NOBODY: Ino = Ino(900);
 
 /// A directory in a directory, a file whose block has all its copies, and one whose block is owed one.
-fn world() -> World {
+pub(super) fn world() -> World {
     let mut world = World::new();
     let made = [
         world.make(Ino::ROOT, "directory", Kind::Directory),
@@ -29,14 +29,18 @@ fn world() -> World {
     world
 }
 
-fn inode(tables: &mut Tables<'_>, ino: Ino, edit: impl FnOnce(&mut rows::Inode)) -> Result<(), StorageError> {
+pub(super) fn inode(
+    tables: &mut Tables<'_>,
+    ino: Ino,
+    edit: impl FnOnce(&mut rows::Inode),
+) -> Result<(), StorageError> {
     let mut inode = tables.inode(ino)?.expect("it is there");
     edit(&mut inode);
     tables.put_inode(ino, inode);
     Ok(())
 }
 
-fn block_row(
+pub(super) fn block_row(
     tables: &mut Tables<'_>,
     hash: BlockHash,
     edit: impl FnOnce(&mut rows::BlockRow),
@@ -46,15 +50,15 @@ fn block_row(
     tables.put_blocks(&key::block(hash), &row.encode())
 }
 
-fn chunk(tables: &mut Tables<'_>, pieces: &[Piece], replicas: Replicas) -> Result<(), StorageError> {
+pub(super) fn chunk(tables: &mut Tables<'_>, pieces: &[Piece], replicas: Replicas) -> Result<(), StorageError> {
     tables.put_tree(&key::pieces(FILE, ChunkIndex(0)), &rows::encode_pieces(pieces, replicas))
 }
 
-fn dentry(ino: Ino, kind: Kind, cookie: u64) -> rows::Dentry {
+pub(super) fn dentry(ino: Ino, kind: Kind, cookie: u64) -> rows::Dentry {
     rows::Dentry { ino, kind, cookie }
 }
 
-type Damage = fn(&mut Tables<'_>) -> Result<(), StorageError>;
+pub(super) type Damage = fn(&mut Tables<'_>) -> Result<(), StorageError>;
 
 /// Damages the tables, and looks for a sentence that has `part` in it.
 #[track_caller]
@@ -136,12 +140,11 @@ fn sizes_and_pieces_that_are_wrong_are_told() {
 fn references_and_holders_that_are_counted_wrong_are_told() {
     assert_told("counts 2 pieces, and 1 name it", |tables| block_row(tables, hash(1), |row| row.refs = 2));
     assert_told("pieces by copies wanted", |tables| block_row(tables, hash(1), |row| row.refs_by_replicas[1] = 1));
-    assert_told("and the index disagree about holder 2", |tables| {
-        tables.remove_blocks(&key::held(ServerId(2), hash(1)))
+    assert_told("what server 2 is on record for", |tables| {
+        tables.remove_blocks(&key::holding(ServerId(2), bucket_of(&hash(1))))
     });
-    assert_told("and the index disagree about holder 3", |tables| {
-        tables.put_blocks(&key::held(ServerId(3), hash(2)), &[])
-    });
+    assert_told("what server 3 is on record for", |tables| tables.change_holding(ServerId(3), &hash(1), false));
+    assert_told("what server 9 is on record for", |tables| tables.change_holding(ServerId(9), &hash(1), true));
     assert_told("has no copy on record", |tables| block_row(tables, hash(1), |row| row.holders.clear()));
     assert_told("is held by a server that never was", |tables| {
         block_row(tables, hash(1), |row| row.holders.push(ServerId(900)))

@@ -1,13 +1,20 @@
 //! What must hold of blocks, and of the lists of those that something is to be done about.
 
-use std::{collections::BTreeSet, ops::ControlFlow};
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    ops::ControlFlow,
+};
 
-use holdfast_common::{BlockHash, Epoch, ServerId, limits::REPLICAS};
+use holdfast_common::{
+    BlockHash, Epoch, ServerId,
+    inventory::{BucketDigest, bucket_of},
+    limits::REPLICAS,
+};
 
-use super::{Found, tally::Tally};
+use super::{Correction, Found, tally::Tally};
 use crate::meta::state::{
     Rows, StorageError, blocks,
-    rows::BlockRow,
+    rows::{BlockRow, decode_holding},
     servers,
     tables::{Result, fetch, key, past, scan},
 };
@@ -22,19 +29,16 @@ pub(super) struct Seen {
     pub(super) condemned: u64,
     /// Pieces, as blocks count them.
     pub(super) references: Tally,
-    /// Copies, as blocks know them.
-    pub(super) holders: Tally,
-    /// The same, as the index of holders does.
-    pub(super) held: Tally,
 }
 
 pub(super) fn check(rows: &impl Rows, found: &mut Found) -> Result<Seen> {
     let servers = servers::servers(rows)?.into_iter().map(|(id, _)| id).collect();
-    let mut walk = Walk { rows, found, servers, seen: Seen::default() };
+    let mut walk = Walk { rows, found, servers, seen: Seen::default(), holdings: BTreeMap::new() };
     scan(rows.blocks(), &[key::BLOCK], &past(&[key::BLOCK]), |key, row| {
         walk.take(blocks::hash_of(key)?, &BlockRow::decode(row)?).map(ControlFlow::Continue)
     })?;
     walk.lists()?;
+    walk.holdings_are_told();
     let (newest, forgotten) = (rows.counters().epoch, rows.counters().forgotten);
     if forgotten > newest {
         walk.found.push(format!("blocks of epoch {forgotten} are forgotten, the newest is {newest}"));
@@ -47,6 +51,8 @@ struct Walk<'a, R> {
     found: &'a mut Found,
     servers: BTreeSet<ServerId>,
     seen: Seen,
+    /// What servers are on record for, as blocks know it, and not found in the digests yet.
+    holdings: BTreeMap<(ServerId, u8), BucketDigest>,
 }
 
 impl<R: Rows> Walk<'_, R> {
@@ -58,18 +64,19 @@ impl<R: Rows> Walk<'_, R> {
         self.check_condemned(hash, row)?;
         if blocks::is_owed(row) {
             self.seen.owed += 1;
-            self.is_listed(&key::owed(hash), || format!("block {hash} and the list of owed blocks disagree"))?;
+            self.is_listed(hash, &key::owed(hash), || format!("block {hash} and the list of owed blocks disagree"))?;
         }
         if blocks::is_unnamed(row) {
             self.seen.unnamed += 1;
-            self.is_listed(&key::unnamed(hash), || format!("block {hash} and the list of unnamed blocks disagree"))?;
+            let sentence = || format!("block {hash} and the list of unnamed blocks disagree");
+            self.is_listed(hash, &key::unnamed(hash), sentence)?;
         }
         Ok(())
     }
 
-    fn is_listed(&mut self, key: &[u8], sentence: impl FnOnce() -> String) -> Result<()> {
+    fn is_listed(&mut self, block: BlockHash, key: &[u8], sentence: impl FnOnce() -> String) -> Result<()> {
         if fetch(self.rows.blocks(), key, |_| Ok(()))?.is_none() {
-            self.found.push(sentence());
+            self.found.push_mended(sentence(), Correction::Lists { block });
         }
         Ok(())
     }
@@ -83,7 +90,9 @@ impl<R: Rows> Walk<'_, R> {
             }
         }
         tally.add_reference(hash, None, of_the_cluster);
-        row.holders.iter().for_each(|holder| self.seen.holders.add_copy(*holder, hash));
+        for holder in &row.holders {
+            self.holdings.entry((*holder, bucket_of(&hash))).or_default().add(&hash);
+        }
         if row.refs > 0 {
             self.seen.by_copies[row.holders.len().min(REPLICAS)] += 1;
         }
@@ -107,7 +116,10 @@ impl<R: Rows> Walk<'_, R> {
         let follows = counters.retargeted.is_none_or(|through| hash <= through);
         let wanted = row.most_wanted(counters.replicas());
         if follows && row.wanted != wanted {
-            self.found.push(format!("block {hash} wants {} copies, and should want {wanted}", row.wanted));
+            self.found.push_mended(
+                format!("block {hash} wants {} copies, and should want {wanted}", row.wanted),
+                Correction::Lists { block: hash },
+            );
         }
     }
 
@@ -124,46 +136,85 @@ impl<R: Rows> Walk<'_, R> {
             self.found.push(format!("block {hash} is condemned, and {} pieces name it", row.refs));
         }
         let key = key::condemned(condemned_list(row), row.epoch, hash);
-        self.is_listed(&key, || disagreement(hash, row.epoch))
+        self.is_listed(hash, &key, || disagreement(hash, row.epoch))
     }
 
     /// That every block of a list belongs there. The other way round was looked at with the blocks.
     fn lists(&mut self) -> Result<()> {
-        scan(self.rows.blocks(), &past(&[key::BLOCK]), &past(&[]), |key, _| {
-            self.take_listed(key).map(ControlFlow::Continue)
+        scan(self.rows.blocks(), &past(&[key::BLOCK]), &past(&[]), |key, row| {
+            match key[0] {
+                key::HOLDING => self.take_holding(key, &decode_holding(row)?)?,
+                _ => self.take_listed(key)?,
+            }
+            Ok(ControlFlow::Continue(()))
         })
     }
 
-    fn take_listed(&mut self, key: &[u8]) -> Result<()> {
-        let damaged = || StorageError::Damaged("blocks: key".into());
-        let hash = blocks::hash_of(key)?;
-        let (test, list): (fn(&BlockRow) -> bool, _) = match key[0] {
-            key::HELD => {
-                let server = key[1..].first_chunk::<4>().ok_or_else(damaged)?;
-                self.seen.held.add_copy(ServerId(u32::from_be_bytes(*server)), hash);
-                return Ok(());
-            }
-            list @ (key::CONDEMNED | key::DELETED) => {
-                let epoch = Epoch(u64::from_be_bytes(*key[1..].first_chunk::<8>().ok_or_else(damaged)?));
-                let row = blocks::block(self.rows, hash)?;
-                let belongs = |row: BlockRow| row.condemned && row.epoch == epoch && condemned_list(&row) == list;
-                if !row.is_some_and(belongs) {
-                    self.found.push(disagreement(hash, epoch));
-                }
-                return Ok(());
-            }
-            key::OWED => (blocks::is_owed, "the list of owed blocks disagree"),
-            // One that came to have one copy left before there was a list of those is in the other list only.
-            key::LAST_COPY => (blocks::has_one_copy_left, "the list of last copies disagree"),
-            key::SURPLUS => (blocks::has_surplus, "the list of those with too many copies disagree"),
-            key::UNNAMED => (blocks::is_unnamed, "the list of unnamed blocks disagree"),
-            _ => return Err(damaged()),
-        };
-        if !blocks::block(self.rows, hash)?.is_some_and(|row| test(&row)) {
-            self.found.push(format!("block {hash} and {list}"));
+    fn take_holding(&mut self, key: &[u8], digest: &BucketDigest) -> Result<()> {
+        let [_, server @ .., bucket] = <[u8; 6]>::try_from(key).map_err(|_| damaged())?;
+        let server = ServerId(u32::from_be_bytes(server));
+        let is = self.holdings.remove(&(server, bucket)).unwrap_or_default();
+        if is != *digest {
+            self.wrong_holding(server, bucket, is.minus(digest));
         }
         Ok(())
     }
+
+    /// Those that were not found are missing.
+    fn holdings_are_told(&mut self) {
+        for ((server, bucket), is) in std::mem::take(&mut self.holdings) {
+            self.wrong_holding(server, bucket, is);
+        }
+    }
+
+    fn wrong_holding(&mut self, server: ServerId, bucket: u8, by: BucketDigest) {
+        self.found.push_mended(
+            format!("the digest of what server {server} is on record for in bucket {bucket} is not that of its blocks"),
+            Correction::Holding { server, bucket, by },
+        );
+    }
+
+    fn take_listed(&mut self, key: &[u8]) -> Result<()> {
+        if is_rightly_listed(self.rows, key)? {
+            return Ok(());
+        }
+        let hash = blocks::hash_of(key)?;
+        let sentence = match key[0] {
+            key::CONDEMNED | key::DELETED => disagreement(hash, epoch_of(key)?),
+            key::OWED => format!("block {hash} and the list of owed blocks disagree"),
+            key::LAST_COPY => format!("block {hash} and the list of last copies disagree"),
+            key::SURPLUS => format!("block {hash} and the list of those with too many copies disagree"),
+            _ => format!("block {hash} and the list of unnamed blocks disagree"),
+        };
+        self.found.push_mended(sentence, Correction::Listed { key: key.to_vec() });
+        Ok(())
+    }
+}
+
+/// Whether what a row of a list says is so.
+pub(super) fn is_rightly_listed(rows: &impl Rows, key: &[u8]) -> Result<bool> {
+    let row = blocks::block(rows, blocks::hash_of(key)?)?;
+    let belongs: fn(&BlockRow) -> bool = match key[0] {
+        list @ (key::CONDEMNED | key::DELETED) => {
+            let epoch = epoch_of(key)?;
+            return Ok(row.is_some_and(|row| row.condemned && row.epoch == epoch && condemned_list(&row) == list));
+        }
+        key::OWED => blocks::is_owed,
+        // One that came to have one copy left before there was a list of those is in the other list only.
+        key::LAST_COPY => blocks::has_one_copy_left,
+        key::SURPLUS => blocks::has_surplus,
+        key::UNNAMED => blocks::is_unnamed,
+        _ => return Err(damaged()),
+    };
+    Ok(row.is_some_and(|row| belongs(&row)))
+}
+
+fn epoch_of(key: &[u8]) -> Result<Epoch> {
+    Ok(Epoch(u64::from_be_bytes(*key[1..].first_chunk::<8>().ok_or_else(damaged)?)))
+}
+
+fn damaged() -> StorageError {
+    StorageError::Damaged("blocks: key".into())
 }
 
 /// Deleted everywhere, or still to be.

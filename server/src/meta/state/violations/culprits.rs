@@ -2,13 +2,13 @@
 
 use std::{collections::BTreeMap, ops::ControlFlow};
 
-use holdfast_common::{BlockHash, Ino, ServerId, limits::REPLICAS_MAX};
+use holdfast_common::{BlockHash, Ino, limits::REPLICAS_MAX};
 
-use super::Found;
+use super::{Correction, Found, mend};
 use crate::meta::state::{
     Rows, StorageError, blocks,
     rows::{BlockRow, Dentry, Inode, decode_chunk},
-    tables::{Result, fetch, key, past, scan},
+    tables::{Result, key, past, scan},
 };
 
 /// Inodes or blocks that are counted in memory at a time.
@@ -18,7 +18,9 @@ const PART: u64 = 1 << 19;
 pub(super) fn links(rows: &impl Rows, inodes: u64, found: &mut Found) -> Result<()> {
     let parts = inodes / PART + 1;
     for part in 0..parts {
-        if found.is_full() {
+        if found.is_full(mend::COUNTS) {
+            // Nothing is known of the rest.
+            found.more_said_than_there.links = true;
             break;
         }
         let mut names: BTreeMap<Ino, u32> = BTreeMap::new();
@@ -36,6 +38,12 @@ pub(super) fn links(rows: &impl Rows, inodes: u64, found: &mut Found) -> Result<
                 let names = names.get(&ino).copied().unwrap_or(0) + u32::from(ino == Ino::ROOT);
                 if counted != names {
                     found.push(format!("inode {ino} counts {} links, and has {names} names", inode.nlink));
+                    found.more_said_than_there.links |= counted > names;
+                    // One without a name is not taken for one that nobody wants. What a directory counts depends on more.
+                    if names > 0 && !inode.is_directory() {
+                        let nlink = i64::from(names) - i64::from(inode.nlink);
+                        found.mend(Correction::Inode { ino, nlink, size: 0, stored: 0 });
+                    }
                 }
             }
             Ok(())
@@ -64,7 +72,8 @@ pub(super) fn references(rows: &impl Rows, blocks: u64, found: &mut Found) -> Re
         word % parts == part
     };
     for part in 0..parts {
-        if found.is_full() {
+        if found.is_full(mend::COUNTS) {
+            found.more_said_than_there.pieces = true;
             break;
         }
         let mut named: BTreeMap<BlockHash, (u64, [u64; REPLICAS_MAX])> = BTreeMap::new();
@@ -89,6 +98,21 @@ pub(super) fn references(rows: &impl Rows, blocks: u64, found: &mut Found) -> Re
 }
 
 fn compare(hash: BlockHash, row: &BlockRow, all: u64, by_replicas: [u64; REPLICAS_MAX], found: &mut Found) {
+    if (row.refs, row.refs_by_replicas) == (all, by_replicas) {
+        return;
+    }
+    let counts = row.refs_by_replicas.iter().zip(by_replicas);
+    found.more_said_than_there.pieces |= row.refs > all || counts.into_iter().any(|(counted, is)| *counted > is);
+    // Its copies may be gone.
+    if !row.condemned {
+        let less = |counted: u64, is: u64| is.wrapping_sub(counted).cast_signed();
+        found.mend(Correction::References {
+            block: hash,
+            epoch: row.epoch,
+            refs: less(row.refs, all),
+            by_replicas: std::array::from_fn(|own| less(row.refs_by_replicas[own], by_replicas[own])),
+        });
+    }
     if row.refs != all {
         found.push(format!("block {hash} counts {} pieces, and {all} name it", row.refs));
     }
@@ -101,27 +125,5 @@ fn compare(hash: BlockHash, row: &BlockRow, all: u64, by_replicas: [u64; REPLICA
 fn scan_blocks(rows: &impl Rows, mut visit: impl FnMut(BlockHash, BlockRow) -> Result<()>) -> Result<()> {
     scan(rows.blocks(), &[key::BLOCK], &past(&[key::BLOCK]), |key, row| {
         visit(blocks::hash_of(key)?, BlockRow::decode(row)?).map(ControlFlow::Continue)
-    })
-}
-
-/// Blocks of which the index of holders says something else.
-pub(super) fn holders(rows: &impl Rows, found: &mut Found) -> Result<()> {
-    let disagree =
-        |hash: BlockHash, holder: ServerId| format!("block {hash} and the index disagree about holder {holder}");
-    scan_blocks(rows, |hash, row| {
-        for holder in row.holders {
-            if fetch(rows.blocks(), &key::held(holder, hash), |_| Ok(()))?.is_none() {
-                found.push(disagree(hash, holder));
-            }
-        }
-        Ok(())
-    })?;
-    scan(rows.blocks(), &[key::HELD], &past(&[key::HELD]), |key, _| {
-        let server = key[1..].first_chunk::<4>().ok_or_else(|| StorageError::Damaged("blocks: key".into()))?;
-        let (holder, hash) = (ServerId(u32::from_be_bytes(*server)), blocks::hash_of(key)?);
-        if !blocks::block(rows, hash)?.is_some_and(|row| row.holders.contains(&holder)) {
-            found.push(disagree(hash, holder));
-        }
-        Ok(ControlFlow::Continue(()))
     })
 }

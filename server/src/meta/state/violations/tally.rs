@@ -1,7 +1,7 @@
 //! Whether two collections have the same members equally often, without keeping either: the sums of the members' hashes are equal
 //! (`AdHash`, Bellare and Micciancio 1997). Two that differ have the same sum once in 2^128. Pure.
 
-use holdfast_common::{BlockHash, Ino, ServerId};
+use holdfast_common::{BlockHash, Ino};
 
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub(super) struct Tally(u128);
@@ -22,11 +22,6 @@ impl Tally {
     pub(super) fn add_reference(&mut self, block: BlockHash, own: Option<usize>, times: u64) {
         let own = own.unwrap_or(0) as u64;
         self.add(blake3::Hasher::new().update(&block.0).update(&own.to_le_bytes()), times);
-    }
-
-    /// A copy of a block.
-    pub(super) fn add_copy(&mut self, server: ServerId, block: BlockHash) {
-        self.add(blake3::Hasher::new().update(&block.0).update(&server.0.to_le_bytes()), 1);
     }
 }
 

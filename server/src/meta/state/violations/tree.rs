@@ -11,7 +11,7 @@ use holdfast_common::{
     pieces,
 };
 
-use super::{Found, tally::Tally};
+use super::{Correction, Found, tally::Tally};
 use crate::meta::state::{
     Rows, StorageError, blocks,
     file::{index_of, start_of},
@@ -40,6 +40,7 @@ pub(super) struct Seen {
 }
 
 /// The rows of one inode, which are neighbours.
+#[derive(Default)]
 struct Group {
     ino: Ino,
     inode: Option<Inode>,
@@ -48,6 +49,8 @@ struct Group {
     cookies: u64,
     subdirectories: u32,
     stored: u64,
+    /// From which on its cookies should be given, if its row says something else.
+    cookies_from: u64,
 }
 
 pub(super) fn check(rows: &impl Rows, found: &mut Found) -> Result<Seen> {
@@ -57,7 +60,11 @@ pub(super) fn check(rows: &impl Rows, found: &mut Found) -> Result<Seen> {
     walk.end_group()?;
     let Walk { seen, .. } = walk;
     if seen.highest >= rows.counters().ino_next {
-        found.push(format!("inode number {} will be given twice", rows.counters().ino_next));
+        let ino = Ino(seen.highest + 1);
+        found.push_mended(
+            format!("inode number {} will be given twice", rows.counters().ino_next),
+            Correction::InodesFrom { ino },
+        );
     }
     hang_together(&seen.directories, found);
     orphans_have_no_name(rows, found)?;
@@ -104,8 +111,7 @@ impl<R: Rows> Walk<'_, R> {
     }
 
     fn begin_group(&mut self, ino: Ino) {
-        let (symlink, names, cookies, subdirectories, stored) = (0, 0, 0, 0, 0);
-        self.group = Some(Group { ino, inode: None, symlink, names, cookies, subdirectories, stored });
+        self.group = Some(Group { ino, ..Group::default() });
     }
 
     fn take_name(&mut self, parent: Ino, name: &[u8], entry: Dentry) -> Result<()> {
@@ -117,24 +123,35 @@ impl<R: Rows> Walk<'_, R> {
         let Some(group) = &mut self.group else { return Ok(()) };
         group.names += 1;
         group.subdirectories += u32::from(entry.kind == Kind::Directory);
-        let (name, found) = (show(name), &mut *self.found);
+        let (shown, found) = (show(name), &mut *self.found);
         match inode {
-            None => found.push(format!("{name:?} in directory {parent} names inode {}, which is not there", entry.ino)),
+            None => {
+                found.push(format!("{shown:?} in directory {parent} names inode {}, which is not there", entry.ino))
+            }
             Some(inode) if inode.kind != entry.kind => {
                 let (said, is) = (entry.kind, inode.kind);
-                found.push(format!("{name:?} in directory {parent} says {said:?}, inode {} is {is:?}", entry.ino));
+                found.push(format!("{shown:?} in directory {parent} says {said:?}, inode {} is {is:?}", entry.ino));
+            }
+            // Of which it is told elsewhere that it is not where it says.
+            Some(inode) if inode.is_directory() && !is_where_it_says(self.rows, entry.ino, &inode)? => {
+                found.mend(Correction::Place { directory: parent, name: name.to_vec() });
             }
             Some(_) => {}
         }
         match &group.inode {
             Some(directory) if directory.is_directory() && directory.nlink > 0 => {}
-            _ => found.push(format!("{name:?} is in {parent}, which is not a directory in the tree")),
+            _ => found.push(format!("{shown:?} is in {parent}, which is not a directory in the tree")),
         }
+        let is_of_directory = group.inode.as_ref().is_some_and(Inode::is_directory);
         if indexed != Some(true) {
-            found.push(format!("{name:?} in directory {parent} is not under its cookie {}", entry.cookie));
+            found.push(format!("{shown:?} in directory {parent} is not under its cookie {}", entry.cookie));
+            if is_of_directory {
+                found.mend(Correction::Cookie { directory: parent, name: name.to_vec() });
+            }
         }
         if group.inode.as_ref().is_some_and(|directory| directory.cookie_next <= entry.cookie) {
             found.push(format!("cookie {} of directory {parent} will be given twice", entry.cookie));
+            group.cookies_from = group.cookies_from.max(entry.cookie.saturating_add(1));
         }
         Ok(())
     }
@@ -156,6 +173,9 @@ impl<R: Rows> Walk<'_, R> {
         let own = group.inode.as_ref().map(|inode| inode.replicas);
         if own != Some(counted) && !self.recounted.contains(&ino) {
             found.push(format!("chunk {index} of inode {ino} is counted under {counted:?}, not {own:?}"));
+            if own.is_some() {
+                found.mend(Correction::Recount { ino });
+            }
         }
         // A chunk often has many pieces of one block.
         let mut lengths: HashMap<BlockHash, Option<u32>> = HashMap::new();
@@ -182,22 +202,28 @@ impl<R: Rows> Walk<'_, R> {
         let ino = group.ino;
         if group.cookies != group.names {
             self.found.push(format!("there are {} cookies for {} names in {ino}", group.cookies, group.names));
+            self.find_stale_cookies(ino)?;
         }
         let Some(inode) = &group.inode else {
             self.found.push(format!("there are rows of inode {ino}, which is not there"));
             return Ok(());
         };
         self.seen.inodes += 1;
+        if group.cookies_from > 0 && inode.is_directory() {
+            self.found.mend(Correction::CookiesFrom { directory: ino, cookie: group.cookies_from });
+        }
         sizes_are_true(&group, inode, self.found);
         self.count_links(&group, inode);
         if inode.nlink == 0 && fetch(self.rows.state(), &key::orphan(ino), |_| Ok(()))?.is_none() {
             self.found.push(format!("inode {ino} has no name and is not listed as an orphan"));
+            // A directory may be full.
+            if !inode.is_directory() {
+                self.found.mend(Correction::Orphan { ino });
+            }
         }
         if inode.is_directory() && inode.nlink > 0 && ino != Ino::ROOT {
             self.seen.directories.push((ino, inode.parent));
-            let at = key::cookie(inode.parent, inode.parent_cookie);
-            let named = fetch(self.rows.tree(), &at, |row| Ok(Dentry::decode_with(row)?.0.ino))?;
-            if named != Some(ino) {
+            if !is_where_it_says(self.rows, ino, inode)? {
                 self.found.push(format!("directory {ino} is not where it says, in {}", inode.parent));
             }
         }
@@ -205,6 +231,17 @@ impl<R: Rows> Walk<'_, R> {
             self.seen.highest = self.seen.highest.max(ino.0);
         }
         Ok(())
+    }
+
+    fn find_stale_cookies(&mut self, directory: Ino) -> Result<()> {
+        let family = key::family(directory, key::COOKIE);
+        scan(self.rows.tree(), &family, &past(&family), |key, row| {
+            let cookie = key.last_chunk::<8>().map_or(0, |bytes| u64::from_be_bytes(*bytes));
+            if is_stale_cookie(self.rows, directory, cookie, row)? {
+                self.found.mend(Correction::StaleCookie { directory, cookie });
+            }
+            Ok(ControlFlow::Continue(()))
+        })
     }
 
     /// A directory has one name, and counts that, itself, and those above whom it is.
@@ -218,7 +255,12 @@ impl<R: Rows> Walk<'_, R> {
         let expected = 2 + group.subdirectories;
         let is_in_the_tree = inode.nlink > 0 || group.ino == Ino::ROOT;
         if inode.is_directory() && is_in_the_tree && inode.nlink != expected {
-            self.found.push(format!("inode {} counts {} links, and has {expected}", group.ino, inode.nlink));
+            let nlink = i64::from(expected) - i64::from(inode.nlink);
+            self.found.more_said_than_there.links |= nlink < 0;
+            self.found.push_mended(
+                format!("inode {} counts {} links, and has {expected}", group.ino, inode.nlink),
+                Correction::Inode { ino: group.ino, nlink, size: 0, stored: 0 },
+            );
         }
     }
 }
@@ -235,6 +277,32 @@ fn sizes_are_true(group: &Group, inode: &Inode, found: &mut Found) {
             "inode {} says size {} and stored {}, and has {size} and {}",
             group.ino, inode.size, inode.stored, group.stored
         ));
+        let less = |says: u64, has: u64| has.wrapping_sub(says).cast_signed();
+        let stored = less(inode.stored, group.stored);
+        // How long a file is nothing else says, nor what a symlink said that has lost its target.
+        let size = if inode.is_directory() { less(inode.size, size) } else { 0 };
+        found.more_said_than_there.stored |= stored < 0;
+        found.more_said_than_there.names |= size < 0;
+        if size != 0 || stored != 0 {
+            found.mend(Correction::Inode { ino: group.ino, nlink: 0, size, stored });
+        }
+    }
+}
+
+/// Whether the place at which a directory says it is leads to it.
+pub(super) fn is_where_it_says(rows: &impl Rows, ino: Ino, inode: &Inode) -> Result<bool> {
+    let at = key::cookie(inode.parent, inode.parent_cookie);
+    let named = fetch(rows.tree(), &at, |row| Ok(Dentry::decode_with(row)?.0.ino))?;
+    Ok(named == Some(ino))
+}
+
+/// Whether a row in the order of reading leads to a name that has another place there, or to an inode that is not there. If just the
+/// name is missing, a person has to say whether it should be.
+pub(super) fn is_stale_cookie(rows: &impl Rows, directory: Ino, cookie: u64, row: &[u8]) -> Result<bool> {
+    let (entry, name) = Dentry::decode_with(row)?;
+    match fetch(rows.tree(), &key::dentry(directory, name), Dentry::decode)? {
+        Some(named) => Ok(named.cookie != cookie),
+        None => Ok(rows.inode(entry.ino)?.is_none()),
     }
 }
 
@@ -269,7 +337,10 @@ fn orphans_have_no_name(rows: &impl Rows, found: &mut Found) -> Result<()> {
         after = *last;
         for ino in page {
             if rows.inode(ino)?.is_none_or(|inode| inode.nlink > 0) {
-                found.push(format!("inode {ino} is listed as an orphan, and is none"));
+                found.push_mended(
+                    format!("inode {ino} is listed as an orphan, and is none"),
+                    Correction::Orphan { ino },
+                );
             }
         }
     }
