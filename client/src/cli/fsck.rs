@@ -111,14 +111,14 @@ async fn violations(node: &Arc<Node>, to: Endpoint) -> Result<Vec<String>, AskEr
 }
 
 /// Has what follows from other metadata made again, until nothing is found or nothing can be done about it. How many rows were made;
-/// `None`: mounts have yet to say again what a metadata server lost.
+/// `None`: it cannot be done now.
 async fn mend(node: &Arc<Node>, to: Endpoint) -> Result<Option<u64>, AskError> {
     let (mut all, mut idle) = (0, 0);
     for _ in 0..ROUNDS_MAX {
         let (found, made) = match patiently(node, to, AdminRequest::Mend).await {
             Ok(MetaAnswer::Mended { found, made }) => (found, made),
             Ok(_) => return Err(AskError::Unexpected),
-            Err(AskError::Refused(Refusal::Unavailable)) => return Ok(None),
+            Err(AskError::Refused(Refusal::Unavailable)) => return Ok(Some(all).filter(|all| *all > 0)),
             Err(error) => return Err(error),
         };
         all += made;
@@ -261,7 +261,9 @@ impl Report {
         match self.corrected {
             Some(0) => {}
             Some(rows) => text += &format!("Metadata: {rows} rows that follow from others were made again.\n"),
-            None => text += "Metadata: nothing can be mended now, while mounts say again what was lost. Try later.\n",
+            None => {
+                text += "Metadata: nothing can be mended now: mounts say again what was lost, or somebody else looks at all. Try later.\n"
+            }
         }
         text.extend(self.violations.iter().map(|sentence| format!("Metadata: {sentence}.\n")));
         if self.violations.is_empty() {

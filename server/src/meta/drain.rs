@@ -89,9 +89,10 @@ impl Drainer {
                 continue;
             }
             let leaving = self.core.cluster.lock().leaving();
-            let began = self.core.clock.monotonic();
-            stuck.retain(|_, until| *until > began);
+            let now = self.core.clock.monotonic();
+            stuck.retain(|_, until| *until > now);
             for (server, standing) in &leaving {
+                let began = self.core.clock.monotonic();
                 if !stuck.contains_key(server) && !self.empty(*server, *standing).await? {
                     let now = self.core.clock.monotonic();
                     stuck.insert(*server, now + stuck_interval(now.saturating_sub(began)));

@@ -778,7 +778,7 @@ impl Service {
             servers: cluster.status(now),
             mounts: self.core.sessions.lock().status(now),
             inodes: counters.inodes,
-            blocks: counters.blocks_by_copies.iter().sum(),
+            blocks: counters.blocks_by_copies.iter().fold(0, |sum: u64, blocks| sum.saturating_add(*blocks)),
             blocks_by_copies: counters.blocks_by_copies,
             owed: counters.payable(),
             copies_made: counters.copies_made,

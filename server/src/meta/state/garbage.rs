@@ -25,7 +25,11 @@ pub fn admitted(old: Option<&BlockRow>, length: u32, epoch: Epoch, forgotten: Ep
         None if epoch < forgotten => Err(Refusal::BlockGone),
         None => Ok(BlockRow::new(length, forgotten)),
         Some(row) if epoch < row.epoch => Err(Refusal::BlockGone),
-        Some(row) if row.condemned => Ok(BlockRow::new(length, row.epoch)),
+        // No piece names one that is condemned, as far as is known.
+        Some(row) if row.condemned => {
+            let (refs, refs_by_replicas) = (row.refs, row.refs_by_replicas);
+            Ok(BlockRow { refs, refs_by_replicas, ..BlockRow::new(length, row.epoch) })
+        }
         Some(row) => Ok(row.clone()),
     }
 }

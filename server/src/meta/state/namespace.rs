@@ -75,10 +75,9 @@ fn named(rows: &impl Rows, (parent, name): Place<'_>) -> Step<Dentry> {
     Ok(dentry(rows, parent, name)?.ok_or(Refusal::NotFound)?)
 }
 
-/// The inode that a dentry names.
-fn target(rows: &impl Rows, dentry: &Dentry) -> Result<Inode> {
-    let inode = rows.inode(dentry.ino)?;
-    inode.ok_or_else(|| StorageError::Damaged(format!("a dentry names inode {}, which has no row", dentry.ino)))
+/// The inode that a dentry names. Refused `Stale` if it is lost, which `fsck` tells.
+fn target(rows: &impl Rows, dentry: &Dentry) -> Step<Inode> {
+    Ok(rows.inode(dentry.ino)?.ok_or(Refusal::Stale)?)
 }
 
 pub(super) fn make(
@@ -223,10 +222,10 @@ fn enter(
 ) -> Result<()> {
     let entry = Dentry { ino, kind: inode.kind, cookie: directory.cookie_next };
     directory.cookie_next += 1;
-    directory.size += 1;
+    directory.size = directory.size.wrapping_add(1);
     changed(directory, now);
     if inode.is_directory() {
-        directory.nlink += 1;
+        directory.nlink = directory.nlink.wrapping_add(1);
         (inode.parent, inode.parent_cookie) = (parent, entry.cookie);
     }
     write(tables, (parent, name), &entry)
@@ -283,7 +282,7 @@ pub(super) fn link(tables: &mut Tables<'_>, ino: Ino, parent: Ino, name: &[u8], 
         orphans::remove(tables, ino)?;
         inode.mode &= !mode::IS_LINKABLE;
     }
-    inode.nlink += 1;
+    inode.nlink = inode.nlink.wrapping_add(1);
     inode.ctime = now;
     let attr = inode.attr(ino);
     tables.put_inode(ino, inode);
@@ -339,9 +338,9 @@ fn remove(
     entry: &Dentry,
     now: Time,
 ) -> Step<Mutated> {
+    let inode = target(tables, entry)?;
     leave(tables, (parent, name), &mut directory, entry, now)?;
     tables.put_inode(parent, directory);
-    let inode = target(tables, entry)?;
     let inode = unlinked(tables, entry.ino, inode, now)?;
     Ok(Mutated::Removed { attr: inode.attr(entry.ino) })
 }
@@ -362,6 +361,9 @@ pub(super) fn rename(
     directory(tables, to)?;
     let moved = named(tables, (from, from_name))?;
     let taken = dentry(tables, to, to_name)?;
+    for entry in taken.iter().chain([&moved]) {
+        target(tables, entry)?;
+    }
     match (mode, taken) {
         (RenameMode::NoReplace, Some(_)) => Err(Refusal::Exists.into()),
         (RenameMode::Exchange, None) => Err(Refusal::NotFound.into()),
@@ -503,8 +505,8 @@ fn put_in(
 ) -> Step<Inode> {
     let mut parent = directory(tables, to)?;
     if from != to {
-        parent.nlink += u32::from(entry.kind == Kind::Directory);
-        parent.nlink -= u32::from(held.kind == Kind::Directory);
+        parent.nlink = parent.nlink.wrapping_add(u32::from(entry.kind == Kind::Directory));
+        parent.nlink = parent.nlink.wrapping_sub(u32::from(held.kind == Kind::Directory));
     }
     changed(&mut parent, now);
     tables.put_inode(to, parent);

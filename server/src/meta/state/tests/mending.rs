@@ -3,7 +3,7 @@
 use holdfast_common::{
     Replicas,
     inventory::{BucketDigest, bucket_of},
-    wire::codec,
+    wire::{codec, meta::RenameMode},
 };
 
 use super::{
@@ -45,7 +45,7 @@ fn mend(world: &mut World, mut between: impl FnMut(&mut World)) -> Vec<String> {
     violations(&world.view(), 1000).unwrap()
 }
 
-const DAMAGES: [Damage; 31] = [
+const DAMAGES: [Damage; 32] = [
     |tables| tables.remove_tree(&key::cookie(DIRECTORY, 2)),
     |tables| tables.put_tree(&key::cookie(DIRECTORY, 77), &dentry(FILE, Kind::File, 77).encode_with(b"file")),
     |tables| tables.put_tree(&key::cookie(DIRECTORY, 77), &dentry(NOBODY, Kind::File, 77).encode_with(b"gone")),
@@ -63,6 +63,7 @@ const DAMAGES: [Damage; 31] = [
     |tables| inode(tables, BELOW, |it| it.parent_cookie = 99),
     |tables| inode(tables, BELOW, |it| it.parent = NOBODY),
     |tables| inode(tables, FILE, |it| it.nlink = 2),
+    |tables| inode(tables, BELOW, |it| it.nlink = 0),
     |tables| inode(tables, FILE, |it| it.nlink = 0),
     |tables| inode(tables, FILE, |it| it.stored = 7),
     |tables| inode(tables, FILE, |it| it.stored = 1 << 40),
@@ -186,7 +187,12 @@ fn what_nothing_else_says_is_left_as_it_is_and_told() {
     assert_eq!(super::super::blocks::block(&world.view(), hash(1)).unwrap().map(|row| row.holders.len()), Some(3));
 
     // It may be full.
-    let (sentences, mut world) = told(|tables| inode(tables, BELOW, |it| it.nlink = 0));
+    let (sentences, mut world) = told(|tables| {
+        tables.remove_tree(&key::dentry(DIRECTORY, b"below"))?;
+        tables.remove_tree(&key::cookie(DIRECTORY, 1))?;
+        inode(tables, DIRECTORY, |it| (it.nlink, it.size) = (2, 1))?;
+        inode(tables, BELOW, |it| it.nlink = 0)
+    });
     has(&sentences, "inode 3 has no name and is not listed as an orphan");
     world
         .command(Command::Reclaim { inos: super::super::orphans::orphans_after(&world.view(), Ino(0), 9).unwrap() })
@@ -196,8 +202,14 @@ fn what_nothing_else_says_is_left_as_it_is_and_told() {
 
 #[test]
 fn what_only_a_person_can_judge_keeps_nothing_else_from_being_mended() {
-    let damages: [Damage; 5] = [
-        |tables| inode(tables, BELOW, |it| it.nlink = 0),
+    let damages: [Damage; 7] = [
+        |tables| block_row(tables, hash(1), |row| row.condemned = true),
+        |tables| tables.put_tree(&key::dentry(BELOW, b"root"), &dentry(Ino::ROOT, Kind::Directory, 50).encode()),
+        |tables| {
+            tables.remove_tree(&key::dentry(DIRECTORY, b"below"))?;
+            tables.remove_tree(&key::cookie(DIRECTORY, 1))?;
+            inode(tables, BELOW, |it| it.nlink = 0)
+        },
         |tables| {
             tables.put_tree(
                 &key::pieces(NOBODY, ChunkIndex(0)),
@@ -233,6 +245,17 @@ fn what_a_lost_row_leaves_behind_is_not_taken_for_a_wrong_count() {
     let view = lost_pieces.view();
     assert_eq!(super::super::blocks::block(&view, hash(1)).unwrap().map(|row| row.refs), Some(1));
     assert_eq!(view.inode(FILE).unwrap().map(|inode| inode.stored), Some(100));
+
+    // A page of the tables: an inode and all of its pieces.
+    let mut lost_inode = world();
+    lost_inode.transact(|tables| {
+        tables.remove_inode(FILE);
+        tables.remove_tree(&key::pieces(FILE, ChunkIndex(0)))
+    });
+    assert_ne!(mend(&mut lost_inode, |_| ()), Vec::<String>::new());
+    let view = lost_inode.view();
+    assert_eq!(super::super::blocks::block(&view, hash(1)).unwrap().map(|row| row.refs), Some(1));
+    assert_eq!(view.counters().inodes, 5);
 
     let mut lost_name = world();
     lost_name.mutate(Op::Link { ino: FILE, parent: Ino::ROOT, name: b"link".to_vec() }).unwrap();
@@ -286,8 +309,58 @@ fn counts_that_fall_below_nothing_stop_nobody_and_are_mended() {
     });
     world.mutate(Op::Unlink { parent: Ino::ROOT, name: b"short".to_vec() }).unwrap();
     world.command(Command::Reclaim { inos: vec![SHORT] }).unwrap();
+    world.make(Ino::ROOT, "another", Kind::File).unwrap();
     assert_eq!(mend(&mut world, |_| ()), Vec::<String>::new());
     world.check();
+}
+
+#[test]
+fn a_file_that_counts_one_link_too_few_is_mended_also_below_nothing() {
+    let mut world = world();
+    world.mutate(Op::Link { ino: FILE, parent: Ino::ROOT, name: b"link".to_vec() }).unwrap();
+    world.transact(|tables| inode(tables, FILE, |it| it.nlink = 0));
+    world.mutate(Op::Unlink { parent: Ino::ROOT, name: b"link".to_vec() }).unwrap();
+    assert_eq!(world.view().inode(FILE).unwrap().map(|inode| inode.nlink), Some(u32::MAX));
+    assert_eq!(mend(&mut world, |_| ()), Vec::<String>::new());
+    assert_eq!(world.view().inode(FILE).unwrap().map(|inode| inode.nlink), Some(1));
+}
+
+#[test]
+fn a_directory_that_counts_too_few_below_it_is_mended_when_these_are_gone() {
+    let mut world = world();
+    world.make(BELOW, "one", Kind::Directory).unwrap();
+    world.make(BELOW, "two", Kind::Directory).unwrap();
+    world.transact(|tables| inode(tables, BELOW, |it| it.nlink = 2));
+    for name in ["one", "two"] {
+        world.mutate(Op::Rmdir { parent: BELOW, name: name.into() }).unwrap();
+    }
+    assert_eq!(world.mutate(Op::Unlink { parent: BELOW, name: b"x".to_vec() }), Err(Refusal::NotFound));
+    assert_eq!(mend(&mut world, |_| ()), Vec::<String>::new());
+    world.make(BELOW, "three", Kind::Directory).unwrap();
+}
+
+#[test]
+fn what_names_something_lost_is_refused_or_lets_go_of_it_and_stops_nobody() {
+    let mut world = world();
+    world.transact(|tables| {
+        tables.remove_inode(SHORT);
+        let row = super::super::blocks::block(tables, hash(1))?.expect("it is there");
+        super::super::blocks::remove(tables, hash(1), &row)
+    });
+    let short = || b"short".to_vec();
+    assert_eq!(world.mutate(Op::Unlink { parent: Ino::ROOT, name: short() }), Err(Refusal::Stale));
+    let rename = Op::Rename {
+        from: Ino::ROOT,
+        from_name: short(),
+        to: Ino::ROOT,
+        to_name: b"other".to_vec(),
+        mode: RenameMode::Replace,
+    };
+    assert_eq!(world.mutate(rename), Err(Refusal::Stale));
+    world.mutate(Op::SetAttr { ino: FILE, set: SetAttr { size: Some(50), ..SetAttr::default() } }).unwrap();
+    world.mutate(Op::Unlink { parent: DIRECTORY, name: b"file".to_vec() }).unwrap();
+    world.command(Command::Reclaim { inos: vec![FILE] }).unwrap();
+    assert!(world.view().inode(FILE).unwrap().is_none());
 }
 
 #[test]

@@ -63,7 +63,7 @@ impl<R: Rows> Walk<'_, R> {
         self.check_wanted(hash, row);
         self.check_condemned(hash, row)?;
         if blocks::is_owed(row) {
-            self.seen.owed += 1;
+            self.seen.owed += u64::from(!row.condemned);
             self.is_listed(hash, &key::owed(hash), || format!("block {hash} and the list of owed blocks disagree"))?;
         }
         if blocks::is_unnamed(row) {
@@ -93,7 +93,7 @@ impl<R: Rows> Walk<'_, R> {
         for holder in &row.holders {
             self.holdings.entry((*holder, bucket_of(&hash))).or_default().add(&hash);
         }
-        if row.refs > 0 {
+        if row.refs > 0 && !row.condemned {
             self.seen.by_copies[row.holders.len().min(REPLICAS)] += 1;
         }
     }

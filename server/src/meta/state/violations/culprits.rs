@@ -41,7 +41,7 @@ pub(super) fn links(rows: &impl Rows, inodes: u64, found: &mut Found) -> Result<
                     found.more_said_than_there.links |= counted > names;
                     // One without a name is not taken for one that nobody wants. What a directory counts depends on more.
                     if names > 0 && !inode.is_directory() {
-                        let nlink = i64::from(names) - i64::from(inode.nlink);
+                        let nlink = i64::from(names.wrapping_sub(inode.nlink).cast_signed());
                         found.mend(Correction::Inode { ino, nlink, size: 0, stored: 0 });
                     }
                 }

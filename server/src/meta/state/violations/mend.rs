@@ -12,15 +12,13 @@
 //! Which inodes have no name is only known when nothing else is wrong: they are corrected last, by themselves. A row that is lost leaves
 //! others that say more than there is, each by itself right: these are not corrected (`Found::into_makeable`).
 
-use std::collections::BTreeSet;
-
 use holdfast_common::{BlockHash, Epoch, Ino, Kind, Position, ServerId, inventory::BucketDigest, limits::REPLICAS_MAX};
 use serde::{Deserialize, Serialize};
 
 use super::{
     blocks::is_rightly_listed,
     is_wanted_reply,
-    tree::{is_stale_cookie, is_where_it_says},
+    tree::{is_named_unlinked, is_stale_cookie, may_be_put},
 };
 use crate::meta::state::{
     Reply, Rows, StorageError, Tables, blocks, namespace, orphans,
@@ -201,12 +199,14 @@ fn cookie(tables: &mut Tables<'_>, directory: Ino, name: &[u8]) -> Result<bool> 
         }
         _ => false,
     };
+    // Who has listed it lists it again.
+    of.data_version += 1;
     if leads_elsewhere {
         entry.cookie = of.cookie_next;
         of.cookie_next += 1;
-        tables.put_inode(directory, of);
         tables.put_tree(&key::dentry(directory, name), &entry.encode())?;
     }
+    tables.put_inode(directory, of);
     tables.put_tree(&key::cookie(directory, entry.cookie), &entry.encode_with(name))?;
     Ok(true)
 }
@@ -220,6 +220,10 @@ fn stale_cookie(tables: &mut Tables<'_>, directory: Ino, cookie: u64) -> Result<
     };
     if is_stale {
         tables.remove_tree(&at)?;
+        if let Some(mut of) = tables.inode(directory)? {
+            of.data_version += 1;
+            tables.put_inode(directory, of);
+        }
     }
     Ok(is_stale)
 }
@@ -227,26 +231,13 @@ fn stale_cookie(tables: &mut Tables<'_>, directory: Ino, cookie: u64) -> Result<
 /// A directory that says it is where it has no name is where this name is.
 fn place(tables: &mut Tables<'_>, directory: Ino, name: &[u8]) -> Result<bool> {
     let entry = namespace::dentry(tables, directory, name)?.filter(|entry| entry.kind == Kind::Directory);
-    let Some(entry) = entry.filter(|entry| entry.ino != Ino::ROOT) else { return Ok(false) };
+    let Some(entry) = entry else { return Ok(false) };
     let Some(mut inode) = tables.inode(entry.ino)?.filter(|inode| inode.is_directory()) else { return Ok(false) };
-    if is_where_it_says(tables, entry.ino, &inode)? || !hangs_from_the_root_without(tables, directory, entry.ino)? {
+    if !may_be_put(tables, entry.ino, &inode, directory)? {
         return Ok(false);
     }
     (inode.parent, inode.parent_cookie) = (directory, entry.cookie);
     tables.put_inode(entry.ino, inode);
-    Ok(true)
-}
-
-/// Whether the way from a directory up to the root does not lead through another one, nor in a circle.
-fn hangs_from_the_root_without(tables: &Tables<'_>, directory: Ino, without: Ino) -> Result<bool> {
-    let (mut at, mut passed) = (directory, BTreeSet::new());
-    while at != Ino::ROOT {
-        let above = tables.inode(at)?.filter(|inode| inode.is_directory()).map(|inode| inode.parent);
-        match above {
-            Some(above) if at != without && passed.insert(at) => at = above,
-            _ => return Ok(false),
-        }
-    }
     Ok(true)
 }
 
@@ -259,12 +250,13 @@ fn cookies_from(tables: &mut Tables<'_>, directory: Ino, cookie: u64) -> Result<
     Ok(true)
 }
 
-/// No file loses its last link by that: it would be deleted. A directory without one is gone, as soon as nobody has it open.
+/// No file loses its last link by that: it would be deleted. A directory that was removed has none, and gets none.
 fn inode(tables: &mut Tables<'_>, ino: Ino, nlink: i64, size: i64, stored: i64) -> Result<bool> {
     let Some(mut inode) = tables.inode(ino)? else { return Ok(false) };
     let Ok(nlink) = i32::try_from(nlink) else { return Ok(false) };
     let links = inode.nlink.wrapping_add_signed(nlink);
-    let is_gone = inode.is_directory() && inode.nlink == 0 && ino != Ino::ROOT;
+    let is_gone =
+        inode.is_directory() && inode.nlink == 0 && ino != Ino::ROOT && !is_named_unlinked(tables, ino, &inode)?;
     if nlink != 0 && (links == 0 || is_gone) {
         return Ok(false);
     }

@@ -45,6 +45,8 @@ struct MoreSaid {
     names: bool,
     /// An inode, of links.
     links: bool,
+    /// A name, or a piece, of inodes.
+    inodes: bool,
 }
 
 impl Found {
@@ -90,7 +92,8 @@ impl Found {
     /// is wrong.
     fn into_makeable(self) -> Vec<Correction> {
         let said = self.more_said_than_there;
-        let (pieces_lost, names_lost) = (said.stored && said.pieces, said.names && said.links);
+        let (pieces, names) = (said.stored && said.pieces, said.names && said.links);
+        let (pieces_lost, names_lost) = (pieces || said.inodes, names || said.inodes);
         let is_safe = |correction: &Correction| match correction {
             Correction::Inode { nlink, size, stored, .. } => {
                 !(pieces_lost && *stored < 0) && !(names_lost && (*nlink < 0 || *size < 0))
@@ -98,6 +101,7 @@ impl Found {
             Correction::References { refs, by_replicas, .. } => {
                 !(pieces_lost && (*refs < 0 || by_replicas.iter().any(|by| *by < 0)))
             }
+            Correction::Counters(by) => !(said.inodes && by.inodes < 0),
             _ => true,
         };
         let [turns @ .., last] = self.corrections;
@@ -145,6 +149,8 @@ fn counters_are_true(rows: &impl Rows, tree: &tree::Seen, blocks: &blocks::Seen,
         unnamed: less(counters.unnamed, blocks.unnamed),
         condemned: less(counters.condemned, blocks.condemned),
     };
+    let said = &mut found.more_said_than_there;
+    said.inodes |= by.inodes < 0 && (said.pieces || said.links);
     found.push_mended(
         format!("inodes, blocks by copies, owed, unnamed, condemned are counted as {counted:?}, and are {true_ones:?}"),
         Correction::Counters(by),

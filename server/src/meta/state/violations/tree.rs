@@ -126,14 +126,15 @@ impl<R: Rows> Walk<'_, R> {
         let (shown, found) = (show(name), &mut *self.found);
         match inode {
             None => {
-                found.push(format!("{shown:?} in directory {parent} names inode {}, which is not there", entry.ino))
+                found.more_said_than_there.inodes = true;
+                found.push(format!("{shown:?} in directory {parent} names inode {}, which is not there", entry.ino));
             }
             Some(inode) if inode.kind != entry.kind => {
                 let (said, is) = (entry.kind, inode.kind);
                 found.push(format!("{shown:?} in directory {parent} says {said:?}, inode {} is {is:?}", entry.ino));
             }
             // Of which it is told elsewhere that it is not where it says.
-            Some(inode) if inode.is_directory() && !is_where_it_says(self.rows, entry.ino, &inode)? => {
+            Some(inode) if inode.is_directory() && may_be_put(self.rows, entry.ino, &inode, parent)? => {
                 found.mend(Correction::Place { directory: parent, name: name.to_vec() });
             }
             Some(_) => {}
@@ -205,6 +206,7 @@ impl<R: Rows> Walk<'_, R> {
             self.find_stale_cookies(ino)?;
         }
         let Some(inode) = &group.inode else {
+            self.found.more_said_than_there.inodes = true;
             self.found.push(format!("there are rows of inode {ino}, which is not there"));
             return Ok(());
         };
@@ -213,8 +215,9 @@ impl<R: Rows> Walk<'_, R> {
             self.found.mend(Correction::CookiesFrom { directory: ino, cookie: group.cookies_from });
         }
         sizes_are_true(&group, inode, self.found);
-        self.count_links(&group, inode);
-        if inode.nlink == 0 && fetch(self.rows.state(), &key::orphan(ino), |_| Ok(()))?.is_none() {
+        self.count_links(&group, inode)?;
+        let is_listed = inode.nlink > 0 || fetch(self.rows.state(), &key::orphan(ino), |_| Ok(()))?.is_some();
+        if !is_listed {
             self.found.push(format!("inode {ino} has no name and is not listed as an orphan"));
             // A directory may be full.
             if !inode.is_directory() {
@@ -245,7 +248,7 @@ impl<R: Rows> Walk<'_, R> {
     }
 
     /// A directory has one name, and counts that, itself, and those above whom it is.
-    fn count_links(&mut self, group: &Group, inode: &Inode) {
+    fn count_links(&mut self, group: &Group, inode: &Inode) -> Result<()> {
         let names = match (inode.is_directory(), group.ino == Ino::ROOT) {
             (true, true) => 0,
             (true, false) => u64::from(inode.nlink.min(1)),
@@ -253,16 +256,44 @@ impl<R: Rows> Walk<'_, R> {
         };
         self.seen.links.add_name(group.ino, names);
         let expected = 2 + group.subdirectories;
-        let is_in_the_tree = inode.nlink > 0 || group.ino == Ino::ROOT;
+        let is_in_the_tree =
+            inode.nlink > 0 || group.ino == Ino::ROOT || is_named_unlinked(self.rows, group.ino, inode)?;
         if inode.is_directory() && is_in_the_tree && inode.nlink != expected {
-            let nlink = i64::from(expected) - i64::from(inode.nlink);
+            let nlink = i64::from(expected.wrapping_sub(inode.nlink).cast_signed());
             self.found.more_said_than_there.links |= nlink < 0;
             self.found.push_mended(
                 format!("inode {} counts {} links, and has {expected}", group.ino, inode.nlink),
                 Correction::Inode { ino: group.ino, nlink, size: 0, stored: 0 },
             );
         }
+        Ok(())
     }
+}
+
+/// A directory that counts no links, but is where it says, and was never removed: those below it were, one too many.
+pub(super) fn is_named_unlinked(rows: &impl Rows, ino: Ino, inode: &Inode) -> Result<bool> {
+    let is_unlinked = inode.is_directory() && inode.nlink == 0 && ino != Ino::ROOT;
+    Ok(is_unlinked
+        && fetch(rows.state(), &key::orphan(ino), |_| Ok(()))?.is_none()
+        && is_where_it_says(rows, ino, inode)?)
+}
+
+/// Whether a directory that is not where it says can be where this one names it.
+pub(super) fn may_be_put(rows: &impl Rows, ino: Ino, inode: &Inode, into: Ino) -> Result<bool> {
+    Ok(ino != Ino::ROOT && !is_where_it_says(rows, ino, inode)? && hangs_from_the_root_without(rows, into, ino)?)
+}
+
+/// Whether the way from a directory up to the root does not lead through another one, nor in a circle.
+fn hangs_from_the_root_without(rows: &impl Rows, directory: Ino, without: Ino) -> Result<bool> {
+    let (mut at, mut passed) = (directory, BTreeSet::new());
+    while at != Ino::ROOT {
+        let above = rows.inode(at)?.filter(Inode::is_directory).map(|inode| inode.parent);
+        match above {
+            Some(above) if at != without && passed.insert(at) => at = above,
+            _ => return Ok(false),
+        }
+    }
+    Ok(true)
 }
 
 fn sizes_are_true(group: &Group, inode: &Inode, found: &mut Found) {
@@ -290,7 +321,7 @@ fn sizes_are_true(group: &Group, inode: &Inode, found: &mut Found) {
 }
 
 /// Whether the place at which a directory says it is leads to it.
-pub(super) fn is_where_it_says(rows: &impl Rows, ino: Ino, inode: &Inode) -> Result<bool> {
+fn is_where_it_says(rows: &impl Rows, ino: Ino, inode: &Inode) -> Result<bool> {
     let at = key::cookie(inode.parent, inode.parent_cookie);
     let named = fetch(rows.tree(), &at, |row| Ok(Dentry::decode_with(row)?.0.ino))?;
     Ok(named == Some(ino))
