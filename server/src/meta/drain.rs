@@ -69,9 +69,9 @@ impl std::fmt::Debug for Drainer {
     }
 }
 
-/// Until all is looked at again, if that took so long: a small part of the time.
-fn stuck_interval(took: Duration) -> Duration {
-    (took * 10).clamp(STUCK_INTERVAL, STUCK_INTERVAL_MAX)
+/// Until all is looked at again, of which looking alone took so long: a small part of the time.
+fn stuck_interval(looking: Duration) -> Duration {
+    (looking * 10).clamp(STUCK_INTERVAL, STUCK_INTERVAL_MAX)
 }
 
 impl Drainer {
@@ -92,10 +92,11 @@ impl Drainer {
             let now = self.core.clock.monotonic();
             stuck.retain(|_, until| *until > now);
             for (server, standing) in &leaving {
-                let began = self.core.clock.monotonic();
-                if !stuck.contains_key(server) && !self.empty(*server, *standing).await? {
-                    let now = self.core.clock.monotonic();
-                    stuck.insert(*server, now + stuck_interval(now.saturating_sub(began)));
+                if stuck.contains_key(server) {
+                    continue;
+                }
+                if let Some(looking) = self.empty(*server, *standing).await? {
+                    stuck.insert(*server, self.core.clock.monotonic() + stuck_interval(looking));
                 }
             }
             let are_leaving = leaving.into_iter().map(|(server, _)| server).collect();
@@ -106,18 +107,21 @@ impl Drainer {
         }
     }
 
-    /// Looks at all that a server is on record for, once. `false`: nothing could be done.
-    async fn empty(&self, server: ServerId, standing: Standing) -> Result<bool, Fault> {
+    /// Looks at all that a server is on record for, once. If nothing could be done: how long it took to find it.
+    async fn empty(&self, server: ServerId, standing: Standing) -> Result<Option<Duration>, Fault> {
         let (mut after, mut left, mut off, mut stuck) = (None, 0, 0, Stuck::default());
+        let mut looking = Duration::ZERO;
         loop {
+            let began = self.core.clock.monotonic();
             let page = self.core.held_after(server, after, PAGE).await?;
+            looking += self.core.clock.monotonic().saturating_sub(began);
             if !page.blocks.is_empty() {
                 let moved = self.move_off(server, &page.blocks, &mut stuck).await?;
                 left += page.blocks.len().saturating_sub(moved) as u64;
                 off += moved;
             }
             if self.core.cluster.lock().standing(server) != Some(standing) {
-                return Ok(true);
+                return Ok(None);
             }
             after = page.next;
             if after.is_none() {
@@ -133,7 +137,7 @@ impl Drainer {
                 Note::new(Severity::Info, format!("storage server {server}"), "is drained: it has no block any more");
             self.core.tell(note.doing("it stays empty until `holdfast undrain`"));
         }
-        Ok(off > 0)
+        Ok(Some(looking).filter(|_| off == 0))
     }
 
     /// Returns how many blocks the server is no longer on record for.
@@ -234,5 +238,18 @@ impl Drainer {
                 tracing::debug!(%server, %refusal, "the removal of a storage server could not be recorded yet")
             }
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn who_needs_long_to_look_looks_less_often() {
+        let secs = Duration::from_secs;
+        assert_eq!(stuck_interval(Duration::from_millis(3)), STUCK_INTERVAL);
+        assert_eq!(stuck_interval(secs(10)), secs(100));
+        assert_eq!(stuck_interval(secs(3600)), STUCK_INTERVAL_MAX);
     }
 }

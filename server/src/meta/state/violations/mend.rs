@@ -30,68 +30,33 @@ use crate::meta::state::{
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub enum Correction {
     /// The row of a name in the order of reading.
-    Cookie {
-        directory: Ino,
-        name: Vec<u8>,
-    },
+    Cookie { directory: Ino, name: Vec<u8> },
     /// A row in that order that leads to no name.
-    StaleCookie {
-        directory: Ino,
-        cookie: u64,
-    },
+    StaleCookie { directory: Ino, cookie: u64 },
     /// What the directory of that name says about where it is.
-    Place {
-        directory: Ino,
-        name: Vec<u8>,
-    },
-    CookiesFrom {
-        directory: Ino,
-        cookie: u64,
-    },
-    InodesFrom {
-        ino: Ino,
-    },
+    Place { directory: Ino, name: Vec<u8> },
+    /// From which cookie on the next names of a directory get theirs.
+    CookiesFrom { directory: Ino, cookie: u64 },
+    /// From which number on the next inodes get theirs.
+    InodesFrom { ino: Ino },
     /// By how much these are too small.
-    Inode {
-        ino: Ino,
-        nlink: i64,
-        size: i64,
-        stored: i64,
-    },
+    Inode { ino: Ino, nlink: i64, size: i64, stored: i64 },
     /// Chunks are counted under another number of copies than their file wants.
-    Recount {
-        ino: Ino,
-    },
+    Recount { ino: Ino },
     /// Whether an inode is listed as one without a name.
-    Orphan {
-        ino: Ino,
-    },
+    Orphan { ino: Ino },
     /// By how much the pieces of a block, as of this epoch, are too few.
-    References {
-        block: BlockHash,
-        epoch: Epoch,
-        refs: i64,
-        by_replicas: [i64; REPLICAS_MAX],
-    },
+    References { block: BlockHash, epoch: Epoch, refs: i64, by_replicas: [i64; REPLICAS_MAX] },
     /// How many copies of a block are wanted, and the lists in which it is.
-    Lists {
-        block: BlockHash,
-    },
+    Lists { block: BlockHash },
     /// A row of a list of blocks that says what is not so.
-    Listed {
-        key: Vec<u8>,
-    },
+    Listed { key: Vec<u8> },
     /// What has to be added to the digest of what a server is on record for.
-    Holding {
-        server: ServerId,
-        bucket: u8,
-        by: BucketDigest,
-    },
+    Holding { server: ServerId, bucket: u8, by: BucketDigest },
+    /// What is counted across the tables.
     Counters(Differences),
     /// A reply that nobody will ask for.
-    Reply {
-        key: Vec<u8>,
-    },
+    Reply { key: Vec<u8> },
 }
 
 /// By how much each is too small.
