@@ -29,7 +29,7 @@ pub struct Survey {
     pub most_wanted: usize,
 }
 
-/// Looks at all that a server is on record for, as far as a few seconds allow. Hashes are spread evenly: the first million stand for all.
+/// Looks at all that a server is on record for, as far as a few seconds allow. Hashes are spread evenly: what is met first stands for all.
 pub fn survey(core: &Core, server: ServerId) -> Result<Survey, StorageError> {
     let until = core.clock.monotonic() + SURVEY_MAX;
     let there = core.cluster.lock().there();
