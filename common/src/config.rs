@@ -352,6 +352,9 @@ pub struct ClientOptions {
     /// How long a write or read is retried while too few servers answer, in seconds [default: 60]
     #[arg(long, value_name = "SECONDS")]
     pub io_timeout_secs: Option<u64>,
+    /// Whether a block of 32 KiB and more goes to one server that passes it on to the others [default: auto: if none of them is on this machine]
+    #[arg(long, value_name = "WHEN")]
+    pub relay: Option<Relaying>,
     /// Least serious messages that are logged; HOLDFAST_LOG overrides it [default: info]
     #[arg(long, value_name = "LEVEL")]
     pub log_level: Option<LogLevel>,
@@ -361,7 +364,7 @@ pub struct ClientOptions {
 }
 
 options!(ClientOptions {
-    meta, tls_dir, cache_bytes, dirty_bytes, io_timeout_secs, log_level, log_format,
+    meta, tls_dir, cache_bytes, dirty_bytes, io_timeout_secs, relay, log_level, log_format,
 } paths { tls_dir });
 
 /// What holds for a metadata server.
@@ -514,6 +517,19 @@ impl StorageConfig {
     }
 }
 
+/// Whether long blocks go to one server that passes them on to the others. That takes two encryptions of three from the mount, and two
+/// thirds of what its network sends, and gives them to the servers.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Deserialize, clap::ValueEnum)]
+#[serde(rename_all = "lowercase")]
+pub enum Relaying {
+    /// If none of the servers is on the mount's machine.
+    #[default]
+    Auto,
+    /// Even then.
+    Always,
+    Never,
+}
+
 /// What holds for a mount.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct ClientConfig {
@@ -522,6 +538,7 @@ pub struct ClientConfig {
     pub cache_bytes: u64,
     pub dirty_bytes: u64,
     pub io_timeout: Duration,
+    pub relay: Relaying,
     pub log_level: LogLevel,
     pub log_format: LogFormat,
 }
@@ -539,6 +556,7 @@ impl ClientConfig {
             cache_bytes: size("cache_bytes", options.cache_bytes, 256 * MIB, 4 * MIB)?,
             dirty_bytes: size("dirty_bytes", options.dirty_bytes, 256 * MIB, 8 * MIB)?,
             io_timeout: seconds("io_timeout_secs", options.io_timeout_secs, 60, 1)?,
+            relay: options.relay.unwrap_or_default(),
             log_level: options.log_level.unwrap_or_default(),
             log_format: options.log_format.unwrap_or_default(),
         })
@@ -660,11 +678,13 @@ mod tests {
 
     #[test]
     fn flags_win_over_the_file_and_the_file_over_the_defaults() {
-        let (_directory, path) =
-            file("meta = \"127.0.0.1:7400\"\ntls_dir = \"/tls\"\ncache_bytes = \"1GiB\"\ndirty_bytes = 16777216\n");
+        let (_directory, path) = file(
+            "meta = \"127.0.0.1:7400\"\ntls_dir = \"/tls\"\ncache_bytes = \"1GiB\"\ndirty_bytes = 16777216\nrelay = \"never\"\n",
+        );
         let config = ClientConfig::load(Some(&path), flags("--cache-bytes 64MiB --log-format json")).unwrap();
         assert_eq!(config.cache_bytes, 64 * MIB);
         assert_eq!(config.dirty_bytes, 16 * MIB);
+        assert_eq!(config.relay, Relaying::Never);
         assert_eq!(config.io_timeout, Duration::from_secs(60));
         assert_eq!(config.log_format, LogFormat::Json);
         assert_eq!(config.log_level, LogLevel::Info);

@@ -39,6 +39,8 @@ pub const HEADER_SIZE_MAX: usize = 4 << 20;
 pub const PAYLOAD_SIZE_MAX: usize = 4 << 20;
 /// Blocks in one batch put.
 pub const PUT_BATCH_MAX: usize = 256;
+/// Servers that a block may be passed on to by the one that gets it.
+pub const PASSED_ON_MAX: usize = 8;
 /// Hashes in one question or answer about many blocks.
 pub const HASH_LIST_MAX: usize = 16 << 10;
 /// Entries in one page of `ReadDir`.

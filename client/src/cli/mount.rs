@@ -46,7 +46,7 @@ pub(super) struct MountArgs {
     /// An empty directory
     pub mountpoint: PathBuf,
     /// Options, separated by commas: ro, noatime, relatime, strictatime, noexec, nosuid, nodev, sync, allow_other, noallow_other,
-    /// fsname=NAME, io_timeout=30s, cache_bytes=1GiB, dirty_bytes=1GiB, log_file=PATH, and what fstab(5) has
+    /// fsname=NAME, io_timeout=30s, cache_bytes=1GiB, dirty_bytes=1GiB, relay=never, log_file=PATH, and what fstab(5) has
     #[arg(short = 'o', value_name = "OPTIONS")]
     pub options: Vec<String>,
     /// Stay in the foreground, log to standard error, end with Ctrl-C
@@ -120,6 +120,7 @@ pub(super) fn prepare(args: MountArgs, sloppy: bool) -> CliResult<(MountJob, Cli
         dirty_bytes: config.dirty_bytes,
         io_timeout: config.io_timeout,
         connect_timeout: CONNECT_TIMEOUT,
+        relay: config.relay,
         access_times: if options.flags.read_only { AccessTimes::Never } else { options.access_times },
     };
     let credentials = Credentials::load(&config.tls_dir)?;
@@ -130,6 +131,7 @@ pub(super) fn prepare(args: MountArgs, sloppy: bool) -> CliResult<(MountJob, Cli
 fn configuration(file: &Path, mut flags: ClientOptions, options: &MountOptions) -> CliResult<ClientConfig> {
     flags.cache_bytes = options.cache_bytes.or(flags.cache_bytes);
     flags.dirty_bytes = options.dirty_bytes.or(flags.dirty_bytes);
+    flags.relay = options.relay.or(flags.relay);
     let mut config = ClientConfig::load(Some(file), flags)?;
     if let Some(io_timeout) = options.io_timeout {
         config.io_timeout = io_timeout;

@@ -29,6 +29,7 @@ use std::{
 
 use holdfast_common::{
     Attr, DirEntry, Ino, Kind, Position, SessionId,
+    config::Relaying,
     net::{Endpoint, Peers},
 };
 use parking_lot::Mutex;
@@ -145,6 +146,7 @@ pub struct FsOptions {
     pub io_timeout: Duration,
     /// How long the first contact may take.
     pub connect_timeout: Duration,
+    pub relay: Relaying,
     pub access_times: AccessTimes,
 }
 
@@ -183,7 +185,7 @@ impl Fs {
     ) -> Result<Arc<Self>, String> {
         let meta =
             MetaClient::connect(Arc::clone(&peers), server, name, options.io_timeout, options.connect_timeout).await?;
-        let blocks = BlockClient::new(peers, Arc::clone(&meta), options.io_timeout);
+        let blocks = BlockClient::new(peers, Arc::clone(&meta), options.io_timeout, options.relay);
         let shared = Shared {
             committer: Committer::start(&meta),
             fetcher: Arc::new(Fetcher::new(Arc::clone(&blocks), options.cache_bytes)),

@@ -13,6 +13,7 @@ use holdfast_common::{
     Attr, DirEntry, Ino, Kind, Position, Refusal, SessionId, Time,
     clock::SystemClock,
     cluster::ClusterMap,
+    config::Relaying,
     net::{
         BoxFuture, CallError, Endpoint, Frame, Peers,
         identity::{NodeName, Role},
@@ -133,6 +134,7 @@ async fn connect(mountpoint: String) -> Arc<Fs> {
         dirty_bytes: 8 << 20,
         io_timeout: IO_TIMEOUT,
         connect_timeout: IO_TIMEOUT,
+        relay: Relaying::default(),
         access_times: crate::fs::AccessTimes::default(),
     };
     Fs::connect(Arc::new(ThreeEntries), server, name, options, Arc::new(SystemClock::default())).await.unwrap()

@@ -2,7 +2,8 @@
 
 use std::{path::PathBuf, time::Duration};
 
-use holdfast_common::config::ByteSize;
+use clap::ValueEnum;
+use holdfast_common::config::{ByteSize, Relaying};
 
 use crate::{fs::AccessTimes, fuse::MountFlags};
 
@@ -17,6 +18,7 @@ pub struct MountOptions {
     pub io_timeout: Option<Duration>,
     pub cache_bytes: Option<ByteSize>,
     pub dirty_bytes: Option<ByteSize>,
+    pub relay: Option<Relaying>,
     pub log_file: Option<PathBuf>,
     /// Words that mean nothing here, kept when the caller is sloppy (`mount -s`).
     pub ignored: Vec<String>,
@@ -32,6 +34,8 @@ pub enum OptionError {
     Value(String),
     #[error("the mount option io_timeout={0:?} is not a time such as 30, 30s or 5m")]
     Time(String),
+    #[error("the mount option relay={0:?} is none of auto, always and never")]
+    Relay(String),
     #[error("the mount option {0} is refused: {1}")]
     Size(&'static str, String),
     #[error("a mounted cluster cannot be remounted with other options: unmount it first")]
@@ -58,6 +62,7 @@ impl MountOptions {
             io_timeout: None,
             cache_bytes: None,
             dirty_bytes: None,
+            relay: None,
             log_file: None,
             ignored: Vec::new(),
         }
@@ -82,6 +87,7 @@ impl MountOptions {
             ("log_file", Some(value)) => self.log_file = Some(PathBuf::from(value)),
             ("io_timeout", Some(value)) => self.io_timeout = Some(parse_time(value)?),
             ("cache_bytes", Some(value)) => self.cache_bytes = Some(parse_size("cache_bytes", value)?),
+            ("relay", Some(value)) => self.relay = Some(parse_relaying(value)?),
             ("dirty_bytes", Some(value)) => self.dirty_bytes = Some(parse_size("dirty_bytes", value)?),
             (_, None) if self.set_flag(name) => {}
             ("remount", None) => return Err(OptionError::Remount),
@@ -143,7 +149,11 @@ impl MountOptions {
 }
 
 /// Options that are nothing without a value.
-const WITH_VALUE: [&str; 5] = ["fsname", "log_file", "io_timeout", "cache_bytes", "dirty_bytes"];
+const WITH_VALUE: [&str; 6] = ["fsname", "log_file", "io_timeout", "cache_bytes", "dirty_bytes", "relay"];
+
+fn parse_relaying(text: &str) -> Result<Relaying, OptionError> {
+    Relaying::from_str(text, false).map_err(|_| OptionError::Relay(text.to_owned()))
+}
 
 fn parse_size(name: &'static str, text: &str) -> Result<ByteSize, OptionError> {
     text.parse().map_err(|error: holdfast_common::config::ByteSizeError| OptionError::Size(name, error.to_string()))
@@ -228,7 +238,9 @@ mod tests {
     fn our_own_words_take_values() {
         let options = parsed("fsname=data,io_timeout=90s,log_file=/var/log/h.log,cache_bytes=1GiB").unwrap();
         assert_eq!(options.cache_bytes, Some(ByteSize(1 << 30)));
-        assert_eq!(options.dirty_bytes, None);
+        assert_eq!((options.dirty_bytes, options.relay), (None, None));
+        let relaying = ["auto", "always", "never"].map(|word| parsed(&format!("relay={word}")).unwrap().relay);
+        assert_eq!(relaying, [Relaying::Auto, Relaying::Always, Relaying::Never].map(Some));
         assert_eq!(options.fsname.as_deref(), Some("data"));
         assert_eq!(options.io_timeout, Some(Duration::from_secs(90)));
         assert_eq!(options.log_file, Some(PathBuf::from("/var/log/h.log")));
@@ -242,6 +254,7 @@ mod tests {
             ("ro=1", "the mount option ro takes no value"),
             ("io_timeout", "the mount option io_timeout needs a value: io_timeout=..."),
             ("io_timeout=soon", "the mount option io_timeout=\"soon\" is not a time such as 30, 30s or 5m"),
+            ("relay=often", "the mount option relay=\"often\" is none of auto, always and never"),
             ("remount,ro", "a mounted cluster cannot be remounted with other options: unmount it first"),
         ] {
             assert_eq!(parsed(list).unwrap_err().to_string(), message, "{list}");

@@ -1,7 +1,7 @@
-//! The storage servers as the client sees them: puts to three at once, reads verified, hedged and repaired.
+//! The storage servers as the client sees them: reads verified, hedged and repaired.
 
 use std::{
-    collections::{BTreeMap, BTreeSet},
+    collections::BTreeSet,
     ops::Range,
     sync::{
         Arc,
@@ -14,26 +14,29 @@ use bytes::Bytes;
 use futures_util::{StreamExt, stream::FuturesUnordered};
 use holdfast_common::planted::{Bug, is_planted};
 use holdfast_common::{
-    Block, BlockHash, Epoch, Refusal, ServerId,
-    cluster::{ClusterMap, ServerInfo, ServerState},
-    enough_replicas,
-    limits::{BLOCK_SIZE_MAX, HASH_LIST_MAX, PUT_BATCH_MAX},
+    Block, BlockHash, Refusal, ServerId,
+    config::Relaying,
+    limits::HASH_LIST_MAX,
     net::{
         CallError, Endpoint, Frame, Peers,
         identity::{NodeName, Role},
         probe::until_mute,
     },
-    placement,
     wire::{
         codec,
-        meta::{BlockPlace, CopyFault, Holder, NewBlock, StorageNotice},
-        storage::{ByteRange, PutBlock, Source, StorageAnswer, StorageReply, StorageRequest},
+        meta::{BlockPlace, CopyFault, StorageNotice},
+        storage::{ByteRange, Source, StorageAnswer, StorageReply, StorageRequest},
     },
 };
 use tokio::sync::watch;
 use tracing::{error, info, warn};
 
-use super::{health::Health, meta::MetaClient, near::Near, retry::Retry};
+use super::{
+    health::{Health, InFlight},
+    meta::MetaClient,
+    near::Near,
+    retry::Retry,
+};
 use crate::{
     fs::{Errno, FsResult},
     read::proof,
@@ -52,10 +55,11 @@ const ROUNDS: usize = 3;
 
 pub struct BlockClient {
     peers: Arc<dyn Peers>,
-    meta: Arc<MetaClient>,
-    health: Health,
-    near: Near,
-    io_timeout: Duration,
+    pub(super) meta: Arc<MetaClient>,
+    pub(super) health: Health,
+    pub(super) near: Near,
+    pub(super) relaying: Relaying,
+    pub(super) io_timeout: Duration,
     repairs: AtomicU64,
     /// Repairs that have been ordered and not yet reported.
     mending: watch::Sender<usize>,
@@ -86,12 +90,13 @@ struct Wanted {
 }
 
 impl BlockClient {
-    pub fn new(peers: Arc<dyn Peers>, meta: Arc<MetaClient>, io_timeout: Duration) -> Arc<Self> {
+    pub fn new(peers: Arc<dyn Peers>, meta: Arc<MetaClient>, io_timeout: Duration, relaying: Relaying) -> Arc<Self> {
         Arc::new(Self {
             peers,
             meta,
             health: Health::default(),
             near: Near::default(),
+            relaying,
             io_timeout,
             repairs: AtomicU64::new(0),
             mending: watch::Sender::new(0),
@@ -118,38 +123,8 @@ impl BlockClient {
         Some(Endpoint { address: info.address, name: NodeName { role: Role::Storage, id: server.0 } })
     }
 
-    // ---- writing ----
-
-    /// Puts each block on as many servers as are `wanted`, or on fewer, but enough, when no others can take it (the commit will owe them).
-    /// With fewer it retries until the mount's patience ends: then `EIO`, or `ENOSPC` if servers that are there are full; that at once when too
-    /// few servers are left that are not, even with those that are away.
-    /// The answer: for each block its holders, as a commit names them.
-    pub async fn put(&self, blocks: &[Block], durable: bool, wanted: usize) -> FsResult<Vec<NewBlock>> {
-        let (epoch, enough) = (self.meta.epoch(), enough_replicas(wanted));
-        let mut puts: Vec<PutState> = blocks.iter().map(|block| PutState::new(block, epoch, wanted)).collect();
-        let mut retry = Retry::within(self.io_timeout);
-        loop {
-            self.put_rounds(&mut puts, durable).await;
-            if puts.iter().all(|put| put.holders.len() >= enough) {
-                return Ok(puts.into_iter().map(PutState::into_named).collect());
-            }
-            let map = self.meta.map();
-            let lacks_room = |awaited| puts.iter().any(|put| put.lacks_room(&map, enough, awaited));
-            if lacks_room(Awaited::Everybody) {
-                error!("the storage servers are full");
-                return Err(Errno(libc::ENOSPC));
-            }
-            let (paused, ()) = tokio::join!(retry.pause(), self.meta.refresh_map());
-            if paused.is_err() && lacks_room(Awaited::Nobody) {
-                error!(within = ?self.io_timeout, "the storage servers that are there are full");
-                return Err(Errno(libc::ENOSPC));
-            }
-            if paused.is_err() {
-                error!(within = ?self.io_timeout, "fewer than {enough} storage servers took the data");
-                return Err(Errno(libc::EIO));
-            }
-            puts.iter_mut().for_each(PutState::forget_failures);
-        }
+    pub(super) fn source(&self, server: ServerId) -> Option<Source> {
+        Some(Source { server, address: self.endpoint(server)?.address })
     }
 
     /// Which of `hashes` the server has; none, if it does not answer.
@@ -166,71 +141,6 @@ impl BlockClient {
             }
         }
         present
-    }
-
-    /// Rounds of parallel puts until every block has its copies or has run out of candidates.
-    async fn put_rounds(&self, puts: &mut [PutState<'_>], durable: bool) {
-        loop {
-            let round = self.assign(puts);
-            if round.is_empty() {
-                return;
-            }
-            let mut calls: FuturesUnordered<_> = round
-                .into_iter()
-                .flat_map(|(server, members)| batches(members, puts).into_iter().map(move |batch| (server, batch)))
-                .map(|(server, batch)| {
-                    let request = put_request(puts, &batch, durable);
-                    async move { (server, batch, self.put_batch(server, request).await) }
-                })
-                .collect();
-            while let Some((server, batch, result)) = calls.next().await {
-                for member in batch {
-                    puts[member].learn(server, result);
-                }
-            }
-        }
-    }
-
-    /// Who should be asked next for what: server -> indexes into `puts`.
-    fn assign(&self, puts: &[PutState<'_>]) -> BTreeMap<ServerId, Vec<usize>> {
-        let map = self.meta.map();
-        let mut round: BTreeMap<ServerId, Vec<usize>> = BTreeMap::new();
-        for (member, put) in puts.iter().enumerate() {
-            let mut holders: Vec<ServerId> = put.holders.iter().map(|holder| holder.server).collect();
-            let missing = put.wanted.saturating_sub(holders.len());
-            let next = |holders: &[ServerId], avoided: bool| {
-                placement::candidates_beside(&map, put.block.hash(), holders, |server| {
-                    put.tried.contains(&server) || holders.contains(&server) || self.health.avoided(server) != avoided
-                })
-            };
-            let well = next(&holders, false);
-            holders.extend(well.into_iter().take(missing));
-            // A server that has just failed is asked only when the block would not be safe without it.
-            let needed = enough_replicas(put.wanted).saturating_sub(holders.len());
-            if needed > 0 {
-                let avoided = next(&holders, true);
-                holders.extend(avoided.into_iter().take(needed));
-            }
-            for server in holders.into_iter().skip(put.holders.len()) {
-                round.entry(server).or_default().push(member);
-            }
-        }
-        round
-    }
-
-    async fn put_batch(&self, server: ServerId, request: Frame) -> Result<Holder, PutTrouble> {
-        let reply = self.call_watched(server, request, self.io_timeout).await.map_err(|error| {
-            warn!(%server, %error, "a put failed");
-            PutTrouble::Failed
-        })?;
-        match reply.0 {
-            Ok(StorageAnswer::Put { boot, durable }) => Ok(Holder { server, boot, durable }),
-            Err(Refusal::ServerFull | Refusal::NoSpace) => Err(PutTrouble::Full),
-            other => {
-                warn!(%server, ?other, "a put was refused");
-                Err(PutTrouble::Failed)
-            }
-        }
     }
 
     // ---- reading ----
@@ -383,8 +293,7 @@ impl BlockClient {
     }
 
     async fn order_repair(&self, block: BlockHash, server: ServerId, others: &[ServerId]) -> bool {
-        let source = |server: &ServerId| Some(Source { server: *server, address: self.endpoint(*server)?.address });
-        let sources = others.iter().filter_map(source).collect();
+        let sources = others.iter().filter_map(|server| self.source(*server)).collect();
         let Some(request) = frame(&StorageRequest::Repair { block, sources }) else { return false };
         match self.call_watched(server, request, self.io_timeout).await {
             Ok(StorageReply(Ok(StorageAnswer::Repaired { .. }))) => true,
@@ -397,17 +306,42 @@ impl BlockClient {
 
     // ---- calling ----
 
-    async fn call_watched(&self, server: ServerId, request: Frame, limit: Duration) -> Result<StorageReply, CallError> {
+    pub(super) async fn call_watched(
+        &self,
+        server: ServerId,
+        request: Frame,
+        limit: Duration,
+    ) -> Result<StorageReply, CallError> {
         self.call_watched_with_payload(server, request, limit).await.map(|(reply, _)| reply)
     }
 
-    /// A call that is given up when the server turns out to be dead rather than slow.
     async fn call_watched_with_payload(
         &self,
         server: ServerId,
         request: Frame,
         limit: Duration,
     ) -> Result<(StorageReply, Bytes), CallError> {
+        self.call_in_flight(server, request, limit).await.map(|(in_flight, reply)| {
+            in_flight.answered();
+            reply
+        })
+    }
+
+    /// A call whose answer is that of other servers as well: how long it took says nothing about this one.
+    pub(super) async fn call_relay(&self, server: ServerId, request: Frame) -> Result<StorageReply, CallError> {
+        self.call_in_flight(server, request, self.io_timeout).await.map(|(in_flight, (reply, _))| {
+            in_flight.answered_with_others();
+            reply
+        })
+    }
+
+    /// A call that is given up when the server turns out to be dead rather than slow.
+    async fn call_in_flight(
+        &self,
+        server: ServerId,
+        request: Frame,
+        limit: Duration,
+    ) -> Result<(InFlight<'_>, (StorageReply, Bytes)), CallError> {
         let Some(endpoint) = self.endpoint(server) else {
             return Err(CallError::Connect(
                 ([0, 0, 0, 0], 0).into(),
@@ -421,10 +355,7 @@ impl BlockClient {
             error = until_mute(&*self.peers, endpoint) => Err(error),
         };
         match result.and_then(|frame| decoded(endpoint, frame)) {
-            Ok(reply) => {
-                in_flight.answered();
-                Ok(reply)
-            }
+            Ok(reply) => Ok((in_flight, reply)),
             Err(error) => {
                 self.health.failed(server);
                 Err(error)
@@ -469,105 +400,8 @@ impl Round {
     }
 }
 
-/// One block on its way to its servers.
-struct PutState<'a> {
-    block: &'a Block,
-    epoch: Epoch,
-    /// Copies.
-    wanted: usize,
-    holders: Vec<Holder>,
-    tried: Vec<ServerId>,
-    /// They have refused it for want of room.
-    full: Vec<ServerId>,
-}
-
-/// Whether servers that are away may still come back in time.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Awaited {
-    Everybody,
-    Nobody,
-}
-
-#[derive(Clone, Copy, Debug)]
-enum PutTrouble {
-    Full,
-    Failed,
-}
-
-impl<'a> PutState<'a> {
-    fn new(block: &'a Block, epoch: Epoch, wanted: usize) -> Self {
-        let (holders, tried) = (Vec::with_capacity(wanted), Vec::with_capacity(wanted));
-        Self { block, epoch, wanted, holders, tried, full: Vec::new() }
-    }
-
-    fn into_named(self) -> NewBlock {
-        let Self { block, epoch, holders, .. } = self;
-        NewBlock { hash: block.hash(), length: block.length(), holders, epoch }
-    }
-
-    /// Servers are full, and without them not enough are left, even if those took it that have just failed.
-    fn lacks_room(&self, map: &ClusterMap, enough: usize, awaited: Awaited) -> bool {
-        let holds = |server: &ServerInfo| self.holders.iter().any(|holder| holder.server == server.id);
-        // Those who have said that they have no room are not even asked.
-        let is_full = |server: &ServerInfo| {
-            self.full.contains(&server.id) || server.state == ServerState::Up && server.weight == 0
-        };
-        let is_there = |server: &ServerInfo| server.state == ServerState::Up || awaited == Awaited::Everybody;
-        let (mut full, mut left) = (0, 0);
-        for server in &map.servers {
-            match holds(server) {
-                true => left += 1,
-                false if is_full(server) => full += 1,
-                false => left += usize::from(is_there(server)),
-            }
-        }
-        full > 0 && left < enough
-    }
-
-    fn learn(&mut self, server: ServerId, result: Result<Holder, PutTrouble>) {
-        self.tried.push(server);
-        match result {
-            Ok(holder) => self.holders.push(holder),
-            Err(PutTrouble::Full) => self.full.push(server),
-            Err(PutTrouble::Failed) => {}
-        }
-    }
-
-    /// Before another try: only those that have the block stay ruled out.
-    fn forget_failures(&mut self) {
-        self.tried = self.holders.iter().map(|holder| holder.server).collect();
-        self.full.clear();
-    }
-}
-
-/// Cuts what one server gets into messages that keep to the limits.
-fn batches(members: Vec<usize>, puts: &[PutState<'_>]) -> Vec<Vec<usize>> {
-    let mut batches: Vec<Vec<usize>> = Vec::new();
-    let mut bytes = 0;
-    for member in members {
-        let length = puts[member].block.length();
-        match batches.last_mut() {
-            Some(batch) if batch.len() < PUT_BATCH_MAX && bytes + length <= BLOCK_SIZE_MAX => batch.push(member),
-            _ => {
-                bytes = 0;
-                batches.push(vec![member]);
-            }
-        }
-        bytes += length;
-    }
-    batches
-}
-
-fn put_request(puts: &[PutState<'_>], batch: &[usize], durable: bool) -> Frame {
-    let head = |put: &PutState<'_>| PutBlock { hash: put.block.hash(), length: put.block.length(), epoch: put.epoch };
-    let heads = batch.iter().map(|&member| head(&puts[member]));
-    let blocks = batch.iter().map(|&member| puts[member].block);
-    let request = StorageRequest::Put { blocks: heads.collect(), durable };
-    Frame { header: frame(&request).unwrap_or_default().header, payload: blocks.map(|b| b.bytes().clone()).collect() }
-}
-
 /// `None` only for a request longer than any that this client makes.
-fn frame(request: &StorageRequest) -> Option<Frame> {
+pub(super) fn frame(request: &StorageRequest) -> Option<Frame> {
     match codec::encode(request) {
         Ok(header) => Some(Frame { header, payload: Vec::new() }),
         Err(error) => {
@@ -580,47 +414,4 @@ fn frame(request: &StorageRequest) -> Option<Frame> {
 fn decoded(from: Endpoint, frame: Frame) -> Result<(StorageReply, Bytes), CallError> {
     let reply = codec::decode(&frame.header).map_err(|e| CallError::Malformed(from.address, e.to_string()))?;
     Ok((reply, frame.payload.into_iter().next().unwrap_or_default()))
-}
-
-#[cfg(test)]
-mod tests {
-    use holdfast_common::BootId;
-
-    use super::*;
-
-    fn map(servers: &[(ServerState, u32)]) -> ClusterMap {
-        let servers = servers.iter().zip(1..).map(|(&(state, weight), id)| ServerInfo {
-            id: ServerId(id),
-            state,
-            weight,
-            ..ServerInfo::example()
-        });
-        ClusterMap { servers: servers.collect(), ..ClusterMap::default() }
-    }
-
-    #[test]
-    fn a_write_finds_no_room_when_too_few_servers_are_left_that_are_not_full() {
-        use Awaited::{Everybody, Nobody};
-        use ServerState::{Down, Up};
-        let block = Block::seal(Bytes::from_static(b"block")).expect("a short block");
-        let put = |holders: &[u32], full: &[u32]| {
-            let mut put = PutState::new(&block, Epoch(0), 3);
-            holders.iter().for_each(|id| {
-                put.learn(ServerId(*id), Ok(Holder { server: ServerId(*id), boot: BootId(1), durable: true }));
-            });
-            full.iter().for_each(|id| put.learn(ServerId(*id), Err(PutTrouble::Full)));
-            put
-        };
-        let [all_up, one_known_full] = [map(&[(Up, 9); 4]), map(&[(Up, 9), (Up, 9), (Up, 9), (Up, 0)])];
-        assert!(!put(&[1], &[2]).lacks_room(&all_up, 2, Nobody), "two may take it yet");
-        // What a simulated history found: one holds it, one has just failed, and two are full.
-        assert!(!put(&[1], &[2]).lacks_room(&one_known_full, 2, Nobody), "who has failed may take it yet");
-        assert!(put(&[1], &[2, 3]).lacks_room(&one_known_full, 2, Everybody));
-        assert!(put(&[], &[1, 2, 3]).lacks_room(&all_up, 2, Everybody), "one alone is not enough");
-        let one_away = map(&[(Up, 9), (Down, 0), (Up, 0), (Up, 0)]);
-        assert!(!put(&[1], &[]).lacks_room(&one_away, 2, Everybody), "it may come back");
-        assert!(put(&[1], &[]).lacks_room(&one_away, 2, Nobody), "it has not");
-        let all_away = map(&[(Up, 9), (Down, 0), (Down, 0)]);
-        assert!(!put(&[1], &[]).lacks_room(&all_away, 2, Nobody), "room is not what is missing");
-    }
 }

@@ -163,6 +163,14 @@ impl InFlight<'_> {
             seen.avoid_until = None;
         });
     }
+
+    /// It did, after waiting for others: how long it takes itself is not known.
+    pub fn answered_with_others(&self) {
+        self.health.with(self.server, |seen, _| {
+            seen.failures = 0;
+            seen.avoid_until = None;
+        });
+    }
 }
 
 impl Drop for InFlight<'_> {

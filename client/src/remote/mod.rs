@@ -7,6 +7,7 @@ pub mod health;
 pub mod locks;
 pub mod meta;
 pub mod near;
+pub mod put;
 pub mod retry;
 pub mod undurable;
 

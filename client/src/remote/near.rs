@@ -25,7 +25,7 @@ impl Near {
         here.min_by_key(|server| self.salt.hash_one(server))
     }
 
-    fn is_here(&self, address: IpAddr) -> bool {
+    pub fn is_here(&self, address: IpAddr) -> bool {
         let mut known = self.known.lock();
         known.get(&address).copied().unwrap_or_else(|| {
             let found = is_own(address);

@@ -10,7 +10,7 @@ use crate::{
 };
 
 /// Header of a request. Who may send what: `Put`, `Get`, `Repair`, `Has` clients and storage servers;
-/// all but `Put` and `Get` the metadata server.
+/// `Relay` clients; all but `Put`, `Get` and `Relay` the metadata server.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub enum StorageRequest {
     /// Payload: the bytes of all `blocks`, one after the other. At most `PUT_BATCH_MAX` blocks and
@@ -40,6 +40,9 @@ pub enum StorageRequest {
     /// Payload: the bytes at `offset` of a copy of the metadata, which is complete with `end`. `number`: of the copy, in seconds since
     /// 1970. The newest few are kept.
     KeepBackup { number: u64, offset: u64, end: bool },
+    /// Payload: the bytes of `block`. A `Put` of it here, and beside that one at each of `to` (at most `PASSED_ON_MAX`), for each of whom
+    /// `patience_ms` are waited at most.
+    Relay { block: PutBlock, durable: bool, to: Vec<Source>, patience_ms: u32 },
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -107,4 +110,9 @@ pub enum StorageAnswer {
     Scrubbing,
     /// A part of a copy of the metadata; with the last one all of it, durably.
     Kept,
+    /// What became of the block here and, in their order, with those whom it was passed on to: under which boots it is visible, and
+    /// durable if that was asked for. `Unavailable`: who has not answered; it may have the block all the same.
+    Relayed {
+        copies: Vec<Result<BootId, Refusal>>,
+    },
 }

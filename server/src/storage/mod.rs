@@ -2,6 +2,7 @@
 
 mod backups;
 mod meter;
+mod relay;
 mod replicate;
 mod report;
 mod scrub;
@@ -37,6 +38,7 @@ pub use self::{
     several::{Shared, run_all},
 };
 use self::{
+    relay::Relay,
     replicate::Fetcher,
     report::Reporter,
     store::{OpenError, Store, StoreError, StoreOptions},
@@ -180,5 +182,6 @@ pub fn start_service(
 ) -> io::Result<Arc<StorageService>> {
     let cores = std::thread::available_parallelism().map_or(1, usize::from);
     let workers = Workers::start(cores.min(WORKERS_MAX))?;
-    Ok(Arc::new(StorageService::new(store, workers, Fetcher::new(peers, me), backups)))
+    let (fetcher, relay) = (Fetcher::new(Arc::clone(&peers), me), Relay::new(peers));
+    Ok(Arc::new(StorageService::new(store, workers, fetcher, relay, backups)))
 }

@@ -26,8 +26,9 @@ pub(super) struct Fetcher {
     me: u32,
 }
 
+/// Why another server did not do what it was asked for.
 #[derive(Debug, thiserror::Error)]
-enum FetchError {
+pub(super) enum PeerError {
     #[error(transparent)]
     Call(#[from] CallError),
     #[error(transparent)]
@@ -59,15 +60,15 @@ impl Fetcher {
         None
     }
 
-    async fn fetch_from(&self, hash: BlockHash, source: &Source) -> Result<Block, FetchError> {
+    async fn fetch_from(&self, hash: BlockHash, source: &Source) -> Result<Block, PeerError> {
         let header = codec::encode(&StorageRequest::Get { block: hash, range: None })?;
         let name = NodeName { role: Role::Storage, id: source.server.0 };
         let to = Endpoint { address: source.address, name };
         let answer = self.peers.call(to, Frame { header, payload: Vec::new() }, SOURCE_DEADLINE).await?;
         match codec::decode::<StorageReply>(&answer.header)?.0 {
             Ok(StorageAnswer::Get { .. }) => Ok(Block::verify(hash, joined(answer.payload))?),
-            Ok(_) => Err(FetchError::Nonsense),
-            Err(refusal) => Err(FetchError::Refused(refusal)),
+            Ok(_) => Err(PeerError::Nonsense),
+            Err(refusal) => Err(PeerError::Refused(refusal)),
         }
     }
 }

@@ -1,11 +1,14 @@
 //! Answers requests to a storage server: who may ask, what is asked, what comes back.
 
-use std::sync::{
-    Arc,
-    atomic::{
-        AtomicU64, AtomicUsize,
-        Ordering::{AcqRel, Acquire, Relaxed},
+use std::{
+    sync::{
+        Arc,
+        atomic::{
+            AtomicU64, AtomicUsize,
+            Ordering::{AcqRel, Acquire, Relaxed},
+        },
     },
+    time::Duration,
 };
 
 use bytes::Bytes;
@@ -28,6 +31,7 @@ use tokio::{sync::Mutex, time::Instant};
 use super::{
     backups::Backups,
     meter::{Meter, Reading},
+    relay::{self, Passing, Relay},
     replicate::{Fetcher, SOURCES_MAX, joined},
     scrub::ScrubProgress,
     store::{CheckedBlock, Plan, Store, StoreError, Verdict},
@@ -50,6 +54,7 @@ pub struct StorageService {
     store: Arc<Store>,
     workers: Workers,
     fetcher: Fetcher,
+    relay: Relay,
     repairs: Vec<Mutex<()>>,
     in_flight: AtomicUsize,
     /// Of these, reads for which no thread waits.
@@ -60,8 +65,9 @@ pub struct StorageService {
     heard: AtomicU64,
     scrub: Arc<ScrubProgress>,
     backups: Arc<Backups>,
-    /// Of mounts.
+    /// Of mounts, passed on by other servers or not.
     puts: Meter,
+    /// Of mounts.
     gets: Meter,
     /// Of the metadata server's barriers.
     syncs: Meter,
@@ -99,6 +105,7 @@ fn may(role: Role, request: &StorageRequest) -> bool {
     match request {
         StorageRequest::Put { .. } | StorageRequest::Get { .. } => matches!(role, Role::Client | Role::Storage),
         StorageRequest::Repair { .. } => matches!(role, Role::Client | Role::Storage | Role::Meta),
+        StorageRequest::Relay { .. } => role == Role::Client,
         StorageRequest::Has { .. } => matches!(role, Role::Meta | Role::Storage | Role::Client),
         StorageRequest::KeepBackup { .. }
         | StorageRequest::Sync
@@ -111,12 +118,13 @@ fn may(role: Role, request: &StorageRequest) -> bool {
 }
 
 impl StorageService {
-    pub(super) fn new(store: Arc<Store>, workers: Workers, fetcher: Fetcher, backups: Backups) -> Self {
+    pub(super) fn new(store: Arc<Store>, workers: Workers, fetcher: Fetcher, relay: Relay, backups: Backups) -> Self {
         let repairs = (0..REPAIR_LANES).map(|_| Mutex::new(())).collect();
         Self {
             store,
             workers,
             fetcher,
+            relay,
             repairs,
             in_flight: AtomicUsize::new(0),
             reads_here: AtomicUsize::new(0),
@@ -200,15 +208,13 @@ impl StorageService {
             return Err(Refusal::WrongRole);
         }
         let meter = match &request {
-            StorageRequest::Put { .. } => Some(&self.puts),
-            StorageRequest::Get { .. } => Some(&self.gets),
+            StorageRequest::Get { .. } if from.node.role == Role::Client => Some(&self.gets),
             StorageRequest::Sync => Some(&self.syncs),
             _ => None,
         };
-        let is_sync = matches!(request, StorageRequest::Sync);
         let started = Instant::now();
         let answer = self.carry_out(request, frame.payload).await;
-        if let Some(meter) = meter.filter(|_| from.node.role == Role::Client || is_sync) {
+        if let Some(meter) = meter {
             meter.note(started.elapsed());
         }
         answer
@@ -216,7 +222,14 @@ impl StorageService {
 
     async fn carry_out(&self, request: StorageRequest, payload: Vec<Bytes>) -> Answer {
         match request {
-            StorageRequest::Put { blocks, durable } => self.put(blocks, durable, joined(payload)).await,
+            StorageRequest::Put { blocks, durable } => {
+                let boot = self.put(blocks, durable, joined(payload)).await?;
+                Ok((StorageAnswer::Put { boot, durable }, Vec::new()))
+            }
+            StorageRequest::Relay { block, durable, to, patience_ms } => {
+                let patience = Duration::from_millis(patience_ms.into());
+                self.put_and_pass_on(Passing { block, bytes: joined(payload), durable, patience }, &to).await
+            }
             StorageRequest::Get { block, range } => self.get(block, range).await,
             StorageRequest::Sync => self.sync().await,
             StorageRequest::Has { blocks } => self.has(blocks).await,
@@ -252,7 +265,23 @@ impl StorageService {
         }
     }
 
-    async fn put(&self, blocks: Vec<PutBlock>, durable: bool, payload: Bytes) -> Answer {
+    async fn put_and_pass_on(&self, passing: Passing, to: &[Source]) -> Answer {
+        relay::check(to)?;
+        check_batch(&[passing.block], passing.bytes.len())?;
+        let here = self.put(vec![passing.block], passing.durable, passing.bytes.clone());
+        let (here, others) = tokio::join!(here, self.relay.pass_on(&passing, to));
+        let copies = std::iter::once(here).chain(others).collect();
+        Ok((StorageAnswer::Relayed { copies }, Vec::new()))
+    }
+
+    async fn put(&self, blocks: Vec<PutBlock>, durable: bool, payload: Bytes) -> Result<BootId, Refusal> {
+        let started = Instant::now();
+        let put = self.put_now(blocks, durable, payload).await;
+        self.puts.note(started.elapsed());
+        put
+    }
+
+    async fn put_now(&self, blocks: Vec<PutBlock>, durable: bool, payload: Bytes) -> Result<BootId, Refusal> {
         check_batch(&blocks, payload.len())?;
         // Not a bare zero, which nobody has to have been told.
         let latest = blocks.iter().map(|block| block.epoch).max().filter(|epoch| epoch.0 > 0);
@@ -272,7 +301,7 @@ impl StorageService {
         if durable {
             self.store.durable(ticket).await.map_err(logged)?;
         }
-        Ok((StorageAnswer::Put { boot: self.store.boot(), durable }, Vec::new()))
+        Ok(self.store.boot())
     }
 
     /// What is short is read where it was asked for, if no thread has to wait for the disk there; everything else elsewhere.

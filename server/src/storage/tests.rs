@@ -128,6 +128,42 @@ async fn blocks_that_were_put_are_there_for_those_who_may_have_them() {
     assert!(matches!(answer, Ok(StorageAnswer::List { blocks, end: true }) if blocks.len() == 3));
 }
 
+fn relay(block: &Block, to: &[u32]) -> StorageRequest {
+    let to = to.iter().map(|id| source(*id)).collect();
+    StorageRequest::Relay { block: put_block(block), durable: true, to, patience_ms: 1000 }
+}
+
+#[tokio::test]
+async fn a_block_is_passed_on_and_what_each_server_said_is_told() {
+    let room = Arc::default();
+    let servers = [1, 2, 3].map(|id| Server::start(&room, id));
+    let boots = [0, 1, 2].map(|i: usize| Ok(servers[i].store.boot()));
+    let (block, other) = (block(1, 300_000), block(2, 300_000));
+    let (answer, _) = servers[1].ask(Role::Client, relay(&block, &[3, 1]), &[block.bytes().clone()]).await;
+    assert_eq!(answer, Ok(StorageAnswer::Relayed { copies: vec![boots[1], boots[2], boots[0]] }));
+    for server in &servers {
+        assert_eq!(server.get(&block).await.as_ref(), Ok(block.bytes()));
+    }
+    room.servers.lock().remove(&3);
+    let (answer, _) = servers[0].ask(Role::Client, relay(&other, &[3, 2]), &[other.bytes().clone()]).await;
+    let copies = vec![boots[0], Err(Refusal::Unavailable), boots[1]];
+    assert_eq!(answer, Ok(StorageAnswer::Relayed { copies }));
+    assert_eq!(servers[1].get(&other).await.as_ref(), Ok(other.bytes()));
+}
+
+#[tokio::test]
+async fn what_is_not_the_block_is_refused_by_all_that_it_is_passed_on_to() {
+    let room = Arc::default();
+    let servers = [1, 2].map(|id| Server::start(&room, id));
+    let (block, other) = (block(1, 300_000), block(2, 300_000));
+    let (answer, _) = servers[0].ask(Role::Client, relay(&block, &[2]), &[other.bytes().clone()]).await;
+    let copies = vec![Err(Refusal::HashMismatch), Err(Refusal::HashMismatch)];
+    assert_eq!(answer, Ok(StorageAnswer::Relayed { copies }));
+    for server in &servers {
+        assert_eq!(server.get(&block).await, Err(Refusal::BlockMissing));
+    }
+}
+
 #[tokio::test]
 async fn each_role_may_send_only_what_it_needs() {
     let server = Server::start(&Arc::default(), 1);
@@ -141,6 +177,7 @@ async fn each_role_may_send_only_what_it_needs() {
         (StorageRequest::Obtain { block: hash, sources: vec![], epoch: Epoch(0) }, [true, false, false, false]),
         (StorageRequest::Delete { blocks: vec![], epoch: Epoch(1) }, [true, false, false, false]),
         (StorageRequest::List { after: None }, [true, false, false, false]),
+        (relay(&block(1, 10), &[]), [false, false, true, false]),
     ];
     for (request, allowed) in requests {
         for (role, allowed) in [Role::Meta, Role::Storage, Role::Client, Role::Admin].into_iter().zip(allowed) {
@@ -178,6 +215,9 @@ async fn nonsense_is_a_bad_request() {
         put(vec![of_length(u32::MAX), of_length(u32::MAX)]),
         put(vec![of_length(1); 257]),
         StorageRequest::Repair { block: hash, sources: vec![source(2); 17] },
+        relay(&block, &[]),
+        relay(&block, &[2; 9]),
+        StorageRequest::Relay { block: of_length(99), durable: true, to: vec![source(2)], patience_ms: 1 },
     ] {
         let (answer, _) = server.ask(Role::Client, request.clone(), &[block.bytes().clone()]).await;
         assert_eq!(answer, Err(Refusal::BadRequest), "{request:?}");

@@ -15,6 +15,7 @@ use holdfast_client::{
 use holdfast_common::{
     Attr, Ino, Kind,
     clock::SystemClock,
+    config::Relaying,
     mode::PERMISSIONS,
     net::{
         Endpoint,
@@ -72,6 +73,7 @@ impl DirectTree {
                     dirty_bytes: 32 << 20,
                     io_timeout: LIMIT,
                     connect_timeout: LIMIT,
+                    relay: Relaying::Auto,
                     access_times: AccessTimes::default(),
                 };
                 let fs = Fs::connect(peers, server, name, options, Arc::new(SystemClock::default())).await;

@@ -444,6 +444,7 @@ fn storage_requests() -> Vec<StorageRequest> {
         StorageRequest::Digest { bucket: 200 },
         StorageRequest::Scrub,
         StorageRequest::KeepBackup { number: 1_700_000_000, offset: 1 << 20, end: true },
+        StorageRequest::Relay { block: put, durable: true, to: vec![source], patience_ms: 5000 },
     ]
 }
 
@@ -461,6 +462,7 @@ fn storage_answers() -> Vec<StorageAnswer> {
         StorageAnswer::Digest(BucketDigest { blocks: 3, digest: [7; 32] }),
         StorageAnswer::Scrubbing,
         StorageAnswer::Kept,
+        StorageAnswer::Relayed { copies: vec![Ok(boot), Err(Refusal::Unavailable)] },
     ]
 }
 

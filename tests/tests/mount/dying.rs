@@ -82,10 +82,11 @@ fn read_forever(path: &Path, content: &[u8], stop: &AtomicBool, meter: &Meter) {
     }
 }
 
-/// `hurt` is done to storage server 2 under load, later `heal`: no error, no long stall, and in the end three copies.
-fn check(options: &Options, hurt: impl Fn(&Cluster), heal: impl Fn(&Cluster)) {
+/// `hurt` is done to storage server 2 under load, later `heal`: no error, no long stall, and in the end three copies. The writer's mount
+/// has `relay`.
+fn check(options: &Options, relay: &str, hurt: impl Fn(&Cluster), heal: impl Fn(&Cluster)) {
     let cluster = Cluster::start_with(options);
-    let (writer, reader) = (cluster.mount(), cluster.mount());
+    let (writer, reader) = (cluster.mount_with(&[relay]), cluster.mount());
     let content = random_bytes(7, FILE);
     fs::write(writer.join("large"), &content).expect("write");
     File::open(writer.join("large")).expect("open").sync_all().expect("fsync");
@@ -117,21 +118,35 @@ fn check(options: &Options, hurt: impl Fn(&Cluster), heal: impl Fn(&Cluster)) {
     }
 }
 
+fn freeze(cluster: &Cluster) {
+    cluster.storage(2).freeze();
+}
+
+fn thaw(cluster: &Cluster) {
+    cluster.storage(2).thaw();
+}
+
 /// "With one storage server dead nothing is noticed."
 #[test]
 fn a_killed_storage_server_is_not_noticed_and_gets_its_copies_when_it_is_back() {
-    check(&Options::default(), |cluster| cluster.storage(2).kill(), Cluster::start_daemons);
+    check(&Options::default(), "relay=never", |cluster| cluster.storage(2).kill(), Cluster::start_daemons);
 }
 
 #[test]
 fn a_frozen_storage_server_is_not_noticed_and_gets_its_copies_when_it_is_back() {
-    check(&Options::default(), |cluster| cluster.storage(2).freeze(), |cluster| cluster.storage(2).thaw());
+    check(&Options::default(), "relay=never", freeze, thaw);
+}
+
+/// It is frozen while it passes blocks on, and while others pass them on to it.
+#[test]
+fn a_frozen_storage_server_is_not_noticed_where_servers_pass_blocks_on() {
+    check(&Options::default(), "relay=always", freeze, thaw);
 }
 
 #[test]
 fn a_storage_server_that_is_cut_off_is_not_noticed_and_gets_its_copies_when_it_is_back() {
     let options = Options { proxied: true, ..Options::default() };
-    check(&options, |cluster| cluster.cut(2), |cluster| cluster.mend(2));
+    check(&options, "relay=always", |cluster| cluster.cut(2), |cluster| cluster.mend(2));
 }
 
 /// "With two dead, reads work; writes wait for `io_timeout`, fail at `fsync` or `close`, and succeed when they are tried again later."

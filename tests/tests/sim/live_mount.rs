@@ -1,6 +1,12 @@
 //! A mount that stays alive: while every server loses its power it loses nothing, fsynced or not (I3); while much is written it does not keep those waiting who write little.
 
-use std::{sync::Arc, time::Duration};
+use std::{
+    sync::{
+        Arc,
+        atomic::{AtomicUsize, Ordering},
+    },
+    time::Duration,
+};
 
 use bytes::Bytes;
 use futures_util::future::BoxFuture;
@@ -9,12 +15,14 @@ use holdfast_client::{
     remote::meta::MountName,
 };
 use holdfast_common::{
-    Attr, Ino, Kind,
+    Attr, BlockHash, Ino, Kind,
     clock::SystemClock,
+    config::Relaying,
     net::{CallError, Endpoint, Frame, Peers},
     wire::meta::AdminRequest,
     wire::meta::MetaAnswer,
     wire::meta::MetaRequest,
+    wire::storage::{StorageAnswer, StorageRequest},
 };
 use holdfast_tests::{fault::random_bytes, sim_disk::SimDisk};
 use tokio::sync::watch;
@@ -48,11 +56,16 @@ async fn mount(network: &Network, id: u32) -> Mount {
 }
 
 async fn mount_through(peers: Arc<dyn Peers>, id: u32, dirty_bytes: u64) -> Mount {
+    mount_that_relays(Relaying::Never, peers, id, dirty_bytes).await
+}
+
+async fn mount_that_relays(relay: Relaying, peers: Arc<dyn Peers>, id: u32, dirty_bytes: u64) -> Mount {
     let options = FsOptions {
         cache_bytes: 8 << 20,
         dirty_bytes,
         io_timeout: PATIENCE,
         connect_timeout: Duration::from_secs(10),
+        relay,
         access_times: AccessTimes::default(),
     };
     let name = MountName { host: "sim".into(), mountpoint: format!("/mnt-{id}") };
@@ -175,6 +188,7 @@ fn a_mount_that_stays_alive_loses_nothing_when_every_server_loses_its_power() {
 const DIRTY: u64 = 32 << 20;
 /// More than may be dirty.
 const LONG: usize = 40 << 20;
+const BLOCK: usize = 1 << 20;
 /// Longer than an fsync should take.
 const SLOW: Duration = Duration::from_millis(60);
 
@@ -246,4 +260,49 @@ fn a_small_file_is_stored_and_synced_while_no_block_of_a_long_one_arrives() {
         assert!(found == content[last..], "the long one has other bytes");
         until("the bound is the limit again", || mount.dirty_bound() == DIRTY).await;
     });
+}
+
+/// Counts what a mount sends.
+struct Counted {
+    peers: Arc<dyn Peers>,
+    payload_bytes: AtomicUsize,
+}
+
+impl Peers for Counted {
+    fn call(&self, to: Endpoint, request: Frame, deadline: Duration) -> BoxFuture<'_, Result<Frame, CallError>> {
+        self.payload_bytes.fetch_add(request.payload.iter().map(Bytes::len).sum(), Ordering::Relaxed);
+        self.peers.call(to, request, deadline)
+    }
+}
+
+/// How many bytes a mount sends for a file of one block, which each server has durably then.
+async fn sent_for_a_block(network: Network, storage_parted: bool) -> usize {
+    let life = Life::start_on(SimDisk::rack(1 + STORAGE_SERVERS.count()), network.clone()).await.expect("a start");
+    if storage_parted {
+        network.part_storage();
+    }
+    let peers = Arc::new(Counted { peers: network.of_client(1), payload_bytes: AtomicUsize::new(0) });
+    let mount = mount_that_relays(Relaying::Always, Arc::clone(&peers) as Arc<dyn Peers>, 1, DIRTY).await;
+    let content = random_bytes(7, BLOCK);
+    let file = create(&mount, Ino::ROOT, "file").await;
+    write_bulk(&mount, &file, &content).await;
+    let sent = peers.payload_bytes.load(Ordering::Relaxed);
+    for server in STORAGE_SERVERS {
+        let has = StorageRequest::Has { blocks: vec![BlockHash::of(&content)] };
+        let (answer, _) = life.storage(server, has, Bytes::new()).await.expect("the power is on");
+        let Ok(StorageAnswer::Has { present, .. }) = answer else { panic!("server {server}: {answer:?}") };
+        assert_eq!(present, [true], "server {server}");
+    }
+    mount.shutdown().await.expect("nothing is left to be stored");
+    sent
+}
+
+#[test]
+fn a_long_block_leaves_the_mount_once_and_is_on_three_servers() {
+    assert_eq!(run(sent_for_a_block(Network::default(), false)), BLOCK);
+}
+
+#[test]
+fn what_a_server_cannot_pass_on_is_sent_by_the_mount_itself() {
+    assert_eq!(run(sent_for_a_block(Network::default(), true)), 3 * BLOCK);
 }

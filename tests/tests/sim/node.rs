@@ -5,7 +5,10 @@ use std::{
     future::Future,
     ops::RangeInclusive,
     path::Path,
-    sync::{Arc, Weak},
+    sync::{
+        Arc, Weak,
+        atomic::{AtomicBool, Ordering},
+    },
     time::Duration,
 };
 
@@ -65,6 +68,8 @@ struct Attached {
 #[derive(Clone, Default)]
 pub(crate) struct Network {
     services: Services,
+    /// Storage servers do not hear each other; everybody else hears everybody.
+    storage_apart: Arc<AtomicBool>,
 }
 
 impl Network {
@@ -80,6 +85,15 @@ impl Network {
 
     pub(crate) fn meta() -> Endpoint {
         endpoint(Role::Meta, 1)
+    }
+
+    /// Cuts every storage server off from the others, and from nobody else.
+    pub(crate) fn part_storage(&self) {
+        self.storage_apart.store(true, Ordering::Relaxed);
+    }
+
+    fn is_cut(&self, from: NodeName, to: NodeName) -> bool {
+        from.role == Role::Storage && to.role == Role::Storage && self.storage_apart.load(Ordering::Relaxed)
     }
 
     /// From now on, calls to that node are answered by `service`, for as long as that lives.
@@ -99,6 +113,9 @@ struct Calls {
 impl Peers for Calls {
     fn call(&self, to: Endpoint, request: Frame, deadline: Duration) -> BoxFuture<'_, Result<Frame, CallError>> {
         Box::pin(async move {
+            if self.network.is_cut(self.from.node, to.name) {
+                return Err(CallError::Connect(to.address, "no way".into()));
+            }
             let found =
                 self.network.services.lock().get(&to.name).map(|it| (it.service.upgrade(), it.life.subscribe()));
             let Some((Some(service), mut life)) = found else {

@@ -60,7 +60,7 @@ fn whatever_happens_one_after_another_nothing_is_wrong_and_nothing_lost() {
         eprintln!("SKIPPED: full disks, because only root can mount small filesystems");
     }
     cluster.start_daemons();
-    let mounts = [cluster.mount(), cluster.mount()];
+    let mounts = [cluster.mount(), cluster.mount_with(&["relay=always"])];
     let mut users = [0, 1].map(|n| User::new(seed + n as u64, mounts[n].join(format!("user-{n}"))));
     let (is_over, steps) = (AtomicBool::new(false), AtomicU64::new(0));
     let mut faults = Faults {

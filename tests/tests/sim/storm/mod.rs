@@ -32,6 +32,7 @@ use holdfast_common::{
     Attr, BlockHash, Ino, Kind, Replicas, ServerId, Time,
     clock::{Clock, SystemClock},
     cluster::Standing,
+    config::Relaying,
     disk::{Disk, Space},
     inventory::BUCKETS,
     net::{

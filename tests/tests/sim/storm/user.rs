@@ -36,6 +36,7 @@ impl Mount {
             dirty_bytes: 8 << 20,
             io_timeout: PATIENCE,
             connect_timeout: PATIENCE,
+            relay: Relaying::Auto,
             access_times: AccessTimes::default(),
         };
         let name = MountName { host: "sim".into(), mountpoint: format!("/mnt-{id}") };

@@ -1,0 +1,77 @@
+//! Passing a block on: who writes sends it to one server, and that one to the others.
+
+use std::{sync::Arc, time::Duration};
+
+use bytes::Bytes;
+use futures_util::{StreamExt, stream::FuturesOrdered};
+use holdfast_common::{
+    BootId, Refusal,
+    limits::PASSED_ON_MAX,
+    net::{
+        Endpoint, Frame, Peers,
+        identity::{NodeName, Role},
+        probe::until_mute,
+    },
+    wire::{
+        codec,
+        storage::{PutBlock, Source, StorageAnswer, StorageReply, StorageRequest},
+    },
+};
+
+use super::replicate::PeerError;
+
+/// Hands blocks to other servers, for somebody who waits for it.
+pub(super) struct Relay {
+    peers: Arc<dyn Peers>,
+}
+
+/// What is passed on, and how.
+pub(super) struct Passing {
+    pub block: PutBlock,
+    pub bytes: Bytes,
+    pub durable: bool,
+    pub patience: Duration,
+}
+
+impl Relay {
+    pub(super) fn new(peers: Arc<dyn Peers>) -> Self {
+        Self { peers }
+    }
+
+    /// To all of `to` at the same time; what each said, in their order. `Unavailable`: it did not answer, for which `patience` is waited
+    /// at most, or less if it is mute.
+    pub(super) async fn pass_on(&self, passing: &Passing, to: &[Source]) -> Vec<Result<BootId, Refusal>> {
+        tracing::debug!(block = %passing.block.hash, servers = to.len(), "a block is passed on");
+        let calls: FuturesOrdered<_> = to.iter().map(|server| self.pass_to(passing, *server)).collect();
+        calls.collect().await
+    }
+
+    async fn pass_to(&self, passing: &Passing, to: Source) -> Result<BootId, Refusal> {
+        self.put(passing, to).await.map_err(|error| {
+            tracing::warn!(block = %passing.block.hash, server = %to.server, %error, "a block could not be passed on");
+            match error {
+                PeerError::Refused(refusal) => refusal,
+                _ => Refusal::Unavailable,
+            }
+        })
+    }
+
+    async fn put(&self, passing: &Passing, to: Source) -> Result<BootId, PeerError> {
+        let header = codec::encode(&StorageRequest::Put { blocks: vec![passing.block], durable: passing.durable })?;
+        let request = Frame { header, payload: vec![passing.bytes.clone()] };
+        let endpoint = Endpoint { address: to.address, name: NodeName { role: Role::Storage, id: to.server.0 } };
+        let answer = tokio::select! {
+            answer = self.peers.call(endpoint, request, passing.patience) => answer?,
+            error = until_mute(&*self.peers, endpoint) => return Err(error.into()),
+        };
+        match codec::decode::<StorageReply>(&answer.header)?.0 {
+            Ok(StorageAnswer::Put { boot, durable }) if durable == passing.durable => Ok(boot),
+            Ok(_) => Err(PeerError::Nonsense),
+            Err(refusal) => Err(PeerError::Refused(refusal)),
+        }
+    }
+}
+
+pub(super) fn check(to: &[Source]) -> Result<(), Refusal> {
+    if (1..=PASSED_ON_MAX).contains(&to.len()) { Ok(()) } else { Err(Refusal::BadRequest) }
+}
