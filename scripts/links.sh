@@ -12,6 +12,15 @@ on_machine() {
     nsenter --net="/run/netns/$LINKS_PREFIX-$machine" "$@"
 }
 
+# Starts a daemon as machine number $1, logs to the directory $2, and notes there which process it is: the daemon itself, which `exec` makes of
+# the shell in the background.
+start_on() {
+    local machine=$1 dir=$2
+    shift 2
+    (exec nsenter --net="/run/netns/$LINKS_PREFIX-$machine" "$@") >> "$dir/log" 2>&1 &
+    echo $! >> "$dir/pids"
+}
+
 # Makes a switch and the machines 1 to $1, whose links carry $2 (as tc(8) writes rates) each way.
 make_links() {
     local n
@@ -48,7 +57,6 @@ compare_links() {
     for rate in $rates; do
         make_links 5 "$rate"
         measure_links "$bin" "$dir/$rate" 1024 | sed "s/^/| $rate /" | tee -a "$table"
-        [ "${PIPESTATUS[0]}" = 0 ]
         remove_links "$dir/$rate"
         rm -rf "${dir:?}/$rate"
     done
@@ -73,13 +81,11 @@ measure_links() {
     meta=$(link_address 1):7400
     sed -i "s/^listen = .*/listen = \"$meta\"/" "$dir/cluster/meta/meta.toml"
     sed -i "s/^meta = .*/meta = \"$meta\"/" "$dir/cluster/client.toml" "$dir/cluster/admin.toml"
-    on_machine 1 "$bin/holdfastd" meta --config "$dir/cluster/meta/meta.toml" >> "$dir/log" 2>&1 &
-    echo $! > "$dir/pids"
+    start_on 1 "$dir" "$bin/holdfastd" meta --config "$dir/cluster/meta/meta.toml"
     for n in 1 2 3; do
         local config="$dir/cluster/storage-$n/storage.toml"
         sed -i "s/^listen = .*/listen = \"$(link_address $((n + 1))):7401\"/; s/^meta = .*/meta = \"$meta\"/" "$config"
-        on_machine $((n + 1)) "$bin/holdfastd" storage --config "$config" >> "$dir/log" 2>&1 &
-        echo $! >> "$dir/pids"
+        start_on $((n + 1)) "$dir" "$bin/holdfastd" storage --config "$config"
     done
     mkdir -p "$dir/mnt"
     for relay in never auto never auto; do

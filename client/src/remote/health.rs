@@ -16,6 +16,8 @@ const FORGET_HALF: Duration = Duration::from_secs(3);
 const TOGETHER: u32 = 4;
 /// Another is asked when it would answer in about this part of the time.
 const FAVOUR: f64 = 0.5;
+/// A server that could not pass a block on is not asked to for this long.
+const NO_RELAY: Duration = Duration::from_secs(5);
 const HEDGE_MIN: Duration = Duration::from_millis(20);
 /// And when too many are already.
 const HEDGE_SPARINGLY: Duration = Duration::from_millis(100);
@@ -33,11 +35,12 @@ struct Seen {
     in_flight: u32,
     failures: u32,
     avoid_until: Option<Instant>,
+    no_relay_until: Option<Instant>,
 }
 
 impl Seen {
     fn new(now: Instant) -> Self {
-        Self { latency: 0.001, updated: now, in_flight: 0, failures: 0, avoid_until: None }
+        Self { latency: 0.001, updated: now, in_flight: 0, failures: 0, avoid_until: None, no_relay_until: None }
     }
 
     /// Expected wait of the next request, in seconds: latency times the queue that it would join.
@@ -136,6 +139,23 @@ impl Health {
         });
     }
 
+    /// It could not pass a block on, whoever's fault that was.
+    pub fn not_passed_on(&self, server: ServerId) {
+        self.with(server, |seen, now| seen.no_relay_until = Some(now + NO_RELAY));
+    }
+
+    pub fn may_relay(&self, server: ServerId) -> bool {
+        self.with(server, |seen, now| seen.no_relay_until.is_none_or(|until| until <= now))
+    }
+
+    /// It has done what was asked of it, by way of another: how long it takes is not known.
+    pub fn answered_elsewhere(&self, server: ServerId) {
+        self.with(server, |seen, _| {
+            seen.failures = 0;
+            seen.avoid_until = None;
+        });
+    }
+
     /// It is taking so long that another was asked.
     pub fn slow(&self, server: ServerId, waited: Duration) {
         self.with(server, |seen, now| seen.learn(waited * 8, now));
@@ -166,10 +186,7 @@ impl InFlight<'_> {
 
     /// It did, after waiting for others: how long it takes itself is not known.
     pub fn answered_with_others(&self) {
-        self.health.with(self.server, |seen, _| {
-            seen.failures = 0;
-            seen.avoid_until = None;
-        });
+        self.health.answered_elsewhere(self.server);
     }
 }
 
@@ -260,6 +277,28 @@ mod tests {
         let again =
             (0..100).take_while(|_| health.hedge_after(&[B, A]) == HEDGE_MIN).inspect(|_| health.hedged()).count();
         assert!((4..=5).contains(&again), "{again} of a hundred");
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn who_cannot_pass_blocks_on_is_not_asked_to_for_a_while_and_nothing_else_is_held_against_it() {
+        let health = Health::default();
+        assert!(health.may_relay(A));
+        health.not_passed_on(A);
+        assert_eq!((health.may_relay(A), health.may_relay(B), health.avoided(A)), (false, true, false));
+        tokio::time::advance(NO_RELAY).await;
+        assert!(health.may_relay(A));
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_copy_by_way_of_another_server_ends_what_was_held_against_this_one() {
+        let health = Health::default();
+        (0..5).for_each(|_| health.failed(A));
+        assert!(health.avoided(A));
+        health.answered_elsewhere(A);
+        assert!(!health.avoided(A));
+        health.failed(A);
+        tokio::time::advance(AVOID_MIN).await;
+        assert!(!health.avoided(A), "the pauses begin anew");
     }
 
     #[tokio::test(start_paused = true)]

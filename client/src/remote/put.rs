@@ -133,6 +133,9 @@ impl BlockClient {
             return false;
         }
         let is_here = |server: &ServerId| map.server(*server).is_none_or(|info| self.near.is_here(info.address.ip()));
+        if servers.first().is_none_or(|first| !self.health.may_relay(*first)) {
+            return false;
+        }
         match self.relaying {
             Relaying::Never => false,
             Relaying::Always => true,
@@ -164,6 +167,19 @@ impl BlockClient {
         if parcel.then.is_empty() {
             return vec![(parcel.to, self.put_straight(parcel.to, request).await)];
         }
+        let results = self.send_on(parcel, request, durable).await;
+        for (server, result) in &results {
+            match result {
+                Ok(_) => self.health.answered_elsewhere(*server),
+                Err(PutTrouble::NotPassedOn) => self.health.not_passed_on(parcel.to),
+                Err(PutTrouble::Full | PutTrouble::Failed) => {}
+            }
+        }
+        results
+    }
+
+    /// To one that passes it on.
+    async fn send_on(&self, parcel: &Parcel, request: Frame, durable: bool) -> Vec<(ServerId, PutResult)> {
         let servers = std::iter::once(parcel.to).chain(parcel.then.iter().copied());
         match self.call_relay(parcel.to, request).await {
             Ok(StorageReply(Ok(StorageAnswer::Relayed { copies }))) if copies.len() == parcel.then.len() + 1 => servers
@@ -288,15 +304,14 @@ impl<'a> PutState<'a> {
     }
 
     fn learn(&mut self, server: ServerId, result: PutResult) {
-        if matches!(result, Err(PutTrouble::NotPassedOn)) {
-            self.straight = true;
-            return;
+        if !matches!(result, Err(PutTrouble::NotPassedOn)) {
+            self.tried.push(server);
         }
-        self.tried.push(server);
         match result {
             Ok(holder) => self.holders.push(holder),
             Err(PutTrouble::Full) => self.full.push(server),
-            Err(PutTrouble::Failed | PutTrouble::NotPassedOn) => {}
+            Err(PutTrouble::NotPassedOn) => self.straight = true,
+            Err(PutTrouble::Failed) => {}
         }
     }
 

@@ -17,12 +17,18 @@ use holdfast_common::{
         storage::{PutBlock, Source, StorageAnswer, StorageReply, StorageRequest},
     },
 };
+use tokio::sync::Semaphore;
 
 use super::replicate::PeerError;
+
+/// Blocks that are being passed on at once. Each keeps a place and memory of this server until others have given theirs: if all of these could
+/// be kept so, servers would wait for each other.
+pub(super) const PASSING_MAX: usize = 64;
 
 /// Hands blocks to other servers, for somebody who waits for it.
 pub(super) struct Relay {
     peers: Arc<dyn Peers>,
+    places: Semaphore,
 }
 
 /// What is passed on, and how.
@@ -35,12 +41,15 @@ pub(super) struct Passing {
 
 impl Relay {
     pub(super) fn new(peers: Arc<dyn Peers>) -> Self {
-        Self { peers }
+        Self { peers, places: Semaphore::new(PASSING_MAX) }
     }
 
-    /// To all of `to` at the same time; what each said, in their order. `Unavailable`: it did not answer, for which `patience` is waited
-    /// at most, or less if it is mute.
+    /// To all of `to` at the same time; what each said, in their order. `Unavailable`: too much is being passed on already; or it did not
+    /// answer, for which `patience` is waited at most, or less if it is mute.
     pub(super) async fn pass_on(&self, passing: &Passing, to: &[Source]) -> Vec<Result<BootId, Refusal>> {
+        let Ok(_place) = self.places.try_acquire() else {
+            return vec![Err(Refusal::Unavailable); to.len()];
+        };
         tracing::debug!(block = %passing.block.hash, servers = to.len(), "a block is passed on");
         let calls: FuturesOrdered<_> = to.iter().map(|server| self.pass_to(passing, *server)).collect();
         calls.collect().await
@@ -48,6 +57,9 @@ impl Relay {
 
     async fn pass_to(&self, passing: &Passing, to: Source) -> Result<BootId, Refusal> {
         self.put(passing, to).await.map_err(|error| {
+            if let PeerError::Refused(refusal @ (Refusal::ServerFull | Refusal::NoSpace)) = error {
+                return refusal;
+            }
             tracing::warn!(block = %passing.block.hash, server = %to.server, %error, "a block could not be passed on");
             match error {
                 PeerError::Refused(refusal) => refusal,

@@ -16,7 +16,7 @@ use holdfast_common::{
 use parking_lot::Mutex;
 use tokio::sync::{mpsc, oneshot};
 
-use super::*;
+use super::{relay::PASSING_MAX, *};
 
 const CLUSTER: ClusterId = ClusterId([3; 16]);
 
@@ -50,12 +50,17 @@ struct Server {
 
 impl Server {
     fn start(room: &Arc<Room>, id: u32) -> Self {
+        let server = Self::start_among(Arc::clone(room) as Arc<dyn Peers>, id);
+        room.servers.lock().insert(id, Arc::clone(&server.service));
+        server
+    }
+
+    fn start_among(peers: Arc<dyn Peers>, id: u32) -> Self {
         let directory = tempfile::tempdir().unwrap();
         let options = StoreOptions { reserve_bytes: 0, ..StoreOptions::default() };
         let store = Arc::new(Store::open(Arc::new(RealDisk), directory.path(), options).unwrap());
         let backups = Backups::new(Arc::new(RealDisk), directory.path(), store.ballast());
-        let service = start_service(Arc::clone(&store), Arc::clone(room) as Arc<dyn Peers>, id, backups).unwrap();
-        room.servers.lock().insert(id, Arc::clone(&service));
+        let service = start_service(Arc::clone(&store), peers, id, backups).unwrap();
         Self { directory, store, service }
     }
 
@@ -149,6 +154,34 @@ async fn a_block_is_passed_on_and_what_each_server_said_is_told() {
     let copies = vec![boots[0], Err(Refusal::Unavailable), boots[1]];
     assert_eq!(answer, Ok(StorageAnswer::Relayed { copies }));
     assert_eq!(servers[1].get(&other).await.as_ref(), Ok(other.bytes()));
+}
+
+/// Takes what is passed on to it, and never answers.
+struct Silence;
+
+impl Peers for Silence {
+    fn call(&self, _: Endpoint, _: Frame, _: Duration) -> BoxFuture<'_, Result<Frame, CallError>> {
+        Box::pin(std::future::pending())
+    }
+}
+
+#[tokio::test]
+async fn servers_that_wait_for_each_other_still_take_blocks() {
+    let server = Server::start_among(Arc::new(Silence), 1);
+    let ask = |n: usize| {
+        let block = block(u8::try_from(n).unwrap(), 1000);
+        let frame =
+            Frame { header: codec::encode(&relay(&block, &[2])).unwrap(), payload: vec![block.bytes().clone()] };
+        Arc::clone(&server.service).serve(identity(Role::Client, 1), frame)
+    };
+    let mut waiting: Vec<_> = (0..PASSING_MAX).map(ask).collect();
+    for request in &mut waiting {
+        assert!(futures_util::poll!(request).is_pending());
+    }
+    let answer = ask(PASSING_MAX).await;
+    let copies = vec![Ok(server.store.boot()), Err(Refusal::Unavailable)];
+    assert_eq!(codec::decode::<StorageReply>(&answer.header).unwrap().0, Ok(StorageAnswer::Relayed { copies }));
+    assert_eq!(server.service.in_flight(), PASSING_MAX);
 }
 
 #[tokio::test]
