@@ -54,7 +54,7 @@ const SHORT_READ_MAX: u32 = 64 << 10;
 const ROUNDS: usize = 3;
 
 pub struct BlockClient {
-    peers: Arc<dyn Peers>,
+    pub(super) peers: Arc<dyn Peers>,
     pub(super) meta: Arc<MetaClient>,
     pub(super) health: Health,
     pub(super) near: Near,
@@ -117,7 +117,7 @@ impl BlockClient {
         }
     }
 
-    fn endpoint(&self, server: ServerId) -> Option<Endpoint> {
+    pub(super) fn endpoint(&self, server: ServerId) -> Option<Endpoint> {
         let map = self.meta.map();
         let info = map.server(server)?;
         Some(Endpoint { address: info.address, name: NodeName { role: Role::Storage, id: server.0 } })

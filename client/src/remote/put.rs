@@ -1,15 +1,15 @@
 //! Blocks on their way to storage servers: straight to each, or to one that passes them on.
 
-use std::{collections::BTreeMap, time::Duration};
+use std::{collections::BTreeMap, convert::Infallible, time::Duration};
 
-use futures_util::{StreamExt, stream::FuturesUnordered};
+use futures_util::{StreamExt, future::join_all, stream::FuturesUnordered};
 use holdfast_common::{
     Block, Epoch, Refusal, ServerId,
     cluster::{ClusterMap, ServerInfo, ServerState},
     config::Relaying,
     enough_replicas,
     limits::{BLOCK_SIZE_MAX, PASSED_ON_MAX, PUT_BATCH_MAX},
-    net::Frame,
+    net::{Frame, probe::until_mute},
     placement,
     wire::{
         meta::{Holder, NewBlock},
@@ -127,20 +127,18 @@ impl BlockClient {
     }
 
     fn is_relayed(&self, map: &ClusterMap, put: &PutState<'_>, servers: &[ServerId]) -> bool {
-        let is_for_several = (2..=PASSED_ON_MAX + 1).contains(&servers.len());
-        let is_avoided = servers.iter().any(|server| self.health.avoided(*server));
-        if put.straight || put.block.length() < RELAY_MIN || !is_for_several || is_avoided {
-            return false;
-        }
         let is_here = |server: &ServerId| map.server(*server).is_none_or(|info| self.near.is_here(info.address.ip()));
-        if servers.first().is_none_or(|first| !self.health.may_relay(*first)) {
-            return false;
-        }
-        match self.relaying {
+        let is_wanted = match self.relaying {
             Relaying::Never => false,
             Relaying::Always => true,
             Relaying::Auto => !servers.iter().any(is_here),
-        }
+        };
+        is_wanted
+            && !put.straight
+            && put.block.length() >= RELAY_MIN
+            && (2..=PASSED_ON_MAX + 1).contains(&servers.len())
+            && self.health.may_relay(servers[0])
+            && !servers.iter().any(|server| self.health.avoided(*server))
     }
 
     fn put_request(&self, puts: &[PutState<'_>], parcel: &Parcel, durable: bool) -> Frame {
@@ -181,7 +179,11 @@ impl BlockClient {
     /// To one that passes it on.
     async fn send_on(&self, parcel: &Parcel, request: Frame, durable: bool) -> Vec<(ServerId, PutResult)> {
         let servers = std::iter::once(parcel.to).chain(parcel.then.iter().copied());
-        match self.call_relay(parcel.to, request).await {
+        let reply = tokio::select! {
+            reply = self.call_relay(parcel.to, request) => reply,
+            never = self.watch(&parcel.then) => match never {},
+        };
+        match reply {
             Ok(StorageReply(Ok(StorageAnswer::Relayed { copies }))) if copies.len() == parcel.then.len() + 1 => servers
                 .zip(copies)
                 .map(|(server, copy)| match copy {
@@ -203,6 +205,22 @@ impl BlockClient {
                 servers.map(|server| (server, Err(trouble(server)))).collect()
             }
         }
+    }
+
+    /// Notes which of `servers` turn out to be dead, so that who was waited for here is not asked once more, and waited for again.
+    async fn watch(&self, servers: &[ServerId]) -> Infallible {
+        let watch_one = |server: &ServerId| {
+            let (server, endpoint) = (*server, self.endpoint(*server));
+            async move {
+                if let Some(endpoint) = endpoint {
+                    let error = until_mute(&*self.peers, endpoint).await;
+                    warn!(%server, %error, "a server to which a block is passed on does not answer");
+                    self.health.failed(server);
+                }
+            }
+        };
+        join_all(servers.iter().map(watch_one)).await;
+        std::future::pending().await
     }
 
     async fn put_straight(&self, server: ServerId, request: Frame) -> PutResult {

@@ -3,7 +3,7 @@
 use std::{sync::Arc, time::Duration};
 
 use bytes::Bytes;
-use futures_util::{StreamExt, stream::FuturesOrdered};
+use futures_util::future::join_all;
 use holdfast_common::{
     BootId, Refusal,
     limits::PASSED_ON_MAX,
@@ -51,8 +51,7 @@ impl Relay {
             return vec![Err(Refusal::Unavailable); to.len()];
         };
         tracing::debug!(block = %passing.block.hash, servers = to.len(), "a block is passed on");
-        let calls: FuturesOrdered<_> = to.iter().map(|server| self.pass_to(passing, *server)).collect();
-        calls.collect().await
+        join_all(to.iter().map(|server| self.pass_to(passing, *server))).await
     }
 
     async fn pass_to(&self, passing: &Passing, to: Source) -> Result<BootId, Refusal> {

@@ -15,16 +15,18 @@ use holdfast_client::{
     remote::meta::MountName,
 };
 use holdfast_common::{
-    Attr, BlockHash, Ino, Kind,
+    Attr, BlockHash, Ino, Kind, Refusal, ServerId,
     clock::SystemClock,
     config::Relaying,
-    net::{CallError, Endpoint, Frame, Peers},
+    net::{CallError, Endpoint, Frame, Peers, identity::Role},
+    wire::codec::{decode, encode},
     wire::meta::AdminRequest,
     wire::meta::MetaAnswer,
     wire::meta::MetaRequest,
-    wire::storage::{StorageAnswer, StorageRequest},
+    wire::storage::{StorageAnswer, StorageReply, StorageRequest},
 };
 use holdfast_tests::{fault::random_bytes, sim_disk::SimDisk};
+use parking_lot::Mutex;
 use tokio::sync::watch;
 
 use crate::node::{Life, Network, STORAGE_SERVERS, run};
@@ -262,47 +264,132 @@ fn a_small_file_is_stored_and_synced_while_no_block_of_a_long_one_arrives() {
     });
 }
 
-/// Counts what a mount sends.
-struct Counted {
-    peers: Arc<dyn Peers>,
-    payload_bytes: AtomicUsize,
+/// How the servers that get blocks passed on fare, as a mount sees it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Others {
+    Well,
+    /// They do not hear the one that is to pass on.
+    Apart,
+    /// The first of them has no room.
+    Full,
+    /// The first of them has stopped.
+    Silent,
+    /// Nobody has heard of passing on: servers of an earlier version.
+    Old,
 }
 
-impl Peers for Counted {
-    fn call(&self, to: Endpoint, request: Frame, deadline: Duration) -> BoxFuture<'_, Result<Frame, CallError>> {
-        self.payload_bytes.fetch_add(request.payload.iter().map(Bytes::len).sum(), Ordering::Relaxed);
-        self.peers.call(to, request, deadline)
+/// Counts what a mount sends, and lets `others` be seen.
+struct Watched {
+    peers: Arc<dyn Peers>,
+    others: Others,
+    payload_bytes: AtomicUsize,
+    /// The server in trouble, once a block was to be passed on to it.
+    troubled: Mutex<Option<ServerId>>,
+    /// Questions that it has not answered.
+    unanswered: watch::Sender<usize>,
+}
+
+impl Watched {
+    async fn relay(&self, to: Endpoint, request: Frame, deadline: Duration) -> Result<Frame, CallError> {
+        if self.others == Others::Old {
+            return Ok(reply(Err(Refusal::BadRequest)));
+        }
+        let (Others::Full | Others::Silent) = self.others else { return self.peers.call(to, request, deadline).await };
+        let Ok(StorageRequest::Relay { block, durable, to: mut others, patience_ms }) = decode(&request.header) else {
+            panic!("not to be passed on")
+        };
+        *self.troubled.lock() = Some(others.remove(0).server);
+        let less = StorageRequest::Relay { block, durable, to: others, patience_ms };
+        let request = Frame { header: encode(&less).expect("a short request"), payload: request.payload };
+        let answer = self.peers.call(to, request, deadline).await?;
+        let Ok(StorageReply(Ok(StorageAnswer::Relayed { mut copies }))) = decode(&answer.header) else {
+            panic!("not passed on")
+        };
+        let refusal = if self.others == Others::Full { Refusal::ServerFull } else { Refusal::Unavailable };
+        copies.insert(1, Err(refusal));
+        if self.others == Others::Silent {
+            self.unanswered.subscribe().wait_for(|count| *count == 2).await.expect("it is there");
+        }
+        Ok(reply(Ok(StorageAnswer::Relayed { copies })))
     }
 }
 
-/// How many bytes a mount sends for a file of one block, which each server has durably then.
-async fn sent_for_a_block(network: Network, storage_parted: bool) -> usize {
+fn reply(result: Result<StorageAnswer, Refusal>) -> Frame {
+    Frame { header: encode(&StorageReply(result)).expect("a short answer"), payload: Vec::new() }
+}
+
+impl Peers for Watched {
+    fn call(&self, to: Endpoint, request: Frame, deadline: Duration) -> BoxFuture<'_, Result<Frame, CallError>> {
+        Box::pin(async move {
+            self.payload_bytes.fetch_add(request.payload.iter().map(Bytes::len).sum(), Ordering::Relaxed);
+            let is_storage = to.name.role == Role::Storage;
+            if is_storage && matches!(decode(&request.header), Ok(StorageRequest::Relay { .. })) {
+                return self.relay(to, request, deadline).await;
+            }
+            let is_troubled = *self.troubled.lock() == Some(ServerId(to.name.id));
+            if is_storage && is_troubled && self.others == Others::Silent {
+                tokio::time::sleep(deadline).await;
+                self.unanswered.send_modify(|count| *count += 1);
+                return Err(CallError::Deadline(to.address, deadline));
+            }
+            self.peers.call(to, request, deadline).await
+        })
+    }
+}
+
+/// For a file of one block, which is synced: how many times its bytes leave the mount, and how many servers have it then.
+async fn sent_and_stored(others: Others) -> (usize, usize) {
+    let network = Network::default();
     let life = Life::start_on(SimDisk::rack(1 + STORAGE_SERVERS.count()), network.clone()).await.expect("a start");
-    if storage_parted {
+    if others == Others::Apart {
         network.part_storage();
     }
-    let peers = Arc::new(Counted { peers: network.of_client(1), payload_bytes: AtomicUsize::new(0) });
+    let peers = Arc::new(Watched {
+        peers: network.of_client(1),
+        others,
+        payload_bytes: AtomicUsize::new(0),
+        troubled: Mutex::default(),
+        unanswered: watch::Sender::new(0),
+    });
     let mount = mount_that_relays(Relaying::Always, Arc::clone(&peers) as Arc<dyn Peers>, 1, DIRTY).await;
     let content = random_bytes(7, BLOCK);
     let file = create(&mount, Ino::ROOT, "file").await;
     write_bulk(&mount, &file, &content).await;
     let sent = peers.payload_bytes.load(Ordering::Relaxed);
+    assert_eq!(sent % BLOCK, 0);
+    let mut stored = 0;
     for server in STORAGE_SERVERS {
         let has = StorageRequest::Has { blocks: vec![BlockHash::of(&content)] };
         let (answer, _) = life.storage(server, has, Bytes::new()).await.expect("the power is on");
         let Ok(StorageAnswer::Has { present, .. }) = answer else { panic!("server {server}: {answer:?}") };
-        assert_eq!(present, [true], "server {server}");
+        stored += usize::from(present[0]);
     }
     mount.shutdown().await.expect("nothing is left to be stored");
-    sent
+    (sent / BLOCK, stored)
 }
 
 #[test]
 fn a_long_block_leaves_the_mount_once_and_is_on_three_servers() {
-    assert_eq!(run(sent_for_a_block(Network::default(), false)), BLOCK);
+    assert_eq!(run(sent_and_stored(Others::Well)), (1, 3));
 }
 
 #[test]
 fn what_a_server_cannot_pass_on_is_sent_by_the_mount_itself() {
-    assert_eq!(run(sent_for_a_block(Network::default(), true)), 3 * BLOCK);
+    assert_eq!(run(sent_and_stored(Others::Apart)), (3, 3));
+}
+
+#[test]
+fn servers_that_do_not_know_how_to_pass_on_get_a_block_each() {
+    assert_eq!(run(sent_and_stored(Others::Old)), (4, 3));
+}
+
+/// Two copies are enough for now; the third is owed.
+#[test]
+fn who_has_no_room_for_what_it_is_passed_is_not_asked_again() {
+    assert_eq!(run(sent_and_stored(Others::Full)), (1, 2));
+}
+
+#[test]
+fn who_falls_silent_while_it_is_passed_a_block_is_not_waited_for_again() {
+    assert_eq!(run(sent_and_stored(Others::Silent)), (1, 2));
 }
