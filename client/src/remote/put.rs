@@ -128,15 +128,15 @@ impl BlockClient {
 
     fn is_relayed(&self, map: &ClusterMap, put: &PutState<'_>, servers: &[ServerId]) -> bool {
         let is_here = |server: &ServerId| map.server(*server).is_none_or(|info| self.near.is_here(info.address.ip()));
-        let is_wanted = match self.relaying {
-            Relaying::Never => false,
-            Relaying::Always => true,
-            Relaying::Auto => !servers.iter().any(is_here),
-        };
-        is_wanted
+        // Small blocks are many: what costs little is asked first.
+        put.block.length() >= RELAY_MIN
             && !put.straight
-            && put.block.length() >= RELAY_MIN
             && (2..=PASSED_ON_MAX + 1).contains(&servers.len())
+            && match self.relaying {
+                Relaying::Never => false,
+                Relaying::Always => true,
+                Relaying::Auto => !servers.iter().any(is_here),
+            }
             && self.health.may_relay(servers[0])
             && !servers.iter().any(|server| self.health.avoided(*server))
     }
